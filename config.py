@@ -1,0 +1,305 @@
+"""The experiment file: every parameter with its type, default and meaning, or one clear error."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """An experiment file that cannot be used; the message names file, key, what was found and what is allowed."""
+
+
+class Section(BaseModel):
+    """One section of the experiment file: strict types, no unknown keys, unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelParams(Section):
+    """The network."""
+
+    architecture: str
+    """RACOON (RACCOON is the same network), PENGUIN or another registered network, in any case."""
+    layer_param: Count
+    """Width L of the network."""
+    dropout: Fraction
+    """Probability of dropout on the fully connected layers."""
+    name: str
+    """Name of the run, and of its folder under log_dir."""
+    activation: str = "relu"
+    """Activation after every hidden layer."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or set(name) == {"."}:
+            raise ValueError("letters, digits, '.', '_' and '-', and no folder such as '..'")
+        return name
+
+
+class Synthetic(Section):
+    """A synthetic universe, written to `datafile` once if that file is absent."""
+
+    size: int = Field(64, ge=64, multiple_of=64)
+    """Cells along each side of a cube."""
+    strength: float = Field(1.0, ge=0)
+    """Factor on the relativistic term by which the twins differ; 1 is physical."""
+    seed: int = Field(0, ge=0)
+    """The universe's own seed."""
+
+
+class DataParams(Section):
+    """The simulations."""
+
+    datafile: str
+    """HDF5 file of cubes."""
+    train_seeds: Count
+    """Seeds [0, train_seeds) train."""
+    test_seeds: Count
+    """Seeds [train_seeds, train_seeds + test_seeds) test."""
+    newton_augmentation: float
+    """Factor on the Newtonian slices after standardisation; other than 1 only to test the pipeline."""
+    standardize: Literal["none", "train"] = "none"
+    """`none`: the file is standardised. `train`: by mean and variance of the training cubes."""
+    cache: Literal["auto", "disk", "memory", "device"] = "auto"
+    """Where cubes live while training; the result is the same."""
+    channels: Count = 1
+    """Adjacent slices stacked as channels."""
+    axes: list[Annotated[int, Field(ge=0, le=2)]] = Field([0, 1, 2], min_length=1)
+    """Which of the cube's axes are cut."""
+    symmetries: bool = True
+    """Random flips and quarter-turns while training."""
+    synthetic: Synthetic | None = None
+    """If given and `datafile` is absent, a synthetic universe is written there once."""
+
+    @field_validator("axes")
+    @classmethod
+    def _each_axis_once(cls, axes: list[int]) -> list[int]:
+        if len(set(axes)) != len(axes):
+            raise ValueError("each axis at most once")
+        return sorted(axes)
+
+
+class TrainParams(Section):
+    """The training."""
+
+    epochs: Count
+    """Epochs to train now; a finished run trains this many more, an interrupted one only what is left."""
+    lr: Positive
+    """Learning rate of Adam."""
+    log_dir: str
+    """Folder of runs; TensorBoard reads it."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Slices per optimizer step, over all processes together."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
+    """Adam's decay rates."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-11
+    """Adam's weight decay."""
+    schedule: Literal["none", "cosine"] = "none"
+    """Learning rate over the epochs asked for: constant, or half a cosine down to zero."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs over which the learning rate first rises linearly from zero."""
+    gradient_clipping: Positive | None = None
+    """Largest norm of the gradient."""
+    gradient_accumulation_steps: Count | None = None
+    """Parts in which a batch is computed, to save memory; unset: as the accelerate configuration says."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Autocast; unset: as the accelerate configuration says."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Labels become label * (1 - s) + s / 2."""
+    test_every: Count = 2
+    """Epochs between tests; the last epoch is always tested."""
+    early_stopping: Count | None = None
+    """Tests without a better test loss after which training ends."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Every random choice follows from it."""
+    save_every_steps: Count | None = None
+    """Steps between checkpoints, beside those at every epoch and test."""
+    save_every_minutes: Positive = 10.0
+    """Minutes after which a checkpoint is due at the latest."""
+    keep_checkpoints: Count = 3
+    """Newest checkpoints to keep, beside the best by test loss."""
+    max_minutes: Positive | None = None
+    """Minutes after which the run saves and ends, to be continued."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile; auto: on a GPU."""
+    sync_batch_norm: Literal["auto"] | bool = "auto"
+    """Batch normalisation over all processes; auto: with more than one."""
+    deterministic: bool = False
+    """Only deterministic GPU kernels, so that a restart there is exact too; slower."""
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, betas: object) -> object:
+        return tuple(betas) if isinstance(betas, list) else betas
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _unquoted_no(cls, precision: object) -> object:
+        return "no" if precision is False else precision  # YAML reads an unquoted no as false
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainParams:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is longer than epochs {self.epochs}")
+        return self
+
+
+class Config(Section):
+    """One experiment."""
+
+    model_params: ModelParams
+    data_params: DataParams
+    train_params: TrainParams
+
+    @property
+    def run(self) -> Path:
+        """Folder of the run."""
+        return Path(self.train_params.log_dir) / self.model_params.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its resolved value, as YAML and JSON hold it."""
+        return self.model_dump(mode="json")
+
+
+# What may differ between a run and its continuation without changing what it computes.
+FREE = {
+    "data_params.datafile",  # the data's own identity is compared instead: a file may move
+    "data_params.cache",
+    "data_params.synthetic",
+    *(
+        f"train_params.{key}"
+        for key in (
+            "epochs log_dir test_every early_stopping save_every_steps save_every_minutes keep_checkpoints "
+            "max_minutes compile"
+        ).split()
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice, of which YAML would silently take the last."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The experiment in the YAML file `path`, with `section.key=value` overrides applied.
+
+    Raises ConfigError for a file that cannot be read and for any key or value that is not allowed.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the experiment file cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    sections = ", ".join(Config.model_fields)
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else type(raw).__name__
+        raise ConfigError(f"{path}: found {found}, allowed: a mapping of the sections {sections}")
+    for override in overrides or []:
+        _apply(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(one, raw) for one in error.errors()]
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set the key that `override` names in `raw`."""
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not sections or not all([*sections, last]):
+        raise ConfigError(f"override: found '{override}', allowed: section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from error
+    place = raw
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise ConfigError(f"override '{override}': '{section}' is not a section")
+    place[last] = value
+
+
+def _explain(error: Any, raw: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors: the key, what was found, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    # pydantic adds the member of a union that it tried; keys of ours are all that a user typed or may type
+    known = [part for part in location if part.isidentifier() and part not in {"bool", "float", "int", "str"}]
+    key = ".".join(part for part in known if not part.startswith(("literal", "constrained", "function")))
+    found = error["input"]
+    if error["type"] == "extra_forbidden":
+        allowed = _keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], allowed, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(allowed)}"
+        return f"{key}: unknown {'key' if len(location) > 1 else 'section'}{hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing; it is required"
+    if isinstance(found, float) and not math.isfinite(found):
+        return f"{key}: found {found}, allowed: a finite number"
+    allowed_text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "model_type" or error["type"] == "model_attributes_type":
+        allowed_text = "a mapping of keys to values"
+    shown = "an empty value" if found is None else f"{found!r} ({type(found).__name__})"
+    if isinstance(found, dict):
+        shown = "these values together"
+    return f"{key}: found {shown}, allowed: {allowed_text}"
+
+
+def _keys(section: list[str]) -> list[str]:
+    """The keys that may stand in `section` (a path of names; empty: the top level)."""
+    model: type[BaseModel] = Config
+    for name in section:
+        model = {**_SECTIONS}.get(name, model)
+    return list(model.model_fields)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model_params": ModelParams,
+    "data_params": DataParams,
+    "train_params": TrainParams,
+    "synthetic": Synthetic,
+}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per setting that shapes the result and differs between two resolved configurations."""
+    lines = []
+    for section in Config.model_fields:
+        for key in sorted({*old.get(section, {}), *new.get(section, {})}):
+            before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
+            if f"{section}.{key}" not in FREE and before != now:
+                lines.append(f"{section}.{key}: the run has {before!r}, this experiment {now!r}")
+    return lines

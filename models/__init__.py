@@ -1,0 +1,59 @@
+"""The networks. A new one is a file beside this and a line in `REGISTRY`."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from models.layers import ACTIVATIONS, synchronise_batch_norm
+from models.penguin import Penguin
+from models.racoon import Racoon
+
+__all__ = ["ACTIVATIONS", "REGISTRY", "ModelError", "build_model", "synchronise_batch_norm"]
+
+REGISTRY: dict[str, type[nn.Module]] = {
+    "RACOON": Racoon,
+    "PENGUIN": Penguin,
+}
+SPELLINGS = {"RACCOON": "RACOON"}
+
+
+class ModelError(ValueError):
+    """A network that cannot be built or loaded as asked."""
+
+
+def architecture_name(architecture: str) -> str:
+    """The registered name of `architecture`, in any case and any known spelling."""
+    name = SPELLINGS.get(architecture.upper(), architecture.upper())
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, REGISTRY, 1)
+        raise ModelError(
+            f"model_params.architecture: found '{architecture}', allowed: {', '.join(REGISTRY)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return name
+
+
+def build_model(
+    *,
+    architecture: str,
+    layer_param: int,
+    dropout: float,
+    activation: str = "relu",
+    channels: int = 1,
+    size: int = 256,
+) -> nn.Module:
+    """A network for slices (b, `channels`, `size`, `size`) that returns logits (b,).
+
+    `layer_param` is the width L of the network, `dropout` the probability on its fully connected layers,
+    `size` any multiple of 64. The weights are drawn from torch's generator in its current state.
+    """
+    name = architecture_name(architecture)
+    if activation not in ACTIVATIONS:
+        raise ModelError(
+            f"model_params.activation: found '{activation}', allowed: {', '.join(ACTIVATIONS)}"
+        )
+    if size < 64 or size % 64:
+        raise ModelError(f"the side of a slice: found {size}, allowed: a multiple of 64")
+    return REGISTRY[name](layer_param, dropout, activation, channels, size)

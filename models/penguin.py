@@ -1,0 +1,35 @@
+"""PENGUIN: six convolutions that each divide the side of the image by two."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.layers import ACTIVATIONS, convolution_block
+
+
+class Penguin(nn.Module):
+    """For N = 256, width L: (C, 256, 256) -> (L, 128, 128) -> (2L, 64, 64) -> (4L, 32, 32) -> (6L, 16, 16)
+    -> (8L, 8, 8) -> (10L, 4, 4) -> 10L -> L -> 1 logit. The fully connected layers are normalised too.
+    """
+
+    def __init__(
+        self, layer_param: int, dropout: float, activation: str, channels: int, size: int
+    ) -> None:
+        super().__init__()
+        widths = [channels, *(factor * layer_param for factor in (1, 2, 4, 6, 8, 10))]
+        self.features = nn.Sequential(
+            *(
+                convolution_block(i, o, kernel=4, stride=2, padding=1, activation=activation)
+                for i, o in zip(widths, widths[1:], strict=False)
+            )
+        )
+        side = size // 2**6
+        layers: list[nn.Module] = [nn.Flatten()]
+        connected = [10 * layer_param * side * side, 10 * layer_param, layer_param]
+        for i, o in zip(connected, connected[1:], strict=False):
+            layers += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+        self.classifier = nn.Sequential(*layers, nn.Linear(layer_param, 1))
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """Slices (b, C, N, N) -> logits (b,); positive means General Relativity."""
+        return self.classifier(self.features(slices)).squeeze(1)
