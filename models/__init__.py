@@ -6,11 +6,12 @@ import difflib
 
 from torch import nn
 
+from models.export import load
 from models.layers import ACTIVATIONS, synchronise_batch_norm
 from models.penguin import Penguin
 from models.racoon import Racoon
 
-__all__ = ["ACTIVATIONS", "REGISTRY", "ModelError", "build_model", "synchronise_batch_norm"]
+__all__ = ["ACTIVATIONS", "REGISTRY", "ModelError", "build_model", "load", "synchronise_batch_norm"]
 
 REGISTRY: dict[str, type[nn.Module]] = {
     "RACOON": Racoon,
