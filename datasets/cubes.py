@@ -198,7 +198,8 @@ class CubeFile:
     """The cubes of one HDF5 file.
 
     Opening reads no values, only what the file says of its cubes, and checks that. Raises DataError if the
-    file is missing, damaged or without cubes, or if these are not (N, N, N) real numbers, N one multiple of 64.
+    file is missing, damaged or without cubes, or if these are not real numbers in (N, N, N), N one multiple
+    of 64.
     """
 
     def __init__(self, path: str | Path):
@@ -236,7 +237,7 @@ class CubeFile:
         for gravity, twin in zip(GRAVITIES, reversed(GRAVITIES), strict=True):
             alone = [seed for seed in missing if (seed, twin) in self._cubes]
             if alone:
-                lines.append(f"  the {gravity} cube is missing, not its twin, of seeds {describe_seeds(alone)}")
+                lines.append(f"  of seeds {describe_seeds(alone)} only the {twin} cube is there, not {gravity}")
             missing = [seed for seed in missing if seed not in alone]
         if missing:
             lines.append(f"  there are no cubes of seeds {describe_seeds(missing)}")
