@@ -1,0 +1,15 @@
+"""What a run needs of the machine: one process set up well, and several that work as one or say why not."""
+
+from runtime.launch import LaunchError, connect, preflight, tell, together
+from runtime.process import StopSignals, Vote, prepare_process
+
+__all__ = [
+    "LaunchError",
+    "StopSignals",
+    "Vote",
+    "connect",
+    "preflight",
+    "prepare_process",
+    "tell",
+    "together",
+]

@@ -1,0 +1,184 @@
+"""One process: its memory, its threads, and the signals that ask it to stop."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def prepare_process() -> None:
+    """Set what must be set before the first large tensor: allocator, processes on CPUs, threads."""
+    keep_freed_memory()
+    # Under mpirun the ranks have other names; torch knows only its own.
+    for name, others in {
+        "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+        "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+        "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+        "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+    }.items():
+        for other in others:
+            if other in os.environ:
+                os.environ.setdefault(name, os.environ[other])
+    if world_size() > 1 and not torch.accelerator.is_available():
+        # Without this Accelerate makes of n CPU processes n single ones, each of which trains the whole run.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif world_size() == 1:
+        warn_of_lone_process()
+    if not threads_were_chosen():
+        threads = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(threads)
+        if "numba" in sys.modules:
+            sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
+
+
+def world_size() -> int:
+    """Processes of this launch, as the launcher told them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step instead of handing it back to the kernel.
+
+    By default every tensor above 32 MiB is mapped, zeroed page by page and unmapped again at every step,
+    which takes about half of the time of a training step on a CPU. See mallopt(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def warn_of_lone_process() -> None:
+    """Warn where several processes were asked for and this one is alone."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        warnings.warn(
+            "accelerate launch was asked for several processes and started one: distributed_type MULTI_CPU "
+            "needs mpirun. accelerate_configs/cpu_multi.yaml starts several without it.",
+            stacklevel=3,
+        )
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        warnings.warn(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} programs that do not know each other. "
+            "accelerate_configs/slurm_multi_node.sbatch shows how to start them as one.",
+            stacklevel=3,
+        )
+
+
+def threads_were_chosen() -> bool:
+    """Whether the user set OMP_NUM_THREADS; launchers set it too (to 1, or to all cores of the host).
+
+    The launcher is the parent process, and /proc still shows the environment that it was started with.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        return False
+    if "LOCAL_RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return True
+    try:
+        parent = Path(f"/proc/{os.getppid()}")
+        return (
+            b"OMP_NUM_THREADS=" in (parent / "environ").read_bytes()
+            or b"num_cpu_threads_per_process" in (parent / "cmdline").read_bytes()
+        )
+    except OSError:
+        return os.environ["OMP_NUM_THREADS"] != "1"
+
+
+def available_cores() -> int:
+    """Cores this process may use: of its affinity mask, its control group (version 2) and its SLURM task."""
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        group = next((line[3:].lstrip("/") for line in groups if line.startswith("0::")), "")
+        for folder in (Path("/sys/fs/cgroup", group), *Path("/sys/fs/cgroup", group).parents):
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()
+                if quota != "max":
+                    limits.append(max(1, int(quota) // int(period)))
+    except OSError:
+        pass
+    return min(limits)
+
+
+class Vote:
+    """Whether any process wishes something.
+
+    With one process the answer is immediate. With several it comes one call later, the same on all: each call
+    starts a sum of 4 bytes between hosts' memories and takes the result of the call before, which has long
+    arrived. So neither the device nor the host waits, however long a step is.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def __call__(self, wish: bool) -> bool:
+        """Every process must call this equally often."""
+        if not dist.is_initialized():
+            return wish
+        before, self._pending = self._pending, None
+        wishes = torch.tensor([int(wish)], dtype=torch.int32)
+        work = dist.all_reduce(wishes, async_op=True)
+        self._pending = (work, wishes)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
+
+
+class StopSignals:
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are a wish to stop; a second SIGINT ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    LAUNCHER_ECHO = 2.0
+    """Seconds. A launcher passes on the SIGINT of a terminal which its processes got as well."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """Why to stop: the name of the signal that this process received, or what `request` was told."""
+        self._vote = Vote()
+        self._interrupted = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._received) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        echo = self.LAUNCHER_ECHO if "LOCAL_RANK" in os.environ else 0.0
+        if not self._interrupted:
+            self._interrupted = now
+        elif now - self._interrupted >= echo:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def request(self, reason: str) -> None:
+        """Wish to stop for another reason than a signal, such as the time being up."""
+        self.name = self.name or reason
+
+    def agreed(self) -> bool:
+        """Whether to stop now, the same on all processes; to be called by all of them once a step."""
+        return self._vote(self.name is not None)
