@@ -1,0 +1,20 @@
+"""The whole state of a training: as named tensors (`tensors`) and as folders on disk (`folder`)."""
+
+from .folder import Checkpoint, CheckpointError, choose, existing, place, rotate, write
+from .tensors import Parts, capture, copy, differences, not_finite, restore
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Parts",
+    "capture",
+    "choose",
+    "copy",
+    "differences",
+    "existing",
+    "not_finite",
+    "place",
+    "restore",
+    "rotate",
+    "write",
+]
