@@ -79,8 +79,8 @@ class Checkpoints:
         *,
         identity: dict[str, Any],
         seed: int,
-    ) -> dict[str, Tensor]:
-        """Set model, optimizer, gradient scaler and random generators; returns the extra tensors.
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Set model, optimizer, gradient scaler and random generators; returns progress and extra tensors.
 
         CheckpointError, with nothing changed, if it holds another network or was made from other data.
         """
@@ -106,7 +106,7 @@ class Checkpoints:
             # A process that is new has random states that follow from the seed, the step and its number.
             what = "; ".join(changed)
             logger.warning("%s: the bits may differ from here on, as %s", checkpoint.folder, what)
-        return parts["extra"]
+        return saved["progress"], parts["extra"]
 
     def save(
         self,
@@ -130,7 +130,7 @@ class Checkpoints:
         error = self._error
         if error is None and (broken := state.not_finite(parts)):
             error = CheckpointError(
-                f"step {progress['step']} is not saved: {', '.join(broken[:4])} hold infinities or no numbers. "
+                f"step {progress['step']} is not saved, these are not finite: {', '.join(broken[:4])}. "
                 f"The training diverged; allowed: a smaller train_params.lr. {self._last()}"
             )
         self._agree(error)
