@@ -6,12 +6,12 @@ import difflib
 
 from torch import nn
 
-from models.export import load
+from models.export import load, save
 from models.layers import ACTIVATIONS, synchronise_batch_norm
 from models.penguin import Penguin
 from models.racoon import Racoon
 
-__all__ = ["ACTIVATIONS", "REGISTRY", "ModelError", "build_model", "load", "synchronise_batch_norm"]
+__all__ = ["ACTIVATIONS", "REGISTRY", "ModelError", "build_model", "load", "save", "synchronise_batch_norm"]
 
 REGISTRY: dict[str, type[nn.Module]] = {
     "RACOON": Racoon,
@@ -52,9 +52,7 @@ def build_model(
     """
     name = architecture_name(architecture)
     if activation not in ACTIVATIONS:
-        raise ModelError(
-            f"model_params.activation: found '{activation}', allowed: {', '.join(ACTIVATIONS)}"
-        )
+        raise ModelError(f"model_params.activation: found '{activation}', allowed: {', '.join(ACTIVATIONS)}")
     if size < 64 or size % 64:
         raise ModelError(f"the side of a slice: found {size}, allowed: a multiple of 64")
     return REGISTRY[name](layer_param, dropout, activation, channels, size)
