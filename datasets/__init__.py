@@ -1,0 +1,17 @@
+"""Cube files, the order of slices, and batches of slices on the device."""
+
+from .cubes import GRAVITIES, CubeFile, DataError
+from .order import Slices, decode
+from .synthetic import write_synthetic
+from .whole_cube import Batch, WholeCubeDataset, statistics
+
+__all__ = [
+    "GRAVITIES",
+    "Batch",
+    "CubeFile",
+    "DataError",
+    "Slices",
+    "WholeCubeDataset",
+    "decode",
+    "statistics",
+]

@@ -1,0 +1,159 @@
+"""Batches of slices on the device, cut from whole cubes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import cache as caches
+from .cubes import GRAVITIES, CubeFile, DataError
+from .order import Ids, Order, decode, symmetries_of, test_order
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's rows of one global batch."""
+
+    ids: Tensor  # (b,) int64 sample ids, in host memory
+    images: Tensor  # (b, C, N, N) float32 on the device, channels last
+    labels: Tensor  # (b,) float32 on the device: 1 for General Relativity, 0 for Newtonian gravity
+    weights: Tensor  # (b,) float32 on the device: 1, or 0 for slices that only fill up a short batch
+    slices: int  # slices of weight 1 in the whole batch, all processes together
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Micro-batches of (nearly) equal size; each keeps the ``slices`` of the whole batch."""
+        fields = (self.ids, self.images, self.labels, self.weights)
+        pieces = zip(*(torch.tensor_split(field, parts) for field in fields), strict=True)
+        return [Batch(ids, images, labels, weights, self.slices) for ids, images, labels, weights in pieces]
+
+
+class WholeCubeDataset:
+    """The slices of the cubes of ``seeds``, in batches.
+
+    ``batch_size`` counts the slices of all ``num_processes`` processes together; process ``process_index`` gets its
+    rows. ``seed`` and the epoch decide order and symmetries, nothing else does. Cubes are standardised to
+    (cube - ``mean``) / ``std``, the Newtonian ones are then multiplied by ``newton_augmentation``. Raises DataError if
+    the file lacks any of ``seeds``, or the batch cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        cubes: CubeFile,
+        seeds: range,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        axes: tuple[int, ...] = (0, 1, 2),
+        channels: int = 1,
+        mean: float = 0.0,
+        std: float = 1.0,
+        newton_augmentation: float = 1.0,
+        symmetries: bool = True,
+        cache: str = "auto",
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        cubes.require(seeds)
+        if batch_size % num_processes:
+            raise DataError(
+                f"train_params.batch_size {batch_size} cannot be shared among {num_processes} processes; "
+                f"a multiple of {num_processes} can"
+            )
+        self.cubes, self.seeds, self.batch_size, self.seed, self.device = (
+            cubes,
+            seeds,
+            batch_size,
+            seed,
+            device,
+        )
+        self.axes, self.channels, self.symmetries = tuple(sorted(axes)), channels, symmetries
+        self.process_index, self.num_processes = process_index, num_processes
+        self.shape = (channels, cubes.size, cubes.size)
+        self._cache = caches.choose(
+            cache,
+            cubes,
+            seeds,
+            caches.Preparation(mean, std, newton_augmentation),
+            axes=self.axes,
+            channels=channels,
+            device=device,
+            num_processes=num_processes,
+        )
+
+    def __len__(self) -> int:
+        return len(self.seeds) * len(GRAVITIES) * len(self.axes) * self.cubes.size
+
+    @property
+    def cache(self) -> str:
+        """Where the cubes live: ``disk``, ``memory`` or ``device``."""
+        return self._cache.name
+
+    @property
+    def steps(self) -> int:
+        """Batches in a training epoch. Raises DataError if the batch is larger than the set."""
+        return self._order.steps
+
+    def order(self, epoch: int) -> tuple[Ids, NDArray[np.bool_]]:
+        """Ids (steps, batch_size) of a training epoch on all processes together, and which of them count."""
+        return self._order.epoch(epoch)
+
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This process's rows of the batches of an epoch, from ``first_step`` on."""
+        ids, weights = self.order(epoch)
+        rows = self.batch_size // self.num_processes
+        mine = slice(self.process_index * rows, (self.process_index + 1) * rows)
+        turns = np.zeros_like(ids[:, mine])
+        if self.symmetries:
+            turns = symmetries_of(self.seed, epoch, ids[:, mine])
+        yield from self._batches(ids[:, mine], weights[:, mine], turns, weights.sum(axis=1), first_step)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """This process's part of all slices, as they lie in the cubes; equally many batches on every process."""
+        ids, weights, slices = test_order(
+            self.seeds, self.cubes.size, self.axes, self.batch_size, self.process_index, self.num_processes
+        )
+        yield from self._batches(ids, weights, np.zeros_like(ids), slices, 0)
+
+    @cached_property
+    def _order(self) -> Order:
+        if self.batch_size > len(self):
+            raise DataError(
+                f"{self.cubes.path}: train_params.batch_size {self.batch_size} is larger than the training set: "
+                f"data_params.train_seeds {len(self.seeds)} gives {len(self)} slices"
+            )
+        return Order(self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed)
+
+    def _batches(
+        self, ids: Ids, weights: NDArray[np.bool_], turns: Ids, slices: Ids, first_step: int
+    ) -> Iterator[Batch]:
+        where = decode(ids, self.cubes.size)
+        plan = caches.plan(where.seed - self.seeds.start)
+        labels = torch.from_numpy(where.gravity.astype(np.float32)).to(self.device)
+        counts = torch.from_numpy(weights.astype(np.float32)).to(self.device)
+        names = torch.from_numpy(ids)
+        for step in self._cache.walk(plan, first_step):
+            images = self._cache.cut(ids[step], turns[step])
+            yield Batch(names[step], images, labels[step], counts[step], int(slices[step]))
+
+
+def statistics(cubes: CubeFile, seeds: range) -> tuple[float, float]:
+    """Mean and standard deviation over all values of the cubes of ``seeds``, accumulated in float64."""
+    cube = np.empty((cubes.size,) * 3, np.float32)
+    count, mean, squares = 0, 0.0, 0.0
+    for seed in seeds:
+        for gravity in GRAVITIES:
+            cubes.read(seed, gravity, cube)
+            for plane in cube:
+                values = plane.astype(np.float64)
+                centre = values.mean()
+                # Pairwise update of mean and sum of squares (Chan, Golub & LeVeque 1979): no cancellation.
+                squares += ((values - centre) ** 2).sum()
+                squares += (centre - mean) ** 2 * count * plane.size / (count + plane.size)
+                mean += (centre - mean) * plane.size / (count + plane.size)
+                count += plane.size
+    return float(mean), float(np.sqrt(squares / count))
