@@ -14,4 +14,5 @@ __all__ = [
     "WholeCubeDataset",
     "decode",
     "statistics",
+    "write_synthetic",
 ]
