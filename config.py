@@ -17,7 +17,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class ConfigError(ValueError):
-    """An experiment file that cannot be used; the message names file, key, what was found and what is allowed."""
+    """An experiment file that cannot be used: which key, what was found and what is allowed."""
 
 
 class Section(BaseModel):
@@ -172,19 +172,28 @@ class Config(Section):
         """Every key with its resolved value, as YAML and JSON hold it."""
         return self.model_dump(mode="json")
 
+    def save(self) -> None:
+        """Write `config.yaml` into the run's folder. Raises OSError where that cannot be written."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        temporary = self.run / "config.yaml.part"
+        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        temporary.replace(self.run / "config.yaml")
+
 
 # What may differ between a run and its continuation without changing what it computes.
 FREE = {
     "data_params.datafile",  # the data's own identity is compared instead: a file may move
     "data_params.cache",
     "data_params.synthetic",
-    *(
-        f"train_params.{key}"
-        for key in (
-            "epochs log_dir test_every early_stopping save_every_steps save_every_minutes keep_checkpoints "
-            "max_minutes compile"
-        ).split()
-    ),
+    "train_params.epochs",
+    "train_params.log_dir",
+    "train_params.test_every",
+    "train_params.early_stopping",
+    "train_params.save_every_steps",
+    "train_params.save_every_minutes",
+    "train_params.keep_checkpoints",
+    "train_params.max_minutes",
+    "train_params.compile",
 }
 
 
@@ -260,6 +269,10 @@ def _explain(error: Any, raw: dict[str, Any]) -> str:
     known = [part for part in location if part.isidentifier() and part not in {"bool", "float", "int", "str"}]
     key = ".".join(part for part in known if not part.startswith(("literal", "constrained", "function")))
     found = error["input"]
+    if error["type"] == "string_type" and isinstance(found, bool | int | float):
+        return f"{key}: found {found!r} ({type(found).__name__}), allowed: text; put it in quotes"
+    if key == "train_params.compile" or key == "train_params.sync_batch_norm":
+        return f"{key}: found {found!r}, allowed: 'auto', true or false"
     if error["type"] == "extra_forbidden":
         allowed = _keys(location[:-1])
         near = difflib.get_close_matches(location[-1], allowed, 1, 0.5)
@@ -294,12 +307,27 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per setting that shapes the result and differs between two resolved configurations."""
+def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise ConfigError with each setting that shapes the result and differs between `old` and `new`."""
     lines = []
     for section in Config.model_fields:
         for key in sorted({*old.get(section, {}), *new.get(section, {})}):
             before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
             if f"{section}.{key}" not in FREE and before != now:
                 lines.append(f"{section}.{key}: the run has {before!r}, this experiment {now!r}")
-    return lines
+    if lines:
+        raise ConfigError(
+            f"{run}: this run was started with other settings:\n  "
+            + "\n  ".join(lines)
+            + "\nallowed: the same settings, or another model_params.name"
+        )
+
+
+def require_parts(batch_size: int, processes: int, accumulation: int) -> None:
+    """Raise ConfigError where a batch cannot be shared out in equal parts of at least two slices."""
+    parts = processes * accumulation
+    if batch_size % parts or batch_size // parts < 2:
+        raise ConfigError(
+            f"train_params.batch_size: found {batch_size}, allowed: a multiple of {parts} and at least "
+            f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation})"
+        )

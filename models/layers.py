@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -30,6 +31,22 @@ def convolution_block(
     )
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with the mean and variance of the batches of all processes.
 
@@ -49,7 +66,7 @@ class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = input.double()
         count = wide.new_tensor([input.numel() // input.shape[1]])
         sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
-        sums = all_reduce(sums)
+        sums = _SumOverProcesses.apply(sums)
         total, square, (n,) = sums.split([input.shape[1], input.shape[1], 1])
         mean = total / n
         variance = square / n - mean * mean

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS, convolution_block
@@ -12,22 +14,25 @@ class Penguin(nn.Module):
     -> (8L, 8, 8) -> (10L, 4, 4) -> 10L -> L -> 1 logit. The fully connected layers are normalised too.
     """
 
-    def __init__(
-        self, layer_param: int, dropout: float, activation: str, channels: int, size: int
-    ) -> None:
+    def __init__(self, layer_param: int, dropout: float, activation: str, channels: int, size: int) -> None:
         super().__init__()
         widths = [channels, *(factor * layer_param for factor in (1, 2, 4, 6, 8, 10))]
         self.features = nn.Sequential(
             *(
                 convolution_block(i, o, kernel=4, stride=2, padding=1, activation=activation)
-                for i, o in zip(widths, widths[1:], strict=False)
+                for i, o in pairwise(widths)
             )
         )
         side = size // 2**6
         layers: list[nn.Module] = [nn.Flatten()]
         connected = [10 * layer_param * side * side, 10 * layer_param, layer_param]
-        for i, o in zip(connected, connected[1:], strict=False):
-            layers += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+        for i, o in pairwise(connected):
+            layers += [
+                nn.Linear(i, o, bias=False),
+                nn.BatchNorm1d(o),
+                ACTIVATIONS[activation](),
+                nn.Dropout(dropout),
+            ]
         self.classifier = nn.Sequential(*layers, nn.Linear(layer_param, 1))
 
     def forward(self, slices: Tensor) -> Tensor:

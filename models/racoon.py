@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS, convolution_block
@@ -10,15 +12,13 @@ from models.layers import ACTIVATIONS, convolution_block
 class Racoon(nn.Module):
     """For N = 256, width L: (C, 256, 256) -> (L, 64, 64) -> (4L, 16, 16) -> (8L, 4, 4) -> L -> 1 logit."""
 
-    def __init__(
-        self, layer_param: int, dropout: float, activation: str, channels: int, size: int
-    ) -> None:
+    def __init__(self, layer_param: int, dropout: float, activation: str, channels: int, size: int) -> None:
         super().__init__()
         widths = [channels, layer_param, 4 * layer_param, 8 * layer_param]
         self.features = nn.Sequential(
             *(
                 convolution_block(i, o, kernel=4, stride=4, padding=0, activation=activation)
-                for i, o in zip(widths, widths[1:], strict=False)
+                for i, o in pairwise(widths)
             )
         )
         side = size // 4**3

@@ -1,0 +1,34 @@
+# make demo | test | lint | bench | verify-resume | venv
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv demo test lint bench verify-resume clean
+
+venv: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+# RACOON learns to tell two gravities apart on a synthetic universe
+demo: venv
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml trainer.py experiments/temp.yaml
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# this trainer beside a plain loop, Lightning and transformers' Trainer, on this machine
+bench: venv
+	$(BIN)/python benchmarks/throughput.py
+
+# kill a training at random moments, go on, compare the weights; CONFIG=accelerate_configs/X.yaml to try a cluster
+CONFIG ?= accelerate_configs/cpu.yaml
+verify-resume: venv
+	$(BIN)/python benchmarks/verify_resume.py --config_file $(CONFIG)

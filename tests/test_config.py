@@ -1,0 +1,211 @@
+"""The experiment file: what is taken, what is refused, and what the message says."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+
+TEMPLATE = """\
+model_params:
+  architecture: "RACCOON"
+  layer_param: 16
+  dropout: 0.5
+  name: "Somename"
+data_params:
+  datafile: "data_z1.h5"
+  train_seeds: 150
+  test_seeds: 100
+  newton_augmentation: 1.0
+train_params:
+  epochs: 10
+  lr: 0.001
+  log_dir: "testruns"
+"""
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(TEMPLATE)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(config.ConfigError) as error:
+        config.load(path, list(overrides))
+    return str(error.value)
+
+
+def test_the_users_template_loads_with_the_designs_defaults(template: Path) -> None:
+    loaded = config.load(template)
+    assert loaded.model_params.model_dump() == {
+        "architecture": "RACCOON",
+        "layer_param": 16,
+        "dropout": 0.5,
+        "name": "Somename",
+        "activation": "relu",
+    }
+    assert loaded.data_params.model_dump() == {
+        "datafile": "data_z1.h5",
+        "train_seeds": 150,
+        "test_seeds": 100,
+        "newton_augmentation": 1.0,
+        "standardize": "none",
+        "cache": "auto",
+        "channels": 1,
+        "axes": [0, 1, 2],
+        "symmetries": True,
+        "synthetic": None,
+    }
+    train = loaded.train_params
+    assert (train.batch_size, train.betas, train.weight_decay) == (64, (0.5, 0.999), 1e-11)
+    assert (train.test_every, train.seed, train.keep_checkpoints, train.save_every_minutes) == (2, 42, 3, 10)
+    assert loaded.run == Path("testruns/Somename")
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_experiment_of_the_project_loads(path: Path) -> None:
+    assert config.load(path).run.name == yaml.safe_load(path.read_text())["model_params"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("2E-4", 0.0002), ("1.5e-2", 0.015), ("5e+0", 5.0), ("1", 1.0)]
+)
+def test_numbers_as_people_write_them(template: Path, text: str, value: float) -> None:
+    assert config.load(template, [f"train_params.lr={text}"]).train_params.lr == value
+
+
+def test_overrides_change_the_file_and_reach_nested_sections(template: Path) -> None:
+    overrides = [
+        "data_params.synthetic.size=128",
+        "data_params.axes=[2, 0]",
+        "train_params.mixed_precision=no",
+        "train_params.betas=[0.9, 0.99]",
+        "train_params.compile=false",
+    ]
+    loaded = config.load(template, overrides)
+    assert loaded.data_params.synthetic is not None
+    assert loaded.data_params.synthetic.size == 128
+    assert loaded.data_params.axes == [0, 2]
+    assert loaded.train_params.mixed_precision == "no"
+    assert loaded.train_params.betas == (0.9, 0.99)
+    assert loaded.train_params.compile is False
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "rest"),
+    [
+        ("train_params.lrr=1", "train_params.lrr", "did you mean lr?"),
+        ("train_parms.lr=1", "train_parms", "did you mean train_params?"),
+        ("data_params.synthetic.sized=64", "data_params.synthetic.sized", "did you mean size?"),
+        ("train_params.learning=1", "train_params.learning", "unknown key"),
+        ("model_params.dropout=1.5", "model_params.dropout", "found 1.5"),
+        ("model_params.dropout=-0.1", "model_params.dropout", "greater than or equal to 0"),
+        ("model_params.layer_param=0", "model_params.layer_param", "greater than or equal to 1"),
+        ("model_params.layer_param=1.5", "model_params.layer_param", "integer"),
+        ("model_params.layer_param=true", "model_params.layer_param", "found True"),
+        ("train_params.lr=0", "train_params.lr", "greater than 0"),
+        ("train_params.lr=.nan", "train_params.lr", "a finite number"),
+        ("train_params.lr=.inf", "train_params.lr", "a finite number"),
+        ("train_params.lr=fast", "train_params.lr", "found 'fast' (str)"),
+        ("train_params.lr=", "train_params.lr", "an empty value"),
+        ("train_params.epochs=-1", "train_params.epochs", "found -1"),
+        ("train_params.batch_size=1", "train_params.batch_size", "greater than or equal to 2"),
+        ("train_params.schedule=linear", "train_params.schedule", "'none' or 'cosine'"),
+        ("train_params.mixed_precision=fp8", "train_params.mixed_precision", "'no', 'fp16' or 'bf16'"),
+        ("train_params.compile=maybe", "train_params.compile", "'auto', true or false"),
+        ("train_params.warmup_epochs=11", "train_params", "warmup_epochs 11.0 is longer than epochs 10"),
+        ("model_params.name=a/b", "model_params.name", "found 'a/b'"),
+        ("model_params.name=..", "model_params.name", "found '..'"),
+        ("model_params.name=''", "model_params.name", "letters, digits"),
+        ("model_params.name=no", "model_params.name", "quotes"),
+        ("data_params.axes=[0, 0]", "data_params.axes", "each axis at most once"),
+        ("data_params.axes=[]", "data_params.axes", "at least 1"),
+        ("data_params.axes=[3]", "data_params.axes", "less than or equal to 2"),
+        ("data_params.cache=ram", "data_params.cache", "'auto', 'disk', 'memory' or 'device'"),
+        ("data_params.synthetic.size=100", "data_params.synthetic.size", "multiple of 64"),
+    ],
+)
+def test_what_is_not_allowed_is_named(template: Path, override: str, key: str, rest: str) -> None:
+    text = message(template, override)
+    assert text.startswith(f"{template}:\n  {key}: ")
+    assert rest in text
+    assert len(text.splitlines()) == 2, "one line for one mistake"
+
+
+def test_all_mistakes_are_told_at_once(template: Path) -> None:
+    text = message(template, "model_params.dropout=2", "train_params.epochs=0", "data_params.datfile=x")
+    assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == [
+        "model_params.dropout",
+        "data_params.datfile",
+        "train_params.epochs",
+    ]
+
+
+@pytest.mark.parametrize("key", ["model_params.name", "data_params.datafile", "train_params.lr"])
+def test_a_missing_key_is_named(template: Path, key: str) -> None:
+    section, name = key.split(".")
+    raw = yaml.safe_load(TEMPLATE)
+    del raw[section][name]
+    template.write_text(yaml.safe_dump(raw))
+    assert f"{key}: missing" in message(template)
+
+
+@pytest.mark.parametrize("override", ["lr=1", "train_params.lr", ".lr=1", "train_params.=1"])
+def test_an_override_that_is_none(template: Path, override: str) -> None:
+    assert "allowed: section.key=value" in message(template, override)
+
+
+@pytest.mark.parametrize(
+    ("content", "rest"),
+    [
+        ("", "found nothing"),
+        ("- 1\n- 2\n", "found list"),
+        ("just words", "found str"),
+        ("model_params: [1, 2]\n", "model_params"),
+        ("a: b: c\n", "not valid YAML"),
+        ("train_params:\n  lr: 1\n  lr: 2\n", "key 'lr' stands twice"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_experiment(tmp_path: Path, content: str, rest: str) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(content)
+    text = message(path)
+    assert text.startswith(str(path))
+    assert rest in text
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot be read" in message(tmp_path / "absent.yaml")
+    assert "cannot be read" in message(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    assert "cannot be read" in message(tmp_path / "latin.yaml")
+
+
+def test_the_saved_configuration_loads_to_the_same(template: Path, tmp_path: Path) -> None:
+    loaded = config.load(template, [f"train_params.log_dir={tmp_path}", "train_params.lr=1e-3"])
+    loaded.save()
+    assert config.load(loaded.run / "config.yaml") == loaded
+
+
+def test_a_continuation_names_every_setting_that_differs(template: Path, tmp_path: Path) -> None:
+    old = config.load(template).to_dict()
+    free = ["train_params.epochs=99", "train_params.test_every=1", "data_params.cache=disk"]
+    config.require_same(tmp_path, old, config.load(template, free).to_dict())
+    other = config.load(template, ["train_params.lr=0.5", "model_params.dropout=0", *free]).to_dict()
+    with pytest.raises(config.ConfigError) as error:
+        config.require_same(tmp_path, old, other)
+    assert str(error.value).splitlines()[1:3] == [
+        "  model_params.dropout: the run has 0.5, this experiment 0.0",
+        "  train_params.lr: the run has 0.001, this experiment 0.5",
+    ]
+
+
+def test_a_batch_is_shared_out_in_equal_parts() -> None:
+    config.require_parts(64, 4, 2)
+    for batch, processes, accumulation in [(64, 3, 1), (64, 1, 3), (4, 4, 1)]:
+        with pytest.raises(config.ConfigError, match=r"train_params\.batch_size: found"):
+            config.require_parts(batch, processes, accumulation)

@@ -1,0 +1,60 @@
+"""Where a run stands: schedules, tests that are due, early stopping, going on."""
+
+import math
+
+import pytest
+
+from progress import Progress
+
+
+def rates(progress: Progress, steps: int, epochs: int, schedule: str, warmup: float) -> list[float]:
+    progress.ask_for(epochs)
+    found = []
+    for _ in range(epochs):
+        for _ in range(steps):
+            found.append(progress.learning_rate(1.0, schedule, warmup, steps))
+            progress.end_step()
+        progress.end_epoch(test_every=1)
+    return found
+
+
+def test_a_constant_rate_is_constant() -> None:
+    assert rates(Progress(0, 1), 3, 2, "none", 0) == [1.0] * 6
+
+
+def test_warm_up_rises_linearly_and_reaches_the_rate() -> None:
+    assert rates(Progress(0, 1), 4, 2, "none", 1.0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_cosine_falls_over_the_epochs_asked_for() -> None:
+    expected = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    progress = Progress(0, 1)
+    assert rates(progress, 3, 2, "cosine", 0) == pytest.approx(expected)
+    assert rates(progress, 3, 2, "cosine", 0) == pytest.approx(expected), "a continuation has its own"
+
+
+def test_the_last_epoch_is_always_tested() -> None:
+    progress, tested = Progress(0, 1), []
+    progress.ask_for(5)
+    for _ in range(5):
+        progress.end_epoch(test_every=2)
+        tested.append(progress.awaiting_test)
+        assert not (progress.awaiting_test and progress.finished)
+        if progress.awaiting_test:
+            progress.end_test(1.0, None)
+    assert tested == [False, True, False, True, True]
+    assert progress.finished
+
+
+def test_early_stopping_counts_tests_without_a_better_loss() -> None:
+    progress, finished = Progress(0, 1), []
+    progress.ask_for(100)
+    for loss in [1.0, 0.5, 0.6, 0.5]:
+        progress.end_epoch(test_every=1)
+        progress.end_test(loss, patience=2)
+        finished.append(progress.finished)
+    assert finished == [False, False, False, True]
+    assert progress.best_loss == 0.5
+    progress.ask_for(3)
+    assert not progress.finished
+    assert progress.target_epoch == 7

@@ -1,0 +1,351 @@
+"""Train a network to tell General Relativity from Newtonian gravity.
+
+    accelerate launch trainer.py experiments/temp.yaml [section.key=value ...]
+
+The story of a run, top to bottom: read the experiment, open the simulations, build the network, go on from
+the last checkpoint, train and test epoch by epoch, and leave the trained network in the run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import checkpoint
+import config as experiment
+import datasets
+import logs
+import metrics
+import models
+import runtime
+from progress import Progress
+
+FINITE_EVERY = 20  # steps between looks at whether the logits are finite; each look waits for the device
+
+USER_ERRORS = (
+    experiment.ConfigError,
+    datasets.DataError,
+    models.ModelError,
+    checkpoint.CheckpointError,
+    runtime.LaunchError,
+    metrics.Diverged,
+    OSError,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run."""
+
+    config: experiment.Config
+    accelerator: Accelerator
+    stop: runtime.StopSignals
+    late: runtime.Vote
+    cubes: datasets.CubeFile
+    train_set: datasets.WholeCubeDataset
+    test_set: datasets.WholeCubeDataset
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    checkpoints: checkpoint.Checkpoints
+    identity: dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
+    parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
+    options = parser.parse_args(arguments)
+    try:
+        runtime.prepare_process()
+        train(experiment.load(options.experiment, options.overrides), preflight_only=options.preflight)
+    except USER_ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def train(config: experiment.Config, *, preflight_only: bool) -> None:
+    """One run from its start, or from where it was left, to its end."""
+    accelerator, config = start(config)
+    if preflight_only or accelerator.num_processes > 1:
+        report = runtime.preflight(accelerator, config.to_dict())
+        accelerator.print(report)
+    if preflight_only:
+        return
+    with runtime.StopSignals() as stop:
+        if config.train_params.max_minutes is not None:
+            clock = threading.Timer(60 * config.train_params.max_minutes, stop.request, ["max_minutes"])
+            clock.daemon = True
+            clock.start()
+        run, progress, tensors = open_run(config, accelerator, stop)
+        log = logs.RunLog(config.run, main=accelerator.is_main_process, step=progress.step)
+        log.hyperparameters(config.to_dict())
+        try:
+            while not progress.finished:
+                complete = progress.awaiting_test or train_epoch(run, progress, tensors, log)
+                tensors = {}
+                if complete and progress.awaiting_test:
+                    complete = test(run, progress, log)
+                if not complete:
+                    log.say(
+                        f"stopped at step {progress.step} ({stop.name}); the same command goes on from there"
+                    )
+                    break
+                save(run, progress)
+        finally:
+            log.close()
+            run.checkpoints.finish()
+        if progress.finished:
+            export(run, progress)
+
+
+def start(config: experiment.Config) -> tuple[Accelerator, experiment.Config]:
+    """The accelerator, and the configuration with what the accelerate configuration decides filled in."""
+    keys = config.train_params
+    runtime.connect()
+    accelerator = Accelerator(mixed_precision=keys.mixed_precision)
+    if keys.gradient_accumulation_steps is not None:
+        accelerator.gradient_accumulation_steps = keys.gradient_accumulation_steps
+    parts = accelerator.gradient_accumulation_steps
+    experiment.require_parts(keys.batch_size, accelerator.num_processes, parts)
+    decided = {"mixed_precision": accelerator.mixed_precision, "gradient_accumulation_steps": parts}
+    return accelerator, config.model_copy(update={"train_params": keys.model_copy(update=decided)})
+
+
+def open_run(
+    config: experiment.Config, accelerator: Accelerator, stop: runtime.StopSignals
+) -> tuple[Run, Progress, dict[str, Tensor]]:
+    """The parts of the run, where it stands, and what the network said so far in the running epoch.
+
+    Everything that the user gave is checked before anything is written.
+    """
+    data, keys = config.data_params, config.train_params
+    train_seeds = range(data.train_seeds)
+    test_seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
+    cubes = open_cubes(config, accelerator, range(test_seeds.stop))
+    checkpoints = checkpoint.Checkpoints(config.run, accelerator, keep=keys.keep_checkpoints)
+    last = checkpoints.latest()
+    with runtime.together():
+        if last is not None:
+            experiment.require_same(config.run, last.config, config.to_dict())
+            progress = Progress(**last.progress)
+        else:
+            standardize = data.standardize == "train"
+            progress = Progress(*(datasets.statistics(cubes, train_seeds) if standardize else (0.0, 1.0)))
+        train_set, test_set = (
+            datasets.WholeCubeDataset(
+                cubes,
+                seeds,
+                batch_size=keys.batch_size,
+                seed=keys.seed,
+                device=accelerator.device,
+                mean=progress.mean,
+                std=progress.std,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                **data.model_dump(include={"axes", "channels", "newton_augmentation", "symmetries", "cache"}),
+            )
+            for seeds in (train_seeds, test_seeds)
+        )
+        network = build_network(config, accelerator, cubes)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=keys.lr, betas=keys.betas, weight_decay=keys.weight_decay, fused=True
+    )
+    network, optimizer = accelerator.prepare(network, optimizer)
+    set_seed(keys.seed, device_specific=True)  # dropout differs between processes
+    identity = cubes.identity(range(test_seeds.stop))
+    tensors: dict[str, Tensor] = {}
+    if last is not None:
+        _, tensors = checkpoints.restore(last, network, optimizer, identity=identity, seed=keys.seed)
+    if progress.finished:
+        progress.ask_for(keys.epochs)
+    with runtime.together():
+        if accelerator.is_main_process:
+            config.save()
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        stop=stop,
+        late=runtime.Vote(),
+        cubes=cubes,
+        train_set=train_set,
+        test_set=test_set,
+        network=network,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        identity=identity,
+    )
+    return run, progress, tensors
+
+
+def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range) -> datasets.CubeFile:
+    """The data file, with all `seeds` in it; a synthetic universe is written first where it is asked for."""
+    data = config.data_params
+    with runtime.together():
+        if data.synthetic is not None and accelerator.is_main_process and not Path(data.datafile).exists():
+            datasets.write_synthetic(data.datafile, seeds=len(seeds), **data.synthetic.model_dump())
+    with runtime.together():
+        cubes = datasets.CubeFile(data.datafile)
+        cubes.require(seeds)
+    return cubes
+
+
+def build_network(
+    config: experiment.Config, accelerator: Accelerator, cubes: datasets.CubeFile
+) -> torch.nn.Module:
+    """The network on its device, with the first weights that follow from the run's seed."""
+    keys = config.train_params
+    set_seed(keys.seed)
+    torch.use_deterministic_algorithms(keys.deterministic)
+    network = models.build_model(**network_settings(config, cubes))
+    network = network.to(accelerator.device, memory_format=torch.channels_last)
+    if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
+        models.synchronise_batch_norm(network)
+    if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda"):
+        network.compile()
+    return network
+
+
+def network_settings(config: experiment.Config, cubes: datasets.CubeFile) -> dict[str, Any]:
+    """The arguments of `models.build_model`: the data set knows the shape of a slice."""
+    shape = {"channels": config.data_params.channels, "size": cubes.size}
+    return config.model_params.model_dump(exclude={"name"}) | shape
+
+
+def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.RunLog) -> bool:
+    """Train to the end of the epoch that is running; False if a stop came first (the state is then saved)."""
+    keys, train_set = run.config.train_params, run.train_set
+    said = metrics.Predictions(run.accelerator)
+    if tensors:
+        said.restore(**tensors)
+    started = time.perf_counter() - progress.seconds
+    run.network.train()
+    log.begin_epoch(progress.epoch + 1, train_set.steps, progress.step_in_epoch)
+    for batch in train_set.train_batches(progress.epoch, progress.step_in_epoch):
+        if progress.step == 0:
+            log.slices(batch.images[:4, 0], batch.labels[:4])
+        lr = progress.learning_rate(keys.lr, keys.schedule, keys.warmup_epochs, train_set.steps)
+        said.add(batch.ids, train_step(run, batch, lr), batch.weights)
+        progress.end_step()
+        log.advance()
+        run.checkpoints.check()
+        if progress.step_in_epoch == train_set.steps:
+            break
+        if progress.step % FINITE_EVERY == 0:
+            said.require_finite(progress.step)
+        due = keys.save_every_steps is not None and progress.step % keys.save_every_steps == 0
+        late = run.late(run.checkpoints.minutes >= keys.save_every_minutes)
+        stop = run.stop.agreed()
+        if stop or due or late:
+            progress.seconds = time.perf_counter() - started
+            said.require_finite(progress.step)
+            save(run, progress, said)
+        if stop:
+            return False
+    said.require_finite(progress.step)
+    progress.end_epoch(keys.test_every)
+    log.phase(
+        "train",
+        progress.where | outcome_of(run, said).numbers(),
+        seconds=time.perf_counter() - started,
+        target_epoch=progress.target_epoch,
+    )
+    log.scalar("lr", lr, progress.step)
+    return True
+
+
+def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
+    """One optimizer step on this process's part of a batch; returns its logits  on the device."""
+    keys, accelerator = run.config.train_params, run.accelerator
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    parts = accelerator.gradient_accumulation_steps
+    # DDP averages over processes and Accelerate over parts: undone, so that every slice weighs the same.
+    scale = accelerator.num_processes * parts / batch.slices
+    logits = []
+    for part in batch.split(parts):
+        with accelerator.accumulate(run.network):
+            output = run.network(part.images).float()
+            target = part.labels * (1 - keys.label_smoothing) + keys.label_smoothing / 2
+            loss = binary_cross_entropy_with_logits(output, target, part.weights, reduction="sum")
+            accelerator.backward(loss * scale)
+            if accelerator.sync_gradients and keys.gradient_clipping is not None:
+                accelerator.clip_grad_norm_(run.network.parameters(), keys.gradient_clipping)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            logits.append(output.detach())
+    return torch.cat(logits)
+
+
+def test(run: Run, progress: Progress, log: logs.RunLog) -> bool:
+    """Test the network on the seeds it has not seen; False if a stop came first (the state is then saved)."""
+    started = time.perf_counter()
+    network = run.accelerator.unwrap_model(run.network).eval()
+    said = metrics.Predictions(run.accelerator)
+    with torch.inference_mode():
+        for batch in run.test_set.test_batches():
+            said.add(batch.ids, network(batch.images), batch.weights)
+            if run.stop.agreed():
+                save(run, progress)
+                return False
+    outcome = outcome_of(run, said)
+    numbers = progress.where | outcome.numbers(simulations=True)
+    log.phase("test", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
+    log.test_curves(outcome.labels, outcome.logits, progress.step)
+    progress.end_test(metrics.loss(outcome), run.config.train_params.early_stopping)
+    return True
+
+
+def outcome_of(run: Run, said: metrics.Predictions) -> metrics.Outcome:
+    """What the network said in a phase, with what is true."""
+    ids, logits = said.gather()
+    where = datasets.decode(ids.numpy(), run.cubes.size)
+    smoothing = run.config.train_params.label_smoothing
+    return metrics.Outcome(logits.double().numpy(), where.gravity, where.seed, smoothing)
+
+
+def save(run: Run, progress: Progress, said: metrics.Predictions | None = None) -> None:
+    """A checkpoint of where the run stands, with what was said so far in an epoch that is running."""
+    tensors = dict(zip(("ids", "logits"), said.gather(), strict=True)) if said else {}
+    run.checkpoints.save(
+        run.network,
+        run.optimizer,
+        progress=asdict(progress),
+        tensors=tensors,
+        config=run.config.to_dict(),
+        identity=run.identity,
+        test_loss=progress.test_loss,
+    )
+
+
+def export(run: Run, progress: Progress) -> None:
+    """The trained network on its own, for use anywhere."""
+    weights = run.accelerator.get_state_dict(run.network)
+    if run.accelerator.is_main_process:
+        models.export.save(
+            run.config.run / "model",
+            weights,
+            settings=network_settings(run.config, run.cubes),
+            mean=progress.mean,
+            std=progress.std,
+            extra={"run": run.config.model_params.name, "step": progress.step, "epoch": progress.epoch},
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
