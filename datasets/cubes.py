@@ -171,6 +171,25 @@ def check_cubes(path: Path, cubes: Cubes) -> None:
             raise DataError(f"{where} was never written: what made the file did not finish. Make it again.")
 
 
+def slow_chunks(path: Path, cubes: Cubes) -> str | None:
+    """A warning if filters or chunks make reading whole cubes slow, with the command that mends it."""
+    for cube in cubes.values():
+        if cube.chunks is None:
+            continue
+        reasons = [f"passes through filters ({', '.join(cube.filters)})"] if cube.filters else []
+        chunk, row = int(np.prod(cube.chunks)) * cube.dtype.itemsize, cube.chunks[-1] * cube.dtype.itemsize
+        if chunk < CHUNK_BYTES or row < CHUNK_ROW_BYTES:
+            reasons.append(f"is stored in small or thin chunks {cube.chunks}")
+        if reasons:
+            better = path.with_name(f"{path.stem}_contiguous.h5")
+            return (
+                f"{path}: reading whole cubes is slow: /{cube.name} {' and '.join(reasons)}.\n"
+                "Repack the file once: "
+                f"python -m datasets repack {shlex.quote(str(path))} {shlex.quote(str(better))}"
+            )
+    return None
+
+
 def describe_seeds(seeds: Iterable[int]) -> str:
     """Seeds in words: (0, 1, 2, 5) gives "0 to 2, 5"."""
     runs: list[list[int]] = []
@@ -206,13 +225,13 @@ class CubeFile:
         self.path = Path(path)
         with open_cubes(self.path) as file:
             try:
-                self.layout, self._cubes = find_cubes(file)
+                self.layout, self.cubes = find_cubes(file)
                 self.attributes = python_attributes(file.attrs)
             except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damaged metadata
                 raise DataError(f"{self.path}: the file is damaged: {error}") from error
-        check_cubes(self.path, self._cubes)
-        self.size: int = next(iter(self._cubes.values())).shape[0]
-        there = {gravity: {seed for seed, g in self._cubes if g == gravity} for gravity in GRAVITIES}
+        check_cubes(self.path, self.cubes)
+        self.size: int = next(iter(self.cubes.values())).shape[0]
+        there = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(there["newton"] & there["gr"]))
         self._bytes_read = 0
         self._lock = threading.Lock()  # cubes may be read by several threads at once
@@ -234,10 +253,10 @@ class CubeFile:
             f"{self.path}: seeds {describe_seeds(seeds)} are asked for "
             "(data_params.train_seeds and data_params.test_seeds), but"
         ]
-        for gravity, twin in zip(GRAVITIES, reversed(GRAVITIES), strict=True):
-            alone = [seed for seed in missing if (seed, twin) in self._cubes]
+        for twin in GRAVITIES:
+            alone = [seed for seed in missing if (seed, twin) in self.cubes]
             if alone:
-                lines.append(f"  of seeds {describe_seeds(alone)} only the {twin} cube is there, not {gravity}")
+                lines.append(f"  of seeds {describe_seeds(alone)} only the {twin} cube is there")
             missing = [seed for seed in missing if seed not in alone]
         if missing:
             lines.append(f"  there are no cubes of seeds {describe_seeds(missing)}")
@@ -250,7 +269,7 @@ class CubeFile:
         A contiguous, uncompressed, native float32 cube comes straight from its place in the file; any other
         is read and converted by HDF5. Raises DataError if it cannot be read, or holds NaN or infinity.
         """
-        cube = self._cubes[seed, gravity]
+        cube = self.cubes[seed, gravity]
         if cube.direct:
             self._read_direct(cube, out)
         else:
@@ -301,7 +320,7 @@ class CubeFile:
             with open_cubes(self.path) as file:
                 for seed in seeds:
                     for gravity in GRAVITIES:
-                        rows = file[self._cubes[seed, gravity].name][middle, middle : middle + 4]
+                        rows = file[self.cubes[seed, gravity].name][middle, middle : middle + 4]
                         digest.update(np.ascontiguousarray(rows, dtype="<f4").tobytes())
         except (OSError, RuntimeError, KeyError) as error:
             raise DataError(f"{self.path}: the file cannot be read: {error}") from error
@@ -315,20 +334,4 @@ class CubeFile:
 
     def slow_chunks(self) -> str | None:
         """A warning if filters or chunks make reading whole cubes slow, with the command that mends it."""
-        for cube in self._cubes.values():
-            if cube.chunks is None:
-                continue
-            reasons = []
-            if cube.filters:
-                reasons.append(f"it is stored through filters ({', '.join(cube.filters)})")
-            row = cube.chunks[-1] * cube.dtype.itemsize
-            if int(np.prod(cube.chunks)) * cube.dtype.itemsize < CHUNK_BYTES or row < CHUNK_ROW_BYTES:
-                reasons.append(f"its chunks {cube.chunks} are small or thin")
-            if reasons:
-                better = self.path.with_name(f"{self.path.stem}_contiguous.h5")
-                return (
-                    f"{self.path}: reading whole cubes is slow: /{cube.name}: {' and '.join(reasons)}.\n"
-                    f"Repack the file once: python -m datasets repack {shlex.quote(str(self.path))} "
-                    f"{shlex.quote(str(better))}"
-                )
-        return None
+        return slow_chunks(self.path, self.cubes)

@@ -1,0 +1,95 @@
+"""Commands for data files: `python -m datasets synthesize|pack|repack|inspect`."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from .cubes import DataError
+from .inspection import check_plot, plot, report
+from .pack import pack, pack_difference, pack_snapshot, repack
+from .synthetic import write_synthetic
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m datasets", description="Makes and examines cube files.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    synthesize = commands.add_parser("synthesize", help="write a synthetic universe")
+    synthesize.add_argument("out", type=Path, metavar="OUT.h5")
+    synthesize.add_argument("--seeds", type=int, required=True, help="number of seeds, each a pair of twins")
+    synthesize.add_argument("--size", type=int, default=64, help="cells along a side, a multiple of 64 (64)")
+    synthesize.add_argument("--strength", type=float, default=1.0, help="of the GR term; 1 is physical (1)")
+    synthesize.add_argument("--seed", type=int, default=0, help="chooses the universe (0)")
+
+    packing = commands.add_parser("pack", help="pack raw gevolution output into one standardised file")
+    packing.add_argument("raw", type=Path, metavar="RAW_DIR", help="holds seed0000/gr/gr_snap000_phi.h5, ...")
+    packing.add_argument("out", type=Path, metavar="OUT.h5")
+    which = packing.add_mutually_exclusive_group(required=True)
+    which.add_argument("--redshift", type=float, help="pack the potential at this redshift")
+    which.add_argument("--snapshot", type=int, help="pack the potential of the snapshot with this number")
+    which.add_argument(
+        "--difference",
+        type=float,
+        nargs=2,
+        metavar=("Z1", "Z2"),
+        help="pack the potential at Z1 less that at Z2, each divided by its linear growth",
+    )
+
+    repacking = commands.add_parser("repack", help="make a chunked or compressed file fast to read")
+    repacking.add_argument("file", type=Path, metavar="IN.h5")
+    repacking.add_argument("out", type=Path, metavar="OUT.h5")
+
+    inspection = commands.add_parser("inspect", help="say what a file holds and what is wrong with it")
+    inspection.add_argument("file", type=Path, metavar="FILE")
+    inspection.add_argument("--plot", type=Path, metavar="OUT.png", help="draw GR, Newton, the difference")
+
+    for command in (synthesize, packing, repacking, inspection):
+        command.add_argument("--force", action="store_true", help="overwrite the file that is written")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    force = options.force
+    if options.command == "synthesize":
+        write_synthetic(
+            options.out,
+            seeds=options.seeds,
+            size=options.size,
+            strength=options.strength,
+            seed=options.seed,
+            overwrite=force,
+        )
+    elif options.command == "repack":
+        repack(options.file, options.out, overwrite=force)
+    elif options.command == "inspect":
+        if options.plot:
+            check_plot(options.plot, force)
+        print(report(options.file))
+        if options.plot:
+            plot(options.file, options.plot)
+            print(f"drawn: {options.plot}")
+    elif options.redshift is not None:
+        pack(options.raw, options.out, redshift=options.redshift, overwrite=force)
+    elif options.snapshot is not None:
+        pack_snapshot(options.raw, options.out, snapshot=options.snapshot, overwrite=force)
+    else:
+        pack_difference(options.raw, options.out, redshifts=tuple(options.difference), overwrite=force)
+
+
+def main() -> int:
+    """Runs a command; 0: done, 2: something that the user can mend, said on standard error."""
+    options = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which removes the unfinished file
+    try:
+        _run(options)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
