@@ -45,7 +45,7 @@ class LaunchError(ValueError):
 
 def tell(error: Exception) -> None:
     """Print `error` on standard error: once per launch, not once per process, what all raise alike."""
-    if not (isinstance(error, LaunchError) and error.everywhere and os.environ.get("RANK", "0") != "0"):
+    if os.environ.get("RANK", "0") == "0" or not getattr(error, "everywhere", False):
         # One write, so that the lines of several processes do not mix.
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
@@ -149,10 +149,12 @@ def together() -> Iterator[None]:
     except Exception as error:
         mine = error
     report = {"host": socket.gethostname(), "error": f"{type(mine).__name__}: {mine}" if mine else ""}
-    failed = [(rank, other) for rank, other in enumerate(gather(report, RUN_SECONDS)) if other["error"]]
+    reports = gather(report, RUN_SECONDS)
+    failed = [(rank, other) for rank, other in enumerate(reports) if other["error"]]
     if failed:
         outlive_launcher()
     if mine:
+        vars(mine)["everywhere"] = all(other["error"] == report["error"] for other in reports)
         raise mine
     if failed:
         rank, other = failed[0]
@@ -187,14 +189,7 @@ def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
         if not seen["mark"] and not other["trouble"]:
             other["trouble"] = f"does not see the run folder of {reports[0]['host']}: {folder} is not shared"
     compare(reports)
-    batch, processes = int(config["train_params"]["batch_size"]), len(reports)
-    if batch % processes:
-        outlive_launcher()
-        near = [n for n in (batch // processes * processes, (batch // processes + 1) * processes) if n]
-        raise LaunchError(
-            f"train_params.batch_size is {batch}, which {processes} processes cannot share evenly\n"
-            f"  allowed: a multiple of {processes}, such as {' or '.join(map(str, near))}"
-        )
+    processes = len(reports)
     hosts = {host: [n for n, r in enumerate(reports) if r["host"] == host] for host in hosts_of(reports)}
     places = ", ".join(f"{host}: {numbers(ranks)}" for host, ranks in hosts.items())
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
@@ -239,6 +234,7 @@ def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, A
         "host": socket.gethostname(),
         "trouble": trouble,
         "device": accelerator.device.type,
+        "mixed precision": accelerator.mixed_precision,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,

@@ -7,7 +7,6 @@ import os
 import platform
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 
 def prepare_process() -> None:
-    """Set what must be set before the first large tensor: allocator, arithmetic, processes on CPUs, threads."""
+    """Set what must stand before the first large tensor: allocator, arithmetic, CPU processes, threads."""
     keep_freed_memory()
     # Once a network is sure of a batch its gradients fall below 1e-38, where a CPU computes 50 times slower.
     # Threads take this over from the one that starts them, so it stands before the first parallel operation.
@@ -146,14 +145,10 @@ class StopSignals:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    LAUNCHER_ECHO = 2.0
-    """Seconds. A launcher passes on the SIGINT of a terminal which its processes got as well."""
-
     def __init__(self) -> None:
         self.name: str | None = None
         """Why to stop: the name of the signal that this process received, or what `request` was told."""
         self._vote = Vote()
-        self._interrupted = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -168,15 +163,9 @@ class StopSignals:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        echo = self.LAUNCHER_ECHO if "LOCAL_RANK" in os.environ else 0.0
-        if not self._interrupted:
-            self._interrupted = now
-        elif now - self._interrupted >= echo:
+        if number == signal.SIGINT:
+            # The kernel acts on the next one, also while Python waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
 
     def request(self, reason: str) -> None:
         """Wish to stop for another reason than a signal, such as the time being up."""
