@@ -130,14 +130,14 @@ class Vote:
         """Every process must call this equally often."""
         if not dist.is_initialized():
             return wish
-        before, self._pending = self._pending, None
-        wishes = torch.tensor([int(wish)], dtype=torch.int32)
-        work = dist.all_reduce(wishes, async_op=True)
-        self._pending = (work, wishes)
+        before = self._pending
+        wishes = torch.tensor([int(wish)])
+        self._pending = dist.all_reduce(wishes, async_op=True), wishes
         if before is None:
             return False
-        before[0].wait()
-        return bool(before[1].item())
+        work, wishes = before
+        work.wait()
+        return bool(wishes.item())
 
 
 class StopSignals:
@@ -173,4 +173,7 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether to stop now, the same on all processes; to be called by all of them once a step."""
-        return self._vote(self.name is not None)
+        stop = self._vote(self.name is not None)
+        if stop:
+            self.request("another process was told to")
+        return stop
