@@ -83,6 +83,11 @@ class DataParams(Section):
     synthetic: Synthetic | None = None
     """If given and `datafile` is absent, a synthetic universe is written there once."""
 
+    @property
+    def slicing(self) -> dict[str, Any]:
+        """How slices are cut from cubes, and from where."""
+        return self.model_dump(include={"axes", "channels", "newton_augmentation", "symmetries", "cache"})
+
     @field_validator("axes")
     @classmethod
     def _each_axis_once(cls, axes: list[int]) -> list[int]:
@@ -171,6 +176,20 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as YAML and JSON hold it."""
         return self.model_dump(mode="json")
+
+    def on_hardware(self, processes: int, mixed_precision: str, accumulation: int) -> Config:
+        """This experiment with what the accelerate configuration decides filled in.
+
+        Raises ConfigError where a batch cannot be shared out in equal parts of at least two slices.
+        """
+        batch, parts = self.train_params.batch_size, processes * accumulation
+        if batch % parts or batch // parts < 2:
+            raise ConfigError(
+                f"train_params.batch_size: found {batch}, allowed: a multiple of {parts} and at least "
+                f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation})"
+            )
+        decided = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulation}
+        return self.model_copy(update={"train_params": self.train_params.model_copy(update=decided)})
 
     def save(self) -> None:
         """Write `config.yaml` into the run's folder. Raises OSError where that cannot be written."""
@@ -320,14 +339,4 @@ def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             f"{run}: this run was started with other settings:\n  "
             + "\n  ".join(lines)
             + "\nallowed: the same settings, or another model_params.name"
-        )
-
-
-def require_parts(batch_size: int, processes: int, accumulation: int) -> None:
-    """Raise ConfigError where a batch cannot be shared out in equal parts of at least two slices."""
-    parts = processes * accumulation
-    if batch_size % parts or batch_size // parts < 2:
-        raise ConfigError(
-            f"train_params.batch_size: found {batch_size}, allowed: a multiple of {parts} and at least "
-            f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation})"
         )

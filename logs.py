@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,13 @@ SCALARS = (
 # What the console shows, and what TensorBoard compares runs by.
 SHOWN = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
 METRICS_FILE = "metrics.jsonl"
+
+
+def listen(*, main: bool) -> None:
+    """Show what the rooms of this program log: notes of the main process, warnings of all."""
+    logging.basicConfig(format="%(message)s")
+    for room in ("checkpoint", "datasets", "models", "runtime", "state"):
+        logging.getLogger(room).setLevel(logging.INFO if main else logging.WARNING)
 
 
 class RunLog:

@@ -81,15 +81,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: experiment.Config, *, preflight_only: bool) -> None:
     """One run from its start, or from where it was left, to its end."""
-    accelerator, config = start(config)
+    keys = config.train_params
+    runtime.connect()
+    accelerator = Accelerator(mixed_precision=keys.mixed_precision)
+    if keys.gradient_accumulation_steps is not None:
+        accelerator.gradient_accumulation_steps = keys.gradient_accumulation_steps
+    config = config.on_hardware(
+        accelerator.num_processes, accelerator.mixed_precision, accelerator.gradient_accumulation_steps
+    )
+    logs.listen(main=accelerator.is_main_process)
     if preflight_only or accelerator.num_processes > 1:
-        report = runtime.preflight(accelerator, config.to_dict())
-        accelerator.print(report)
+        accelerator.print(runtime.preflight(accelerator, config.to_dict()))
     if preflight_only:
         return
     with runtime.StopSignals() as stop:
-        if config.train_params.max_minutes is not None:
-            clock = threading.Timer(60 * config.train_params.max_minutes, stop.request, ["max_minutes"])
+        if keys.max_minutes is not None:
+            clock = threading.Timer(60 * keys.max_minutes, stop.request, ["max_minutes"])
             clock.daemon = True
             clock.start()
         run, progress, tensors = open_run(config, accelerator, stop)
@@ -112,19 +119,6 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
             run.checkpoints.finish()
         if progress.finished:
             export(run, progress)
-
-
-def start(config: experiment.Config) -> tuple[Accelerator, experiment.Config]:
-    """The accelerator, and the configuration with what the accelerate configuration decides filled in."""
-    keys = config.train_params
-    runtime.connect()
-    accelerator = Accelerator(mixed_precision=keys.mixed_precision)
-    if keys.gradient_accumulation_steps is not None:
-        accelerator.gradient_accumulation_steps = keys.gradient_accumulation_steps
-    parts = accelerator.gradient_accumulation_steps
-    experiment.require_parts(keys.batch_size, accelerator.num_processes, parts)
-    decided = {"mixed_precision": accelerator.mixed_precision, "gradient_accumulation_steps": parts}
-    return accelerator, config.model_copy(update={"train_params": keys.model_copy(update=decided)})
 
 
 def open_run(
@@ -163,6 +157,9 @@ def open_run(
             for seeds in (train_seeds, test_seeds)
         )
         network = build_network(config, accelerator, cubes)
+        accelerator.print(
+            f"{len(train_set)} slices train, {train_set.steps} steps an epoch; {len(test_set)} test"
+        )
     optimizer = torch.optim.Adam(
         network.parameters(), lr=keys.lr, betas=keys.betas, weight_decay=keys.weight_decay, fused=True
     )
@@ -177,20 +174,8 @@ def open_run(
     with runtime.together():
         if accelerator.is_main_process:
             config.save()
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        stop=stop,
-        late=runtime.Vote(),
-        cubes=cubes,
-        train_set=train_set,
-        test_set=test_set,
-        network=network,
-        optimizer=optimizer,
-        checkpoints=checkpoints,
-        identity=identity,
-    )
-    return run, progress, tensors
+    parts = (cubes, train_set, test_set, network, optimizer, checkpoints, identity)
+    return Run(config, accelerator, stop, runtime.Vote(), *parts), progress, tensors
 
 
 def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range) -> datasets.CubeFile:
@@ -202,6 +187,7 @@ def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range
     with runtime.together():
         cubes = datasets.CubeFile(data.datafile)
         cubes.require(seeds)
+        cubes.require_finite(seeds)
     return cubes
 
 
@@ -259,12 +245,8 @@ def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: l
             return False
     said.require_finite(progress.step)
     progress.end_epoch(keys.test_every)
-    log.phase(
-        "train",
-        progress.where | outcome_of(run, said).numbers(),
-        seconds=time.perf_counter() - started,
-        target_epoch=progress.target_epoch,
-    )
+    numbers = progress.where | outcome_of(run, said).numbers()
+    log.phase("train", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
     log.scalar("lr", lr, progress.step)
     return True
 
@@ -337,7 +319,7 @@ def export(run: Run, progress: Progress) -> None:
     """The trained network on its own, for use anywhere."""
     weights = run.accelerator.get_state_dict(run.network)
     if run.accelerator.is_main_process:
-        models.export.save(
+        models.save(
             run.config.run / "model",
             weights,
             settings=network_settings(run.config, run.cubes),

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
+CHECKED_BYTES = 1 << 30  # files up to this size are searched for NaN before a run begins
 CHUNK_BYTES = 64 * 1024  # smaller chunks cost more to find than to copy
 CHUNK_ROW_BYTES = 64  # shorter rows use only a part of each cache line
 
@@ -262,6 +263,17 @@ class CubeFile:
             lines.append(f"  there are no cubes of seeds {describe_seeds(missing)}")
         lines.append(f"Both twins are there of {len(self.seeds)} seeds: {describe_seeds(self.seeds)}.")
         raise DataError("\n".join(lines))
+
+    def require_finite(self, seeds: range) -> None:
+        """Raises DataError if a value of these seeds is NaN or infinite; does nothing for more than CHECKED_BYTES.
+
+        Larger files would delay the start of a run; their cubes are checked as they are read.
+        """
+        cube = np.empty((self.size,) * 3, np.float32)
+        if cube.nbytes * len(GRAVITIES) * len(seeds) <= CHECKED_BYTES:
+            for seed in seeds:
+                for gravity in GRAVITIES:
+                    self.read(seed, gravity, cube)
 
     def read(self, seed: int, gravity: str, out: NDArray[np.float32]) -> None:
         """Reads one cube into `out`, a C-contiguous (N, N, N) float32 array; threads may do so at once.

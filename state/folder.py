@@ -119,7 +119,6 @@ def choose(folder: Path) -> Checkpoint | None:
     What a killed run left half done is tidied up and damaged ones are set aside; a warning names them.
     CheckpointError if only damaged ones are left: a run never silently begins anew. OSError as usual.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     _sync(folder.parent)
     _tidy(folder)
     damaged: list[tuple[Path, str]] = []

@@ -204,8 +204,15 @@ def test_a_continuation_names_every_setting_that_differs(template: Path, tmp_pat
     ]
 
 
-def test_a_batch_is_shared_out_in_equal_parts() -> None:
-    config.require_parts(64, 4, 2)
-    for batch, processes, accumulation in [(64, 3, 1), (64, 1, 3), (4, 4, 1)]:
-        with pytest.raises(config.ConfigError, match=r"train_params\.batch_size: found"):
-            config.require_parts(batch, processes, accumulation)
+def test_what_the_hardware_decides_becomes_part_of_the_experiment(template: Path) -> None:
+    found = config.load(template).on_hardware(4, "bf16", 2).train_params
+    assert (found.mixed_precision, found.gradient_accumulation_steps) == ("bf16", 2)
+
+
+@pytest.mark.parametrize(("batch", "processes", "accumulation"), [(64, 3, 1), (64, 1, 3), (4, 4, 1)])
+def test_a_batch_is_shared_out_in_equal_parts(
+    template: Path, batch: int, processes: int, accumulation: int
+) -> None:
+    loaded = config.load(template, [f"train_params.batch_size={batch}"])
+    with pytest.raises(config.ConfigError, match=rf"train_params\.batch_size: found {batch}"):
+        loaded.on_hardware(processes, "no", accumulation)

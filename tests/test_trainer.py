@@ -1,0 +1,288 @@
+"""Whole runs of the trainer, as a user starts them, in this process."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import config
+import models
+import trainer
+
+Experiment = Callable[..., Path]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "model" / "model.safetensors")
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything under a folder."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+SLICES = 3 * 2 * 2 * 64  # seeds, gravities, axes, positions
+
+
+def test_a_run_leaves_what_the_design_promises(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(epochs=3, test_every=2, batch_size=100)
+    assert trainer.main([str(path)]) == 0
+    run = tmp_path / "runs" / "run"
+    found = lines(run)
+    steps = math.ceil(SLICES / 100)
+    assert [(line["phase"], line["epoch"], line["step"]) for line in found] == [
+        ("train", 1, steps),
+        ("train", 2, 2 * steps),
+        ("test", 2, 2 * steps),
+        ("train", 3, 3 * steps),
+        ("test", 3, 3 * steps),
+    ]
+    common = {"phase", "epoch", "step", "loss", "accuracy", "precision", "recall", "f1", "tpr", "fpr", "auc"}
+    common |= {"tp", "tn", "fp", "fn", "slices", "seconds", "slices_per_second"}
+    for line in found:
+        test = line["phase"] == "test"
+        assert set(line) == common | ({"cube_accuracy", "pair_accuracy"} if test else set())
+        assert line["slices"] == (SLICES // 3 if test else SLICES)
+        assert line["tp"] + line["fn"] == line["tn"] + line["fp"] == line["slices"] // 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["train_params"]["batch_size"] == 100
+    assert [p.name for p in (run / "checkpoints").iterdir()]
+    network = models.load(run / "model")
+    with h5py.File(config.load(path).data_params.datafile) as file:
+        slices = torch.from_numpy(file["gr_seed0003"][:4])[:, None]
+    assert network(slices).shape == (4,)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in shown if line.startswith("epoch")] == [
+        line["phase"] for line in found
+    ]
+
+
+def test_the_same_experiment_gives_the_same_numbers(experiment: Experiment, tmp_path: Path) -> None:
+    for name, cache in [("first", "memory"), ("second", "disk")]:
+        assert (
+            trainer.main([str(experiment(name=f"{name}.yaml", cache=cache)), f"model_params.name={name}"])
+            == 0
+        )
+    first, second = (tmp_path / "runs" / name for name in ("first", "second"))
+    pairs = zip(weights(first).values(), weights(second).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    timeless = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in lines(run)]
+        for run in (first, second)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_finished_run_trains_as_many_epochs_more(experiment: Experiment, tmp_path: Path) -> None:
+    path = experiment(epochs=2)
+    assert [trainer.main([str(path)]) for _ in range(2)] == [0, 0]
+    assert trainer.main([str(path), "model_params.name=whole", "train_params.epochs=4"]) == 0
+    run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
+    assert [line["epoch"] for line in lines(run) if line["phase"] == "train"] == [1, 2, 3, 4]
+    pairs = zip(weights(run).values(), weights(whole).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_settings_that_shape_the_result_may_not_change(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment()
+    assert trainer.main([str(path)]) == 0
+    before = tree(tmp_path)
+    capsys.readouterr()
+    assert trainer.main([str(path), "train_params.lr=0.5", "model_params.dropout=0.1"]) == 2
+    told = capsys.readouterr().err
+    assert "train_params.lr: the run has 0.001, this experiment 0.5" in told
+    assert "model_params.dropout: the run has 0.5, this experiment 0.1" in told
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "PENGUIN", "layer_param": 1},
+        {"channels": 3},
+        {"standardize": "train"},
+        {"gradient_accumulation_steps": 4},
+        {"mixed_precision": "bf16"},
+        {"schedule": "cosine", "warmup_epochs": 0.5, "gradient_clipping": 0.1, "label_smoothing": 0.1},
+        {"deterministic": True, "symmetries": False, "activation": "leaky_relu"},
+        {"early_stopping": 1, "test_every": 1, "lr": 1e-12, "epochs": 9},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_options_train(experiment: Experiment, tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert trainer.main([str(experiment(**changes))]) == 0
+    found = lines(tmp_path / "runs" / "run")
+    assert all(math.isfinite(line["loss"]) for line in found)
+    if "early_stopping" in changes:
+        assert found[-1]["epoch"] < 9
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(experiment: Experiment, tmp_path: Path) -> None:
+    """Without batch statistics and dropout the parts of a batch add up to the batch."""
+    gradients = []
+    for parts in (1, 4):
+        path = experiment(dropout=0.0, gradient_accumulation_steps=parts)
+        run, _, _ = open_run(path)
+        for module in run.network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        run.optimizer.zero_grad = lambda: None  # type: ignore[method-assign]
+        trainer.train_step(run, next(run.train_set.train_batches(0)), 0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.network.parameters()]))
+        (tmp_path / "runs").rename(tmp_path / f"runs{parts}")
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def open_run(path: Path) -> tuple[trainer.Run, trainer.Progress, dict[str, torch.Tensor]]:
+    from accelerate import Accelerator
+
+    loaded = config.load(path)
+    accelerator = Accelerator()
+    parts = loaded.train_params.gradient_accumulation_steps or 1
+    accelerator.gradient_accumulation_steps = parts
+    loaded = loaded.on_hardware(1, "no", parts)
+    return trainer.open_run(loaded, accelerator, trainer.runtime.StopSignals())
+
+
+def test_a_training_that_diverges_stops_and_names_the_step(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(lr=1e38, epochs=9, architecture="PENGUIN", layer_param=1)
+    assert trainer.main([str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "not finite" in told
+    assert "step " in told
+    assert "Traceback" not in told
+
+
+def spoil_with(value: float) -> Callable[[h5py.File], None]:
+    def spoil(file: h5py.File) -> None:
+        file["gr_seed0001"][3, 4, 5] = value
+
+    return spoil
+
+
+def replace(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
+    def spoil(file: h5py.File) -> None:
+        del file[name]
+        file[name] = values
+
+    return spoil
+
+
+def remove(name: str) -> Callable[[h5py.File], None]:
+    def spoil(file: h5py.File) -> None:
+        del file[name]
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (spoil_with(np.nan), ["gr_seed0001"]),
+        (spoil_with(np.inf), ["gr_seed0001"]),
+        (remove("newton_seed0002"), ["of seeds 2 only the gr cube"]),
+        (replace("gr_seed0000", np.zeros((64, 64, 32), "f4")), ["gr_seed0000", "(64, 64, 32)"]),
+        (replace("gr_seed0000", np.zeros((128,) * 3, "f4")), ["128", "64"]),
+        (replace("gr_seed0000", np.full((64,) * 3, b"x")), ["gr_seed0000"]),
+    ],
+    ids=["nan", "infinity", "twin", "not cubic", "sizes", "not numeric"],
+)
+def test_bad_data_is_named_and_nothing_is_created(
+    experiment: Experiment,
+    universe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[h5py.File], None],
+    expected: list[str],
+) -> None:
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(universe.read_bytes())
+    with h5py.File(bad, "r+") as file:
+        spoil(file)
+    path = experiment(datafile=str(bad))
+    refused(path, tmp_path, capsys, [str(bad), *expected])
+
+
+def refused(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], expected: list[str], *overrides: str
+) -> None:
+    before = tree(tmp_path)
+    assert trainer.main([str(path), *overrides]) == 2
+    told = capsys.readouterr().err
+    assert [text for text in expected if text not in told] == [], told
+    assert "Traceback" not in told
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"datafile": "absent.h5"}, ["absent.h5"]),
+        ({"train_seeds": 9}, ["universe.h5", "seeds: 0 to 3"]),
+        ({"batch_size": 4000}, ["train_params.batch_size", "4000"]),
+        ({"architecture": "PENGIUN"}, ["model_params.architecture", "PENGUIN"]),
+        ({"activation": "tanhh"}, ["model_params.activation", "tanhh", "relu"]),
+        ({"gradient_accumulation_steps": 7}, ["train_params.batch_size", "7"]),
+        ({"dropout": 1.5}, ["model_params.dropout", "1.5"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_named_and_nothing_is_created(
+    experiment: Experiment,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    expected: list[str],
+) -> None:
+    refused(experiment(**changes), tmp_path, capsys, expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"no HDF5", None], ids=["empty", "text", "truncated"])
+def test_a_file_that_is_no_cube_file(
+    experiment: Experiment,
+    universe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+) -> None:
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(universe.read_bytes()[:-1000] if content is None else content)
+    refused(experiment(datafile=str(bad)), tmp_path, capsys, [str(bad)])
+
+
+def test_a_run_folder_that_cannot_be_written(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    refused(experiment(), tmp_path, capsys, ["runs"])
+
+
+def test_a_synthetic_universe_is_written_once(experiment: Experiment, tmp_path: Path) -> None:
+    data = tmp_path / "made.h5"
+    path = experiment(datafile=str(data), synthetic={"size": 64, "strength": 100.0})
+    assert trainer.main([str(path)]) == 0
+    made = data.stat().st_mtime_ns
+    assert trainer.main([str(path)]) == 0
+    assert data.stat().st_mtime_ns == made
+
+
+def test_preflight_does_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
+    assert trainer.main([str(experiment()), "--preflight"]) == 0
+    assert not (tmp_path / "runs").exists()
