@@ -220,7 +220,7 @@ def verify(run: Path) -> bool:
     """Print every checkpoint of `run`; True if there is a complete one and no damaged one."""
     complete = damaged = 0
     print(f"{'checkpoint':<24}{'epoch':>6}{'MiB':>8}{'test loss':>11}  state")
-    for path in sorted((run / "checkpoints").glob("step_*")):
+    for path in sorted((run / "checkpoints").glob("step_[0-9]*")):
         checkpoint, kind = Checkpoint(path), path.suffix
         problem = checkpoint.problem()
         epoch, size, loss = "-", "-", None

@@ -119,7 +119,8 @@ def choose(folder: Path) -> Checkpoint | None:
     What a killed run left half done is tidied up and damaged ones are set aside; a warning names them.
     CheckpointError if only damaged ones are left: a run never silently begins anew. OSError as usual.
     """
-    _sync(folder.parent)
+    if not folder.is_dir():
+        return None
     _tidy(folder)
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(existing(folder)):
@@ -173,6 +174,7 @@ def write(folder: Path, parts: dict[str, dict[str, Tensor]], state: bytes) -> No
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        _sync(folder.parent.parent)  # the folder of checkpoints may be new
         # Serialised in memory: save_file gives its files the owner's permissions only, whatever the umask.
         files = {}
         for part, tensors in parts.items():

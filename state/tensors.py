@@ -85,7 +85,8 @@ def restore(
     torch.manual_seed(torch_seed)  # every device's generator too
     np.random.seed(numpy_seed)
     random.seed(python_seed)
-    rows = {name: states[process] for name, states in parts["random"].items() if process < len(states)}
+    # Cloned, because torch reads a generator's state as aligned words and crashes in the middle of a file.
+    rows = {name: rows[process].clone() for name, rows in parts["random"].items() if process < len(rows)}
     _set_generators(rows, accelerator.device)
 
 
@@ -151,4 +152,4 @@ def _as_bytes(numbers: list[Any]) -> Tensor:
 
 
 def _from_bytes(state: Tensor) -> list[float]:
-    return state.clone().view(torch.float64).tolist()
+    return state.view(torch.float64).tolist()
