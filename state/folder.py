@@ -173,8 +173,10 @@ def write(folder: Path, parts: dict[str, dict[str, Tensor]], state: bytes) -> No
     partial = folder.with_name(folder.name + PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
+        first = not folder.parent.exists()
         partial.mkdir(parents=True)
-        _sync(folder.parent.parent)  # the folder of checkpoints may be new
+        if first:
+            _sync(folder.parent.parent)
         # Serialised in memory: save_file gives its files the owner's permissions only, whatever the umask.
         files = {}
         for part, tensors in parts.items():
