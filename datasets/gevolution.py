@@ -149,7 +149,7 @@ def cosmology(settings: dict[str, str]) -> Cosmology:
     """
     if "m_ncdm" in settings:
         raise DataError(
-            f"gevolution's settings have m_ncdm = {settings['m_ncdm']}: with massive neutrinos the growth depends "
+            f"gevolution's settings have m_ncdm = {settings['m_ncdm']}: massive neutrinos make growth depend "
             "on the scale, and --difference is not defined."
         )
     h = number(settings, "h")

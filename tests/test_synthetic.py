@@ -1,0 +1,135 @@
+"""The synthetic universe: its physics, and that a file follows from its arguments alone."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from datasets.cosmology import Cosmology
+from datasets.cubes import GRAVITIES, CubeFile, DataError
+from datasets.synthetic import BOX_SIZE, REDSHIFT, Universe, write_synthetic
+
+N = 64
+
+
+def wavenumbers() -> np.ndarray:
+    """|k| in h/Mpc of the modes of rfftn."""
+    whole, half = np.fft.fftfreq(N, BOX_SIZE / N), np.fft.rfftfreq(N, BOX_SIZE / N)
+    return 2 * np.pi * np.sqrt(whole[:, None, None] ** 2 + whole[None, :, None] ** 2 + half**2)
+
+
+def twins(universe: Universe, seed: int = 0, index: int = 0) -> dict[str, np.ndarray]:
+    return {gravity: values.copy() for gravity, values in universe.twins(seed, index)}
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 15.0])
+def test_twins_differ_by_the_horizon_term_and_nothing_else(strength: float) -> None:
+    pair = twins(Universe(N, strength))
+    modes = {gravity: np.fft.rfftn(pair[gravity].astype(np.float64)) for gravity in GRAVITIES}
+    k = wavenumbers()
+    inside = k > 0
+    expected = k**2 / np.where(inside, k**2 + 3 * strength * Cosmology().conformal_hubble(REDSHIFT) ** 2, 1)
+    error = np.abs(modes["gr"] - modes["newton"] * expected)
+    assert error.max() < 1e-5 * np.abs(modes["newton"]).max()
+    assert strength or np.array_equal(pair["gr"], pair["newton"])
+
+
+def test_the_longest_wave_is_weakened_as_documented() -> None:
+    fundamental = 2 * np.pi / BOX_SIZE
+    horizon = 3 * Cosmology().conformal_hubble(REDSHIFT) ** 2
+    assert 1 - 1 / (1 + horizon / fundamental**2) == pytest.approx(0.15, abs=0.005)
+    assert 1 - 1 / (1 + horizon / (4 * fundamental) ** 2) == pytest.approx(0.01, abs=0.002)
+
+
+def test_the_spectrum_is_that_of_linear_theory() -> None:
+    universe, seeds, k = Universe(N, 1.0), 8, wavenumbers()
+    power = np.zeros_like(k)
+    for index in range(seeds):
+        values = twins(universe, index=index)["newton"].astype(np.float64) * np.sqrt(universe.variance)
+        power += np.abs(np.fft.rfftn(values)) ** 2 * BOX_SIZE**3 / N**6 / seeds
+    fundamental = 2 * np.pi / BOX_SIZE
+    for low in (2, 4, 8, 16, 32, 48):
+        shell = (k >= low * fundamental) & (k < 1.5 * low * fundamental)
+        ratio = power[shell] / Cosmology().potential_power(k[shell], REDSHIFT)
+        spread = 1 / np.sqrt(seeds * shell.sum() / 2)  # some modes of a half cube are conjugates of others
+        assert ratio.mean() == pytest.approx(1, abs=5 * spread)
+        assert ratio.std() == pytest.approx(1 / np.sqrt(seeds), rel=0.2)  # as a Gaussian field's
+
+
+def test_values_are_standardised_by_the_ensemble() -> None:
+    universe = Universe(N, 15.0)
+    cubes = [values for index in range(24) for values in twins(universe, index=index).values()]
+    assert np.abs([values.mean() for values in cubes]).max() < 1e-6
+    assert np.mean([values.var() for values in cubes]) == pytest.approx(1, abs=0.05)
+
+
+def test_a_larger_strength_changes_the_newtonian_twin_only_by_a_factor() -> None:
+    weak, strong = Universe(N, 1.0), Universe(N, 100.0)
+    a, b = (twins(u)["newton"] * np.sqrt(u.variance) for u in (weak, strong))
+    assert np.abs(a - b).max() < 1e-6 * np.abs(a).max()
+
+
+def write(path: Path, **changes: Any) -> dict[str, np.ndarray]:
+    write_synthetic(path, **{"seeds": 2, "size": N, "strength": 15.0, "seed": 3} | changes)
+    with h5py.File(path) as file:
+        return {name: file[name][...] for name in file}
+
+
+def test_a_cube_depends_on_the_universe_and_its_number_alone(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.h5")
+    again = write(tmp_path / "b.h5")
+    more = write(tmp_path / "c.h5", seeds=3)
+    other = write(tmp_path / "d.h5", seed=4)
+    assert list(first) == ["gr_seed0000", "gr_seed0001", "newton_seed0000", "newton_seed0001"]
+    for name, values in first.items():
+        assert np.array_equal(values, again[name])
+        assert np.array_equal(values, more[name])
+        assert not np.array_equal(values, other[name])
+    assert not np.array_equal(first["gr_seed0000"], first["gr_seed0001"])
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_the_file_is_a_packed_one_to_be_read_straight(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    cubes = CubeFile(tmp_path / "a.h5")
+    assert (cubes.layout, cubes.size, cubes.seeds) == ("packed", N, (0, 1))
+    assert all(cube.direct for cube in cubes.cubes.values())
+    attributes = cubes.attributes
+    assert attributes["variance"] == pytest.approx(attributes["std"] ** 2)
+    assert 3e-5 < attributes["std"] < 6e-5  # as in simulations
+    expected = {
+        "mean": 0.0,
+        "box_size": 5120.0,
+        "box_size_unit": "Mpc/h",
+        "redshift": 1.0,
+        "synthetic": True,
+        "strength": 15.0,
+        "seed": 3,
+        "gravities": ["newton", "gr"],
+        "field": "phi",
+        "h": 0.67556,
+    }
+    assert {key: attributes[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": 0},
+        {"size": 0},
+        {"size": 96},
+        {"size": -64},
+        {"strength": -1.0},
+        {"strength": float("nan")},
+        {"strength": float("inf")},
+        {"seed": -1},
+    ],
+)
+def test_what_cannot_be_made(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="Allowed are") as caught:
+        write(tmp_path / "folder" / "a.h5", **changes)
+    key, value = next(iter(changes.items()))
+    assert f"{key} = {value}" in str(caught.value)
+    assert not list(tmp_path.iterdir())
