@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,21 +156,21 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
     )
 
 
-def check_cubes(path: Path, cubes: Cubes) -> None:
-    """Raises DataError for a cube that is not (N, N, N) real numbers, N one multiple of 64 for all cubes."""
-    first = next(iter(cubes.values()))
+def problems(cubes: Cubes) -> Iterator[str]:
+    """What is wrong with each cube that is not (N, N, N) real numbers, N one multiple of 64 for all cubes."""
+    usual = Counter(cube.shape for cube in cubes.values()).most_common(1)[0][0]
     for cube in cubes.values():
-        where, shape = f"{path}: cube /{cube.name}", cube.shape
+        where, shape = f"cube /{cube.name}", cube.shape
         if cube.dtype.kind not in "fiu":
-            raise DataError(f"{where} is not numeric, but {cube.dtype}; floats or integers are needed.")
-        if len(shape) != 3 or len(set(shape)) != 1:
-            raise DataError(f"{where} is not cubic: its shape is {shape}; (N, N, N) is needed.")
-        if shape != first.shape:
-            raise DataError(f"{where} has the shape {shape}, /{first.name} {first.shape}; all must be equal.")
-        if shape[0] == 0 or shape[0] % SIZE_UNIT:
-            raise DataError(f"{where} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}.")
-        if not cube.written:
-            raise DataError(f"{where} was never written: what made the file did not finish. Make it again.")
+            yield f"{where} is not numeric, but {cube.dtype}; floats or integers are needed."
+        elif len(shape) != 3 or len(set(shape)) != 1:
+            yield f"{where} is not cubic: its shape is {shape}; (N, N, N) is needed."
+        elif shape[0] == 0 or shape[0] % SIZE_UNIT:
+            yield f"{where} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}."
+        elif shape != usual:
+            yield f"{where} has the shape {shape}, others have {usual}; all must be equal."
+        elif not cube.written:
+            yield f"{where} was never written: what made the file did not finish. Make it again."
 
 
 def slow_chunks(path: Path, cubes: Cubes) -> str | None:
@@ -230,7 +231,8 @@ class CubeFile:
                 self.attributes = python_attributes(file.attrs)
             except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damaged metadata
                 raise DataError(f"{self.path}: the file is damaged: {error}") from error
-        check_cubes(self.path, self.cubes)
+        for problem in problems(self.cubes):
+            raise DataError(f"{self.path}: {problem}")
         self.size: int = next(iter(self.cubes.values())).shape[0]
         there = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(there["newton"] & there["gr"]))
@@ -265,9 +267,9 @@ class CubeFile:
         raise DataError("\n".join(lines))
 
     def require_finite(self, seeds: range) -> None:
-        """Raises DataError if a value of these seeds is NaN or infinite; does nothing for more than CHECKED_BYTES.
+        """Raises DataError if a value of these seeds is NaN or infinite, unless they have over CHECKED_BYTES.
 
-        Larger files would delay the start of a run; their cubes are checked as they are read.
+        That many would delay the start of a run; each cube is checked as it is read anyway.
         """
         cube = np.empty((self.size,) * 3, np.float32)
         if cube.nbytes * len(GRAVITIES) * len(seeds) <= CHECKED_BYTES:

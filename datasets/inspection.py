@@ -20,10 +20,10 @@ from .cubes import (
     Cube,
     Cubes,
     DataError,
-    check_cubes,
     describe_seeds,
     find_cubes,
     open_cubes,
+    problems,
     python_attributes,
     slow_chunks,
 )
@@ -74,11 +74,11 @@ def report(path: Path) -> str:
         rows.append(("all values", f"mean {together.mean:.6g}, std {np.sqrt(together.variance):.6g}"))
     rows.append(("attributes", "" if attributes else "none"))
     rows += [(f"  {key}", str(value)) for key, value in attributes.items()]
-    problems = _problems(path, cubes, seeds, findings)
-    rows.append(("problems", "" if problems else "none"))
+    wrong = _problems(path, cubes, seeds, findings)
+    rows.append(("problems", "" if wrong else "none"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join(lines + [f"  {problem}" for problem in problems])
+    return "\n".join(lines + [f"  {problem}" for problem in wrong])
 
 
 def _distinct(texts: Iterator[str]) -> str:
@@ -95,7 +95,7 @@ def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
     findings = _Findings()
     for (_, gravity), cube in tqdm(cubes.items(), desc="reading", unit="cube", disable=None):
         if cube.dtype.kind not in "fiu" or not cube.written:
-            continue  # named by check_cubes
+            continue  # named by problems()
         bad = 0
         try:
             for slab in _slabs(file[cube.name]):
@@ -120,26 +120,19 @@ def _slabs(data: h5py.Dataset) -> Iterator[NDArray[np.float64]]:
 
 
 def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _Findings) -> list[str]:
-    problems = []
+    found = []
     for gravity, twin in zip(GRAVITIES, reversed(GRAVITIES), strict=True):
         if alone := seeds[twin] - seeds[gravity]:
-            problems.append(f"missing twins: no {gravity} cube of seeds {describe_seeds(alone)}")
+            found.append(f"missing twins: no {gravity} cube of seeds {describe_seeds(alone)}")
     together = seeds["newton"] | seeds["gr"]
     if gaps := set(range(max(together) + 1)) - together:
-        problems.append(f"missing seeds: {describe_seeds(gaps)}; training takes seeds from 0 without gaps")
-    for entry in cubes.items():
-        try:
-            check_cubes(path, dict([next(iter(cubes.items())), entry]))
-        except DataError as error:
-            problems.append(str(error).removeprefix(f"{path}: "))
-    for kind in (findings.not_finite, findings.unreadable):
-        problems += kind
+        found.append(f"missing seeds: {describe_seeds(gaps)}; training takes seeds from 0 without gaps")
+    found += [*problems(cubes), *findings.not_finite, *findings.unreadable]
     if slow := slow_chunks(path, cubes):
-        problems += slow.removeprefix(f"{path}: ").splitlines()
-    problems = list(dict.fromkeys(problems))
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"... and {len(problems) - MOST_PROBLEMS} more"]
-    return problems
+        found += slow.removeprefix(f"{path}: ").splitlines()
+    if len(found) > MOST_PROBLEMS:
+        found[MOST_PROBLEMS:] = [f"... and {len(found) - MOST_PROBLEMS} more"]
+    return found
 
 
 def check_plot(out: Path, overwrite: bool) -> None:
