@@ -72,10 +72,14 @@ def connect() -> None:
     if processes == 1:
         return
     rank, limit = int(os.environ["RANK"]), timedelta(seconds=LAUNCH_SECONDS)
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     backend = "gloo" if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else None
+    # torchrun and accelerate keep the store themselves.
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        server = dist.TCPStore(host, port, processes, keeps, timeout=limit, wait_for_workers=False)
+        # After a worker died torchrun starts all anew, with the same store and what was said in it.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
         missing = await_all(store, rank, processes)
         if not missing:
             dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=limit)
@@ -86,14 +90,15 @@ def connect() -> None:
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"process {rank} of {processes} on {socket.gethostname()} could not meet the others\n"
-            f"  meeting point: {address} (MASTER_ADDR:MASTER_PORT)\n  found: {str(error).splitlines()[0]}\n"
+            f"  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)\n"
+            f"  found: {str(error).splitlines()[0]}\n"
             "  needed: that address reachable from every host, and, where hosts have several networks,\n"
             "  GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME naming the one that joins them",
             everywhere=False,
         ) from error
     if missing:
         outlive_launcher()
-        raise LaunchError(f"{missing}\n  meeting point: {address} (MASTER_ADDR:MASTER_PORT)")
+        raise LaunchError(f"{missing}\n  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)")
 
 
 def await_all(store: dist.Store, rank: int, processes: int) -> str:

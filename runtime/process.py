@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+CGROUP_OF_SELF, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 
 def prepare_process() -> None:
     """Set what must stand before the first large tensor: allocator, arithmetic, CPU processes, threads."""
@@ -39,9 +41,10 @@ def prepare_process() -> None:
         warn_of_lone_process()
     if not threads_were_chosen():
         threads = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(threads)
-        if "numba" in sys.modules:
+        if "numba" in sys.modules:  # first, because the two may share their pool of threads
             sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets them anew
 
 
 def world_size() -> int:
@@ -103,9 +106,9 @@ def available_cores() -> int:
     if "SLURM_CPUS_PER_TASK" in os.environ:
         limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
     try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-        group = next((line[3:].lstrip("/") for line in groups if line.startswith("0::")), "")
-        for folder in (Path("/sys/fs/cgroup", group), *Path("/sys/fs/cgroup", group).parents):
+        groups = CGROUP_OF_SELF.read_text().splitlines()
+        group = CGROUPS / next((line[3:].lstrip("/") for line in groups if line.startswith("0::")), "")
+        for folder in (group, *group.parents):
             if (folder / "cpu.max").is_file():
                 quota, period = (folder / "cpu.max").read_text().split()
                 if quota != "max":

@@ -1,0 +1,66 @@
+"""Launches of trainer.py with several processes each, all forked from one that has imported it.
+
+    python tests/forked.py LAUNCHES.json
+
+Importing torch takes seconds, and a launch by accelerate or torchrun does it in every process. LAUNCHES.json
+is a list of {"processes": n, "arguments": [[...] of each process], "out": folder, "environment": {...}}; each
+process writes what it did to out/RANK.json. Processes meet as torchrun's do, by the same variables.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets
+import trainer
+
+
+def launch(processes: int, arguments: list[list[str]], out: str, environment: dict[str, str]) -> None:
+    """Run one launch to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    Path(out).mkdir(parents=True)
+    os.environ.update(environment)
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            if processes > 1:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+                os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                os.environ |= {"LOCAL_WORLD_SIZE": str(processes)}
+            run(arguments[rank], Path(out, f"{rank}.json"))
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def run(arguments: list[str], out: Path) -> None:
+    """`trainer.main`, with the slices, weights and learning rate of each step written down."""
+    steps: list[dict[str, Any]] = []
+    step = trainer.train_step
+
+    def recorded(run: trainer.Run, batch: datasets.Batch, lr: float) -> Any:
+        steps.append({"ids": batch.ids.tolist(), "weights": batch.weights.tolist(), "lr": lr})
+        return step(run, batch, lr)
+
+    trainer.train_step = recorded
+    try:
+        status = trainer.main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    out.write_text(json.dumps({"status": status, "steps": steps}))
+
+
+if __name__ == "__main__":
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        launch(**one)
