@@ -1,30 +1,29 @@
-"""Where cubes live while training: a window of them (``disk``), all in host memory, or all on the device.
+"""Where cubes live while training: a window of them, all in host memory, or all on the device.
 
-Whatever the cache, cubes pass through the same steps (read, standardised, rotated) and slices are cut from the same
-numbers, so batches are equal bit for bit.
+Whatever the cache, cubes take the same steps (read, standardised, rotated) and slices are copied from the
+same numbers, so batches are equal bit for bit.
 
-**Memory.** Cubes of N^3 float32 are held in pairs (both twins of a seed), each with a rotated copy if axis 2 is cut:
+**Memory.** Cubes are held in pairs, both twins of a seed, each with a rotated copy if axis 2 is cut:
 
-    pair = 2 * N^3 * 4 bytes * (2 if axis 2 is cut else 1)                      (256 MiB at N = 256)
+    bytes of a pair = 2 * 4 * N^3 * (2 if axis 2 is cut else 1)             256 MiB at N = 256
 
-``memory`` holds the pairs of this process's share, about S / W of S training seeds on W processes. ``disk`` holds
+    memory    the pairs of this process's share: S / W (S seeds, W processes) and those shared with others
+    disk      min(share, open + AHEAD) pairs; `open` are those that the order needs at one time: see `order`,
+              8 w / W for its w, and some more where a batch takes a large part of a simulation
+    device    the share without rotated copies on the device, and AHEAD pairs in host memory
 
-    pairs = min(share, open + AHEAD)          open = (lanes of this process) * w + 1 or 2, see `order`
-
-so at N = 256 and one process 8 + 1 or 2 pairs, about 2.5 GiB, whatever the size of the file. ``device`` holds the share on the
-device, without rotated copies, and AHEAD pairs in host memory. The memory is taken once and used again, epoch after
-epoch; a pair that is still in it when it is needed again is not read again.
+So `disk` takes 8 + 2 pairs or 2.5 GiB at N = 256 on one process, whatever the size of the file. The memory is
+taken once and used again, epoch after epoch; a pair that still lies in it when it is needed is not read
+again. To this come a batch of images, and for each seed 0.1 MiB of ids and views (N = 256, one channel).
 """
 
-import logging
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -35,15 +34,11 @@ from .order import Ids
 
 AHEAD = 2  # pairs that are read before they are needed
 READERS = 2  # threads that read, so that both twins of a seed come at the same time
-FREE_SHARE = (
-    0.4  # of the free memory that `auto` takes; the test set may take as much, the network needs the rest
-)
-
-log = logging.getLogger(__name__)
+MOST_CUTTERS = 8  # threads that cut; more do not help, they wait for memory
 
 
 class Preparation(NamedTuple):
-    """What is done to a cube when it is loaded: (cube - mean) / std, Newtonian cubes times newton_augmentation."""
+    """What is done to cubes as they are loaded: (cube - mean) / std; Newtonian ones * newton_augmentation."""
 
     mean: float
     std: float
@@ -51,33 +46,26 @@ class Preparation(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which pairs an epoch needs, in the order of their first use, and from which step to which."""
+    """The pairs that an epoch needs, in the order of their first use: (pair, first step, last step)."""
 
-    pairs: Ids
-    first: Ids
-    last: Ids
-    steps: int
-
-    @property
-    def most_open(self) -> int:
-        """The largest number of pairs that are needed at one time."""
-        change = np.bincount(self.first, minlength=self.steps + 1) - np.bincount(
-            self.last + 1, minlength=self.steps + 1
-        )
-        return int(np.cumsum(change).max())
+    uses: list[tuple[int, int, int]]
+    most_open: int  # pairs that are needed at one time
 
 
-def plan(pairs: Ids) -> Plan:
-    """The plan of an epoch whose row s (steps, rows) names the pair of each slice of step s."""
+def plan(pairs: Ids, first_step: int) -> Plan:
+    """The plan of an epoch from `first_step` on; `pairs` (steps, rows) holds the pair of each slice."""
     steps, rows = pairs.shape
     names, first = np.unique(pairs, return_index=True)
     _, from_end = np.unique(pairs.ravel()[::-1], return_index=True)
+    first, last = first // rows, (pairs.size - 1 - from_end) // rows
+    changes = np.bincount(first, minlength=steps + 1) - np.bincount(last + 1, minlength=steps + 1)
     order = np.argsort(first, kind="stable")
-    return Plan(names[order], first[order] // rows, (pairs.size - 1 - from_end[order]) // rows, steps)
+    uses = zip(names[order].tolist(), first[order].tolist(), last[order].tolist(), strict=True)
+    return Plan([use for use in uses if use[2] >= first_step], int(np.cumsum(changes).max()))
 
 
 class HostCache:
-    """Pairs of cubes in host memory: those that are needed soon (``disk``), or all of this process's (``memory``)."""
+    """Pairs of cubes in host memory: those needed soon (`disk`), or the process's whole share (`memory`)."""
 
     def __init__(
         self,
@@ -85,93 +73,89 @@ class HostCache:
         seeds: range,
         preparation: Preparation,
         *,
-        axes: tuple[int, ...],
+        rotated: bool,
         channels: int,
         device: torch.device,
         keep: bool,
     ) -> None:
         self.name = "memory" if keep else "disk"
-        self.keep, self.rotated = keep, 2 in axes
         self.cubes, self.seeds, self.preparation = cubes, seeds, preparation
-        self.channels, self.device = channels, device
+        self.rotated, self.channels, self.device, self.keep = rotated, channels, device, keep
         size = cubes.size
-        self._shape = (len(GRAVITIES), 2 if self.rotated else 1, size, size, size)
+        self._shape = (len(GRAVITIES), 2 if rotated else 1, size, size, size)
         self._resize(0)
-        self._walking = False
+        self._busy = False
 
-    def walk(self, plan: Plan, first_step: int) -> Iterator[int]:
-        """Yields first_step, first_step + 1, ...: while it waits after step s, the slices of s can be cut.
+    def images(self, ids: Ids, symmetries: Ids, first_step: int) -> Iterator[Tensor]:
+        """For each row of `ids` (steps, rows) from `first_step` on the images (rows, C, N, N) of its slices.
 
-        Reads ahead in threads, which end with the iteration. Raises DataError for cubes that cannot be read.
+        They are on the device, channels last, in memory of their own. Cubes are read ahead by threads, which
+        end with the iteration. Raises DataError for a cube that cannot be read.
         """
-        if self._walking:
-            raise RuntimeError(
-                "the batches of one data set are read by one loop at a time; close the other first"
-            )
-        self._walking = True
-        if (slots := self._slots_for(plan)) > len(self._memory):
-            self._resize(slots)
-        coming = deque((p, f, e) for p, f, e in zip(*plan[:3], strict=True) if e >= first_step)
+        if self._busy:
+            raise RuntimeError("one loop at a time reads the batches of a data set: close the other first")
+        pairs = ids // (6 * self.cubes.size) - self.seeds.start
+        coming = plan(pairs, first_step)
+        self._busy = True
         try:
-            with ThreadPoolExecutor(READERS, "cubes") as readers:
+            self._make_room(pairs, coming)
+            where = cutting.views(
+                ids, symmetries, self.cubes.size, channels=self.channels, rotated=self.rotated
+            )
+            with (
+                ThreadPoolExecutor(READERS, "read") as readers,
+                ThreadPoolExecutor(MOST_CUTTERS, "cut") as cutters,
+            ):
                 try:
-                    yield from self._steps(coming, range(first_step, plan.steps), readers)
+                    for step in self._walk(coming, range(first_step, len(ids)), readers):
+                        yield self._cut(pairs[step], Views(*(part[step] for part in where)), cutters)
                 finally:
                     readers.shutdown(cancel_futures=True)
         finally:
             self._settle()
-            self._walking = False
+            self._busy = False
 
-    def cut(self, ids: Ids, symmetries: Ids) -> Tensor:
-        """The images (len(ids), C, N, N) of these slices on the device, channels last, in memory of their own."""
-        size, count = self.cubes.size, len(ids)
-        where = self._views(ids, symmetries, self._places)
-        pinned = self.device.type == "cuda"
-        images = torch.empty((count, self.channels, size, size), pin_memory=pinned)
-        cutting.cut(self._memory.numpy().reshape(-1), *where, images.view(-1, size, size).numpy())
-        return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-
-    def _views(self, ids: Ids, symmetries: Ids, places: Ids) -> Views:
-        size = self.cubes.size
-        pairs = ids // (6 * size) - self.seeds.start
-        return cutting.views(
-            ids, symmetries, places[pairs], size, channels=self.channels, rotated=self.rotated
-        )
-
-    def _slots_for(self, plan: Plan) -> int:
-        return len(plan.pairs) if self.keep else min(len(plan.pairs), plan.most_open + AHEAD)
+    def _make_room(self, pairs: Ids, coming: Plan) -> None:
+        share = len(np.unique(pairs))
+        slots = share if self.keep else min(share, coming.most_open + AHEAD)
+        if slots > len(self._memory):
+            self._resize(slots)
 
     def _resize(self, slots: int) -> None:
-        """Memory for ``slots`` pairs, empty."""
-        self._memory = torch.empty(0)  # given back before more is asked for
-        with torch.inference_mode(False):
-            self._memory = torch.empty((slots, *self._shape))
+        """Takes memory for `slots` pairs, empty. NumPy's lies on huge pages, which makes far rows fast."""
+        self._memory = np.empty(0, np.float32)  # the old is given back before the new is taken
+        if self.device.type == "cuda":
+            with torch.inference_mode(False):
+                self._memory = torch.empty((slots, *self._shape), pin_memory=True).numpy()
+        else:
+            self._memory = np.empty((slots, *self._shape), np.float32)
         self._free = list(range(slots))
-        self._slot: dict[int, int] = {}  # pair -> its place in memory, also while it is being read
+        self._slot: dict[int, int] = {}  # pair -> its place in memory, from when it is being read
         self._idle: dict[int, None] = {}  # pairs in memory that may be overwritten, the longest idle first
         self._reading: dict[int, list[Future[None]]] = {}
-        self._places = np.zeros(len(self.seeds), np.int64)
+        self._places = np.zeros(len(self.seeds), np.int64)  # pair -> where it begins, in floats
 
-    def _steps(
-        self, coming: deque[tuple[int, int, int]], steps: range, readers: ThreadPoolExecutor
-    ) -> Iterator[int]:
-        ends: dict[int, list[int]] = {}
-        for pair, _, last in coming:
-            ends.setdefault(last, []).append(pair)
-        opening = deque(coming)
+    def _walk(self, coming: Plan, steps: range, readers: ThreadPoolExecutor) -> Iterator[int]:
+        """Yields the steps, each when all that it needs is in memory; reads on as far as there is room."""
+        to_read, to_open = deque(coming.uses), deque(coming.uses)
+        closing: dict[int, list[int]] = {}
+        for pair, _, last in coming.uses:
+            closing.setdefault(last, []).append(pair)
         for step in steps:
-            while True:
-                while coming and self._read(coming[0][0], readers):
-                    coming.popleft()
-                if not opening or opening[0][1] > step:
-                    break
-                pair = opening.popleft()[0]
+            self._read_on(to_read, readers)
+            while to_open and to_open[0][1] <= step:
+                pair = to_open.popleft()[0]
                 for future in self._reading.get(pair, ()):
                     future.result()
                 self._reading.pop(pair, None)
-                self._arrived(pair)
+                if self._arrived(pair):
+                    self._read_on(to_read, readers)
             yield step
-            self._idle.update(dict.fromkeys(ends.get(step, ())))
+            self._idle |= {pair: None for pair in closing.get(step, ()) if pair in self._slot}
+
+    def _read_on(self, to_read: deque[tuple[int, int, int]], readers: ThreadPoolExecutor) -> None:
+        while to_read and self._read(to_read[0][0], readers):
+            to_read.popleft()
 
     def _read(self, pair: int, readers: ThreadPoolExecutor) -> bool:
         """Starts reading a pair, unless it is in memory; False if there is no room for it now."""
@@ -187,120 +171,104 @@ class HostCache:
         else:
             return False
         self._slot[pair] = slot
-        self._places[pair] = slot * self._memory[0].numel()
+        self._places[pair] = slot * self._memory[0].size
         self._reading[pair] = [readers.submit(self._load, pair, gravity, slot) for gravity in range(2)]
         return True
 
     def _load(self, pair: int, gravity: int, slot: int) -> None:
-        copies = self._memory[slot, gravity].numpy()
+        copies = self._memory[slot, gravity]
         self.cubes.read(self.seeds[pair], GRAVITIES[gravity], copies[0])
-        mean, std, factor = self.preparation
-        factor = 1.0 if GRAVITIES[gravity] == "gr" else factor
-        if (mean, std, factor) != (0.0, 1.0, 1.0):
-            cutting.standardise(copies[0], mean, std, factor)
+        mean, std, newton = self.preparation
+        factor = 1 / std * (newton if GRAVITIES[gravity] == "newton" else 1)
+        if (mean, factor) != (0, 1):
+            cutting.standardise(copies[0], mean, factor)
         if self.rotated:
             cutting.rotate(copies[0], copies[1])
 
-    def _arrived(self, pair: int) -> None:
-        """Called when a pair is needed for the first time and lies in host memory."""
+    def _arrived(self, pair: int) -> bool:
+        """Called when a pair is first needed and lies in host memory; True if that made room there."""
+        return False
 
     def _settle(self) -> None:
-        """After an iteration: what was read whole stays, as long as nothing else needs the room."""
+        """After an iteration: pairs that were read whole stay as long as nobody needs the room."""
         for pair, futures in self._reading.items():
             if any(future.cancelled() or future.exception() for future in futures):
                 self._free.append(self._slot.pop(pair))
         self._reading.clear()
         self._idle |= dict.fromkeys(pair for pair in self._slot if pair not in self._idle)
 
+    def _cut(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Tensor:
+        size, count = self.cubes.size, len(pairs)
+        on_gpu = self.device.type == "cuda"
+        images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
+        start = (where.start + self._places[pairs][:, None]).ravel()
+        arrays = (start, where.row.ravel(), where.column.ravel(), images.view(-1, size, size).numpy())
+        threads = min(torch.get_num_threads(), MOST_CUTTERS, count)
+        bounds = [len(start) * k // threads for k in range(threads + 1)]
+        parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
+        memory = self._memory.reshape(-1)
+        others = [cutters.submit(cutting.cut, memory, *part) for part in parts[1:]]
+        cutting.cut(memory, *parts[0])
+        for other in others:
+            other.result()
+        return _channels_last(images.to(self.device, non_blocking=True))
+
 
 class DeviceCache(HostCache):
     """All pairs of this process's share on the device, where slices are cut; host memory only passes them on."""
-
+    """The pairs of this process's share on the device, where slices are cut; host memory only passes them on."""
     def __init__(
-        self,
-        cubes: CubeFile,
-        seeds: range,
-        preparation: Preparation,
-        *,
-        channels: int,
-        device: torch.device,
+        self, cubes: CubeFile, seeds: range, preparation: Preparation, *, channels: int, device: torch.device
     ) -> None:
         # A GPU reads along any axis without a rotated copy.
-        super().__init__(cubes, seeds, preparation, axes=(), channels=channels, device=device, keep=False)
+        super().__init__(
+            cubes, seeds, preparation, rotated=False, channels=channels, device=device, keep=False
+        )
         self.name = "device"
         self._on_device = torch.empty(0)
-        self._place_on_device = np.full(len(seeds), -1, np.int64)
-        self._arrivals: set[int] = set()
+        self._rank: dict[int, int] = {}  # pair -> its place on the device
+        self._there: set[int] = set()
 
-    def walk(self, plan: Plan, first_step: int) -> Iterator[int]:
-        """See HostCache."""
-        if (self._place_on_device[plan.pairs] < 0).any():
-            self._arrivals.clear()
+    def _make_room(self, pairs: Ids, coming: Plan) -> None:
+        share = np.unique(pairs).tolist()
+        if not self._rank.keys() >= set(share):
             self._on_device = torch.empty(0)
             with torch.inference_mode(False):
-                self._on_device = torch.empty((len(plan.pairs), 2, *self._shape[2:]), device=self.device)
-            self._place_on_device[:] = -1
-            self._place_on_device[plan.pairs] = np.arange(len(plan.pairs)) * self._on_device[0].numel()
-        yield from super().walk(plan, first_step)
-
-    def cut(self, ids: Ids, symmetries: Ids) -> Tensor:
-        """See HostCache."""
-        size = self.cubes.size
-        where = self._views(ids, symmetries, self._place_on_device)
-        start, row, column = (torch.from_numpy(part).to(self.device) for part in where)
-        images = cutting.cut_on_device(self._on_device.view(-1), start, row, column, size)
-        return images.view(len(ids), self.channels, size, size).to(memory_format=torch.channels_last)
-
-    def _slots_for(self, plan: Plan) -> int:
-        return min(len(plan.pairs), AHEAD)
+                self._on_device = torch.empty(
+                    (len(share), len(GRAVITIES), *self._shape[2:]), device=self.device
+                )
+            self._rank = {pair: rank for rank, pair in enumerate(share)}
+            self._there.clear()
+        if not self._there >= set(share) and len(self._memory) == 0:
+            self._resize(min(len(share), AHEAD))
 
     def _read(self, pair: int, readers: ThreadPoolExecutor) -> bool:
-        return pair in self._arrivals or super()._read(pair, readers)
+        return pair in self._there or super()._read(pair, readers)
 
-    def _arrived(self, pair: int) -> None:
-        if pair not in self._arrivals:
-            place = self._place_on_device[pair] // self._on_device[0].numel()
-            self._on_device[place].copy_(self._memory[self._slot[pair], :, 0])
-            self._arrivals.add(pair)
-            self._idle[pair] = None
+    def _arrived(self, pair: int) -> bool:
+        if pair in self._there:
+            return False
+        # Only this thread speaks to the device: calls of others would break the capture of a CUDA graph.
+        self._on_device[self._rank[pair]].copy_(torch.from_numpy(self._memory[self._slot[pair], :, 0]))
+        self._there.add(pair)
+        self._idle[pair] = None
+        return True
 
-
-def choose(
-    wanted: str,
-    cubes: CubeFile,
-    seeds: range,
-    preparation: Preparation,
-    *,
-    axes: tuple[int, ...],
-    channels: int,
-    device: torch.device,
-    num_processes: int,
-) -> HostCache:
-    """The cache with this name; for ``auto`` the fastest that fits into what is free, said in the log."""
-    if wanted == "auto":
-        wanted = _fitting(cubes, seeds, axes, device, num_processes)
-    if wanted == "device":
-        return DeviceCache(cubes, seeds, preparation, channels=channels, device=device)
-    keep = wanted == "memory"
-    return HostCache(cubes, seeds, preparation, axes=axes, channels=channels, device=device, keep=keep)
+    def _cut(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Tensor:
+        size = self.cubes.size
+        places = np.array([self._rank[pair] for pair in pairs.tolist()]) * (2 * size**3)
+        start, row, column = (
+            torch.from_numpy(part.ravel()).to(self.device)
+            for part in (where.start + places[:, None], where.row, where.column)
+        )
+        images = self._on_device.new_empty((len(pairs), self.channels, size, size))
+        cutting.cut_on_device(self._on_device.view(-1), start, row, column, images.view(-1, size, size))
+        return _channels_last(images)
 
 
-def _fitting(
-    cubes: CubeFile, seeds: range, axes: tuple[int, ...], device: torch.device, processes: int
-) -> str:
-    share = (len(seeds) / processes + 2) * 2 * cubes.size**3 * 4
-    if device.type == "cuda":
-        free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
-        if share <= free:
-            log.info("cache: device (%.1f GiB of cubes, %.1f GiB may be used)", share / 2**30, free / 2**30)
-            return "device"
-    share *= 2 if 2 in axes else 1
-    free = FREE_SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    choice = "memory" if share <= free else "disk"
-    log.info("cache: %s (%.1f GiB of cubes, %.1f GiB may be used)", choice, share / 2**30, free / 2**30)
-    return choice
-
-
-def free_memory() -> int:
-    """Bytes of host memory that this job may still take."""
-    return int(psutil.virtual_memory().available)
+def _channels_last(images: Tensor) -> Tensor:
+    """The same images; with one channel the memory is the same too, only the strides say what they are."""
+    _, channels, height, width = images.shape
+    if channels == 1:
+        return images.as_strided(images.shape, (height * width, 1, width, 1))
+    return images.contiguous(memory_format=torch.channels_last)

@@ -1,114 +1,128 @@
-"""Cutting slices out of cubes in memory: a slice, flipped and turned in any way, is an affine view of its cube.
+"""Cutting slices out of cubes in memory: a slice, flipped and turned, is an affine view of its cube.
 
-Element (i, j) of an image lies ``start + i * row + j * column`` floats into the memory that holds the cubes. Where
-``column`` is 1 the rows are copied as they lie. To have that for slices across axis 2 as well, which would touch one
-float per cache line, a second copy of each cube is held, rotated once when it is loaded: cube[x, y, z], rotated[z, x, y].
+Element (i, j) of an image lies `start + i * row + j * column` floats into the memory that holds the cubes.
+Where `column` is 1 or -1, the rows of the image lie in the cube as they are. To have that for slices across
+axis 2 too, which would otherwise touch one float per cache line, a second copy of each cube is held, rotated
+once when it is loaded: rotated[z, x, y] = cube[x, y, z].
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .order import Ids, decode
 
-INDEX_BYTES = 64 << 20  # of the index that the torch version builds at a time
+INDEX_BYTES = 64 << 20  # of the index that `cut_on_device` builds at a time
+ROWS, RUN = 8, 32  # rows walked side by side, and the floats of one row in a run: measured best
+
+_unsigned = np.uint64  # spares compiled loops the handling of negative indices, and lets them be vectorised
 
 
 class Views(NamedTuple):
-    """Where images lie in memory, in floats; three arrays of one shape."""
+    """Where images lie, in floats from the beginning of their pair of cubes; arrays of one shape."""
 
     start: Ids
     row: Ids
     column: Ids
 
 
-def views(ids: Ids, symmetries: Ids, places: Ids, size: int, *, channels: int, rotated: bool) -> Views:
-    """Views (len(ids) * channels) of slices whose pairs of cubes begin at ``places`` (floats, like ids).
+def views(ids: Ids, symmetries: Ids, size: int, *, channels: int, rotated: bool) -> Views:
+    """Views (..., channels) of slices `ids` (...) under `symmetries` (...).
 
-    A pair holds the Newtonian cube, then that of General Relativity, each followed by its rotated copy if there are
-    any. Channel c of the slice at position p lies at position p + c, periodic as the box is.
+    A pair is the Newtonian cube, then that of General Relativity, each followed by its rotated copy if there
+    is one. Channel c of the slice at position p lies at position p + c, periodic as the box is.
     """
-    _, gravity, axis, position = decode(ids, size)
-    cube, plane = size**3, size**2
-    position = (position[:, None] + np.arange(channels)) % size
-    turned = symmetries >> 2 & 1
-    # strides of (x, y, z) in the copy of the cube that has this slice's rows in one piece, if one has
-    use_copy = (axis == 2) | ((axis == 0) & (turned == 1)) if rotated else np.zeros(len(ids), bool)
-    strides = np.where(use_copy[:, None], (size, 1, plane), (plane, size, 1))
-    across = np.take_along_axis(strides, axis[:, None], 1)
-    row = strides[np.arange(len(ids)), np.where(axis == 0, 1, 0)]
-    column = strides[np.arange(len(ids)), np.where(axis == 2, 1, 2)]
-    start = places + (gravity * (2 if rotated else 1) + use_copy) * cube
-    flip_rows, flip_columns = symmetries & 1, symmetries >> 1 & 1
-    start = start + (size - 1) * (flip_rows * row + flip_columns * column)
+    where = decode(ids, size)
+    axis, turned = where.axis, symmetries >> 2 & 1
+    # The copy of the cube in which the rows of the image lie in one piece; for slices across axes 1 and 2
+    # whose rows run along x there is none.
+    copy = ((axis == 2) | ((axis == 0) & (turned == 1))) & rotated
+    strides = np.array([[size * size, size, 1], [size, 1, size * size]])[copy.astype(np.int64)]  # of x, y, z
+    across, row, column = (
+        np.take_along_axis(strides, np.array(table)[axis][..., None], -1)
+        for table in ([0, 1, 2], [1, 0, 0], [2, 2, 1])
+    )
+    flip_rows, flip_columns = (symmetries & 1)[..., None], (symmetries >> 1 & 1)[..., None]
+    cubes = where.gravity * (2 if rotated else 1) + copy
+    start = cubes[..., None] * size**3 + (size - 1) * (flip_rows * row + flip_columns * column)
+    start = start + (where.position[..., None] + np.arange(channels)) % size * across
     row, column = row * (1 - 2 * flip_rows), column * (1 - 2 * flip_columns)
-    row, column = np.where(turned, column, row), np.where(turned, row, column)
-    starts = (start[:, None] + position * across).ravel()
-    return Views(starts, np.repeat(row, channels), np.repeat(column, channels))
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def cut(memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: NDArray[np.float32]) -> None:
-    """Copies views of ``memory`` (flat) into ``images`` (len(start), N, N)."""
-    size = images.shape[1]
-    for image in prange(images.shape[0]):
-        first, r, c = start[image], row[image], column[image]
-        if c == 1:
-            for i in range(size):
-                place = first + i * r
-                images[image, i, :] = memory[place : place + size]
-        elif c == -1:
-            for i in range(size):
-                place = first + i * r
-                images[image, i, :] = memory[place - size + 1 : place + 1][::-1]
-        else:
-            # The columns lie in one piece instead: read them as they lie and turn them within the cache. The padding
-            # keeps the rows of the tile from falling onto the same few cache lines.
-            tile = np.empty((size, size + 16), np.float32)
-            low = first if r == 1 else first - size + 1
-            for j in range(size):
-                place = low + j * c
-                tile[j, :size] = memory[place : place + size]
-            for i in range(size):
-                k = i if r == 1 else size - 1 - i
-                for j in range(size):
-                    images[image, i, j] = tile[j, k]
-
-
-def cut_on_device(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """The same as `cut` where ``memory`` is: images (len(start), N, N)."""
-    side = torch.arange(size, device=memory.device)
-    images = memory.new_empty(len(start), size, size)
-    step = max(1, INDEX_BYTES // (8 * size * size))
-    for k in range(0, len(start), step):
-        part = slice(k, k + step)
-        index = (
-            start[part, None, None] + row[part, None, None] * side[:, None] + column[part, None, None] * side
-        )
-        images[part] = memory[index]
-    return images
+    turn = turned[..., None] == 1
+    row, column = np.where(turn, column, row), np.where(turn, row, column)
+    return Views(start, *(np.broadcast_to(stride, start.shape).copy() for stride in (row, column)))
 
 
 @njit(nogil=True, cache=True)
-def standardise(cube: NDArray[np.float32], mean: float, std: float, factor: float) -> None:
-    """(cube - mean) / std * factor in place, computed in float64 and rounded once."""
+def cut(memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: NDArray[np.float32]) -> None:
+    """Copies views of `memory` (flat) into `images` (len(start), N, N), on one thread.
+
+    Far rows are read several at a time, so that the processor waits for several of them at once; images whose
+    columns lie in one piece are turned on the way, in blocks that stay in its cache.
+    """
+    size = images.shape[1]
+    for k in range(images.shape[0]):
+        first, r, c, image = start[k], row[k], column[k], images[k]
+        if abs(c) == 1 and abs(r) == size:  # the whole image lies in one piece: nothing to be clever about
+            for i in range(size):
+                _run(memory, first + i * r, c, size, image[i])
+        elif abs(c) == 1:
+            for i in range(0, size, ROWS):
+                for j in range(0, size, RUN):
+                    for near in range(i, i + ROWS):
+                        _run(memory, first + near * r + j * c, c, RUN, image[near, j:])
+        else:
+            for j in range(0, size, ROWS):
+                for i in range(0, size, RUN):
+                    for near in range(j, j + ROWS):
+                        _run(memory, first + near * c + i * r, r, RUN, image[i:, near])
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _run(memory: NDArray[np.float32], place: int, stride: int, count: int, to: NDArray[np.float32]) -> None:
+    begin = _unsigned(place)
+    if stride == 1:
+        for n in range(count):
+            to[_unsigned(n)] = memory[begin + _unsigned(n)]
+    else:
+        for n in range(count):
+            to[_unsigned(n)] = memory[begin - _unsigned(n)]
+
+
+def cut_on_device(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, images: Tensor) -> None:
+    """The same as `cut` on any device; `images` (len(start), N, N) is where `memory` is."""
+    size = images.shape[1]
+    side = torch.arange(size, device=memory.device)
+    step = max(1, INDEX_BYTES // (8 * size * size))
+    for k in range(0, len(start), step):
+        part = slice(k, k + step)
+        lines = start[part, None] + row[part, None] * side
+        index = lines[:, :, None] + (column[part, None] * side)[:, None, :]
+        images[part] = memory[index]
+
+
+@njit(nogil=True, cache=True)
+def standardise(cube: NDArray[np.float32], mean: float, factor: float) -> None:
+    """(cube - mean) * factor in place, computed in float64 and rounded once."""
     flat = cube.reshape(-1)
     for i in range(flat.size):
-        flat[i] = (flat[i] - mean) / std * factor
+        flat[i] = (flat[i] - mean) * factor
 
 
 @njit(nogil=True, cache=True)
 def rotate(cube: NDArray[np.float32], rotated: NDArray[np.float32]) -> None:
     """rotated[z, x, y] = cube[x, y, z]."""
-    size = cube.shape[0]
-    tile = np.empty((size, size + 16), np.float32)
+    size = _unsigned(cube.shape[0])
+    # One plane at a time is turned within the processor's cache. The padding keeps the columns of the plane
+    # from falling onto the same few cache lines.
+    plane = np.empty((size, size + _unsigned(16)), np.float32)
     for x in range(size):
         for y in range(size):
-            tile[y, :size] = cube[x, y]
+            for z in range(size):
+                plane[y, z] = cube[x, y, z]
         for z in range(size):
             for y in range(size):
-                rotated[z, x, y] = tile[y, z]
+                rotated[z, x, y] = plane[y, z]

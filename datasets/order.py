@@ -1,26 +1,33 @@
-"""The order in which slices are seen: a pure function of (seeds, size, axes, batch size, run seed, epoch).
+"""The order in which slices are seen, a function of seeds, size, axes, batch size, run's seed and epoch.
 
-**Sample ids.** A slice is named by one integer, ``((seed * 2 + gravity) * 3 + axis) * N + position``, whatever axes
-are cut, so an id means the same in every experiment on one file.
+**Sample ids.** A slice is named by one integer, ((seed * 2 + gravity) * 3 + axis) * N + position, whatever
+axes are cut, so an id means the same in all experiments on a file.
 
-**Lanes.** Training reads whole cubes, and as few at a time as a good shuffle allows. The columns of a batch belong to
-``LANES`` lanes (column j of B to lane ``j * LANES // B``). Each lane walks through its own simulations, always both
-twins of a seed together, and all lanes walk at the same time. Lanes are fixed for a run, so a process that trains on
-a block of columns needs the cubes of its lanes only, and the order is the same for any number of processes.
+**Lanes.** Training reads whole cubes, and holds as few at a time as a good shuffle allows. The columns of a
+batch belong to LANES lanes (column j of B to lane j * LANES // B). Each lane walks through its own
+simulations, always both twins of a seed together. Lanes are fixed for a run, so a process that trains on a
+block of columns needs only the cubes of their lanes, and the order is the same on any number of processes.
 
-**The walk of a lane.** It begins with a piece of a simulation shared with a neighbour lane, of a different size in
-every lane, so that lanes open new simulations one after the other and files are read at an even pace. Then come its
-own simulations, in a new random order every epoch, and at the end what is left over, again in pieces shared with
-neighbours. Pieces of one simulation are used at the same time, so it is read once.
+**The walk of a lane.** It begins with a part of a simulation shared with a neighbour lane. The parts differ
+between lanes, so that these open new simulations one after the other and files are read at an even pace. Then
+come the lane's own simulations, in a new random order every epoch, and at the end what is left over, again in
+parts of simulations shared with neighbours. All lanes walk at the same time, so the parts of one simulation
+are used at the same time, and it is read once.
 
-**Quality of the shuffle.** ``WINDOW_BYTES`` of cubes are open at a time, w = max(1, WINDOW_BYTES / (LANES * bytes of a
-pair)) simulations per lane. The slices of an open simulation are drawn at random, evenly over the time it is open.
-At 256^3 w = 1: a batch mixes 8 simulations (16 cubes) and is replaced gradually, one simulation at a time; at 128^3
-w = 8: a batch of 64 mixes nearly 64; at 64^3 up to 512 simulations are shuffled fully. Which simulations meet in a
-batch changes from epoch to epoch, except that those of one lane never meet at w = 1.
+**Reads.** On W processes, W dividing LANES, an epoch reads S + (simulations shared between processes) of S
+simulations: at most W - 1 more than S for W <= 4 and 11 more for W = 8, less than 1.1 S from S = 110 on.
+Where W does not divide LANES, lanes are shared too, and read by each process that has a column of them: twice
+in all for W = 16.
 
-**Random numbers** come from a counter-based hash (splitmix64) of (run seed, epoch, purpose, id): the same on every
-machine and for every version of NumPy, with no state to save.
+**Quality of the shuffle.** WINDOW_BYTES of cubes are open at a time: w = max(1, WINDOW_BYTES / (LANES * bytes
+of a pair)) simulations in each lane. A lane takes the slices of an open simulation in random order, and at
+random among those of its other open ones. At 256^3 w = 1: a batch mixes 8 simulations (16 cubes), and every
+1/8 of a simulation's slices another one is replaced. At 128^3 w = 8: 64 simulations are open, and a batch of
+64 mixes 54. Up to 512 simulations of 64^3 are shuffled fully. Which simulations meet changes from epoch to
+epoch; but those of one lane never meet at w = 1.
+
+**Random numbers** come from a hash (splitmix64) of run's seed, epoch, purpose and id: the same on all
+machines and for all versions of NumPy, and with no state to save.
 """
 
 from typing import NamedTuple
@@ -37,14 +44,14 @@ Ids = NDArray[np.int64]
 
 
 def sample_ids(seeds: range, axes: tuple[int, ...], size: int) -> Ids:
-    """The ids of all slices of ``seeds``, ascending: (len(seeds), slices of a pair)."""
+    """The ids of all slices of `seeds`, ascending: (len(seeds), slices of a pair)."""
     ranges = (np.array(seeds), np.arange(2), np.array(axes), np.arange(size))
     seed, gravity, axis, position = np.meshgrid(*ranges, indexing="ij")
     return (((seed * 2 + gravity) * 3 + axis) * size + position).reshape(len(seeds), -1)
 
 
 class Slices(NamedTuple):
-    """What sample ids stand for. ``gravity`` is also the label: 1 for General Relativity, 0 for Newtonian gravity."""
+    """What sample ids stand for. `gravity` is the label too: 1 for General Relativity, 0 for Newton's."""
 
     seed: Ids
     gravity: Ids
@@ -53,19 +60,19 @@ class Slices(NamedTuple):
 
 
 def decode(ids: Ids, size: int) -> Slices:
-    """The slices with these sample ids in cubes of ``size``."""
+    """The slices with these sample ids in cubes of `size`."""
     return Slices(ids // (6 * size), ids // (3 * size) % 2, ids // size % 3, ids % size)
 
 
 def symmetries_of(seed: int, epoch: int, ids: Ids) -> Ids:
-    """One of the 8 symmetries of the square for each id: bit 0 flips rows, bit 1 flips columns, bit 2 then transposes."""
+    """For each id one of the 8 symmetries of the square: bit 0 flips rows, 1 columns, 2 then transposes."""
     return (_hash(seed, epoch, _SYMMETRY, ids) >> np.uint64(61)).astype(np.int64)
 
 
 class Order:
     """Batches of sample ids for training, the same for any number of processes.
 
-    ``seeds`` are the training seeds, ``seed`` is the run's. ``batch_size`` must not exceed ``slices``.
+    `seeds` are the training seeds, `seed` is the run's. `batch_size` must not exceed `slices`.
     """
 
     def __init__(self, seeds: range, size: int, axes: tuple[int, ...], batch_size: int, seed: int) -> None:
@@ -76,7 +83,7 @@ class Order:
         self.lanes = min(LANES, batch_size)
         self.lane_of_column = np.arange(batch_size) * self.lanes // batch_size
         self.window = max(1, WINDOW_BYTES // (self.lanes * 2 * size**3 * 4))
-        # The slices of a short last batch are spread over its columns, so that every process has its part of them.
+        # The slices of a short last batch are spread over its columns: every process has its part of them.
         left = self.slices - (self.steps - 1) * batch_size
         share = np.arange(batch_size + 1) * left // batch_size
         self._last_row = share[1:] > share[:-1]
@@ -85,8 +92,8 @@ class Order:
     def epoch(self, epoch: int) -> tuple[Ids, NDArray[np.bool_]]:
         """Ids (steps, batch_size) and weights of the same shape.
 
-        Each training slice has weight 1 once. The last batch, if short, is filled with the ids above it, weight 0: they
-        keep the shape (and the statistics of batch normalisation) of a full batch and count for nothing else.
+        Each training slice has weight 1 once. The last batch, if short, is filled with the ids above it at
+        weight 0: they keep its size and the statistics of batch normalisation, and count for nothing else.
         """
         ids = np.empty((self.steps, self.batch_size), np.int64)
         weights = np.ones((self.steps, self.batch_size), np.bool_)
@@ -108,8 +115,8 @@ class Order:
     def _layout(self) -> Ids:
         """Rows (lane, stage, pair, first, last): the pieces of simulations that each lane walks through.
 
-        ``stage`` is 0 for the shared piece at the start, 1 for whole simulations, 2 for the shared pieces at the end;
-        ``first`` and ``last`` bound the slices of the (shuffled) pair that belong to the piece.
+        `stage` is 0 for the shared piece at the start, 1 for whole simulations, 2 for the shared pieces at
+        the end; `first` and `last` bound the slices of the (shuffled) pair that belong to the piece.
         """
         lengths = np.bincount(self.lane_of_column) * (self.steps - 1)
         lengths += np.bincount(self.lane_of_column[self._last_row], minlength=self.lanes)
@@ -140,7 +147,7 @@ class Order:
     def _sequence(self, epoch: int) -> Ids:
         """All training ids, lane after lane, each lane in the order of its walk."""
         lane, stage, pair, first, last = self._pieces.T
-        # Only whole simulations (stage 1) trade places: shared ones must stay where their other lanes meet them.
+        # Only whole simulations trade places: shared ones stay where their other lanes meet them.
         luck = np.where(stage == 1, _uniform(self.seed, epoch, _WALK, pair), 0.0)
         walk = np.lexsort((luck, stage, lane))
         lane, pair, first, last = lane[walk], pair[walk], first[walk], last[walk]
@@ -169,10 +176,10 @@ class Order:
 def test_order(
     seeds: range, size: int, axes: tuple[int, ...], batch_size: int, process: int, processes: int
 ) -> tuple[Ids, NDArray[np.bool_], Ids]:
-    """This process's ids (steps, batch_size / processes), weights, and per step the slices of all processes together.
+    """This process's ids (steps, batch_size / processes), weights, and per step the slices of all processes.
 
-    Seeds ascend and each process has one contiguous share, so each cube is read once (the cubes at the borders of
-    shares by both neighbours). All processes have equally many batches of one size; what fills them up has weight 0.
+    Seeds ascend and each process has one contiguous share, so each cube is read once (those at the borders of
+    shares by both neighbours). All processes have equally many batches of one size; filling has weight 0.
     """
     ids = sample_ids(seeds, axes, size).ravel()
     rows = batch_size // processes
@@ -199,7 +206,7 @@ def _hash(seed: int, epoch: int, purpose: int, ids: Ids) -> NDArray[np.uint64]:
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One output of splitmix64 (Steele, Lea & Flood 2014) from the state ``z``; wraps around silently."""
+    """One output of splitmix64 (Steele, Lea & Flood 2014) from the state `z`; wraps around silently."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import cache as caches
+from .cache import DeviceCache, HostCache, Preparation
 from .cubes import GRAVITIES, CubeFile, DataError
+from .fitting import fitting_cache
 from .order import Ids, Order, decode, symmetries_of, test_order
 
 
@@ -25,19 +26,20 @@ class Batch:
     slices: int  # slices of weight 1 in the whole batch, all processes together
 
     def split(self, parts: int) -> list["Batch"]:
-        """Micro-batches of (nearly) equal size; each keeps the ``slices`` of the whole batch."""
+        """Micro-batches of (nearly) equal size; each keeps the `slices` of the whole batch."""
         fields = (self.ids, self.images, self.labels, self.weights)
         pieces = zip(*(torch.tensor_split(field, parts) for field in fields), strict=True)
         return [Batch(ids, images, labels, weights, self.slices) for ids, images, labels, weights in pieces]
 
 
 class WholeCubeDataset:
-    """The slices of the cubes of ``seeds``, in batches.
+    """The slices of the cubes of `seeds`, in batches.
 
-    ``batch_size`` counts the slices of all ``num_processes`` processes together; process ``process_index`` gets its
-    rows. ``seed`` and the epoch decide order and symmetries, nothing else does. Cubes are standardised to
-    (cube - ``mean``) / ``std``, the Newtonian ones are then multiplied by ``newton_augmentation``. Raises DataError if
-    the file lacks any of ``seeds``, or the batch cannot be shared out.
+    `batch_size` counts the slices of all `num_processes` processes together; process `process_index` gets its
+    rows. `seed` and the epoch decide order and symmetries, nothing else does. Cubes are standardised to
+    (cube - `mean`) / `std`; the Newtonian ones are then multiplied by `newton_augmentation`. `cache` is
+    `auto`, `disk`, `memory` or `device`. Raises DataError if the file lacks seeds or the batch cannot be
+    shared out.
     """
 
     def __init__(
@@ -61,8 +63,8 @@ class WholeCubeDataset:
         cubes.require(seeds)
         if batch_size % num_processes:
             raise DataError(
-                f"train_params.batch_size {batch_size} cannot be shared among {num_processes} processes; "
-                f"a multiple of {num_processes} can"
+                f"train_params.batch_size {batch_size} cannot be shared out evenly among {num_processes} "
+                f"processes; a multiple of {num_processes} can."
             )
         self.cubes, self.seeds, self.batch_size, self.seed, self.device = (
             cubes,
@@ -74,15 +76,23 @@ class WholeCubeDataset:
         self.axes, self.channels, self.symmetries = tuple(sorted(axes)), channels, symmetries
         self.process_index, self.num_processes = process_index, num_processes
         self.shape = (channels, cubes.size, cubes.size)
-        self._cache = caches.choose(
-            cache,
-            cubes,
-            seeds,
-            caches.Preparation(mean, std, newton_augmentation),
-            axes=self.axes,
-            channels=channels,
-            device=device,
-            num_processes=num_processes,
+        rotated = 2 in axes
+        if cache == "auto":
+            pair_bytes = 2 * 4 * cubes.size**3
+            cache = fitting_cache(pair_bytes, len(seeds), device, num_processes, rotated=rotated)
+        preparation = Preparation(mean, std, newton_augmentation)
+        self._cache = (
+            DeviceCache(cubes, seeds, preparation, channels=channels, device=device)
+            if cache == "device"
+            else HostCache(
+                cubes,
+                seeds,
+                preparation,
+                rotated=rotated,
+                channels=channels,
+                device=device,
+                keep=cache == "memory",
+            )
         )
 
     def __len__(self) -> int:
@@ -90,7 +100,7 @@ class WholeCubeDataset:
 
     @property
     def cache(self) -> str:
-        """Where the cubes live: ``disk``, ``memory`` or ``device``."""
+        """Where the cubes live: `disk`, `memory` or `device`."""
         return self._cache.name
 
     @property
@@ -103,7 +113,7 @@ class WholeCubeDataset:
         return self._order.epoch(epoch)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This process's rows of the batches of an epoch, from ``first_step`` on."""
+        """This process's rows of the batches of an epoch, from `first_step` on."""
         ids, weights = self.order(epoch)
         rows = self.batch_size // self.num_processes
         mine = slice(self.process_index * rows, (self.process_index + 1) * rows)
@@ -113,7 +123,7 @@ class WholeCubeDataset:
         yield from self._batches(ids[:, mine], weights[:, mine], turns, weights.sum(axis=1), first_step)
 
     def test_batches(self) -> Iterator[Batch]:
-        """This process's part of all slices, as they lie in the cubes; equally many batches on every process."""
+        """This process's part of all slices, without symmetries; equally many batches on every process."""
         ids, weights, slices = test_order(
             self.seeds, self.cubes.size, self.axes, self.batch_size, self.process_index, self.num_processes
         )
@@ -123,26 +133,25 @@ class WholeCubeDataset:
     def _order(self) -> Order:
         if self.batch_size > len(self):
             raise DataError(
-                f"{self.cubes.path}: train_params.batch_size {self.batch_size} is larger than the training set: "
-                f"data_params.train_seeds {len(self.seeds)} gives {len(self)} slices"
+                f"train_params.batch_size {self.batch_size} is larger than the training set:\n"
+                f"data_params.train_seeds {len(self.seeds)} gives {len(self)} slices of {self.cubes.path}.\n"
+                f"Allowed are batches of up to {len(self)} slices, or more seeds."
             )
         return Order(self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed)
 
     def _batches(
         self, ids: Ids, weights: NDArray[np.bool_], turns: Ids, slices: Ids, first_step: int
     ) -> Iterator[Batch]:
-        where = decode(ids, self.cubes.size)
-        plan = caches.plan(where.seed - self.seeds.start)
-        labels = torch.from_numpy(where.gravity.astype(np.float32)).to(self.device)
+        # Small enough to go to the device once for the whole epoch.
+        labels = torch.from_numpy(decode(ids, self.cubes.size).gravity.astype(np.float32)).to(self.device)
         counts = torch.from_numpy(weights.astype(np.float32)).to(self.device)
         names = torch.from_numpy(ids)
-        for step in self._cache.walk(plan, first_step):
-            images = self._cache.cut(ids[step], turns[step])
+        for step, images in enumerate(self._cache.images(ids, turns, first_step), first_step):
             yield Batch(names[step], images, labels[step], counts[step], int(slices[step]))
 
 
 def statistics(cubes: CubeFile, seeds: range) -> tuple[float, float]:
-    """Mean and standard deviation over all values of the cubes of ``seeds``, accumulated in float64."""
+    """Mean and standard deviation over all values of the cubes of `seeds`, accumulated in float64."""
     cube = np.empty((cubes.size,) * 3, np.float32)
     count, mean, squares = 0, 0.0, 0.0
     for seed in seeds:
