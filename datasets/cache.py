@@ -215,8 +215,8 @@ class HostCache:
 
 
 class DeviceCache(HostCache):
-    """All pairs of this process's share on the device, where slices are cut; host memory only passes them on."""
-    """The pairs of this process's share on the device, where slices are cut; host memory only passes them on."""
+    """The pairs of this process's share on the device, where slices are cut; host memory passes them on."""
+
     def __init__(
         self, cubes: CubeFile, seeds: range, preparation: Preparation, *, channels: int, device: torch.device
     ) -> None:
