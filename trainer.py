@@ -188,6 +188,10 @@ def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range
         cubes = datasets.CubeFile(data.datafile)
         cubes.require(seeds)
         cubes.require_finite(seeds)
+    if (strength := cubes.attributes.get("strength", 1)) != 1:
+        accelerator.print(
+            f"{cubes.path}: synthetic, its relativistic term is {strength:g} times the physical one"
+        )
     return cubes
 
 
