@@ -109,9 +109,7 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
                 if complete and progress.awaiting_test:
                     complete = test(run, progress, log)
                 if not complete:
-                    log.say(
-                        f"stopped at step {progress.step} ({stop.name}); the same command goes on from there"
-                    )
+                    log.say(f"stopped at step {progress.step} ({stop.name}); the same command goes on there")
                     break
                 save(run, progress)
         finally:
@@ -152,7 +150,7 @@ def open_run(
                 std=progress.std,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
-                **data.model_dump(include={"axes", "channels", "newton_augmentation", "symmetries", "cache"}),
+                **data.slicing,
             )
             for seeds in (train_seeds, test_seeds)
         )
@@ -202,6 +200,7 @@ def build_network(
     keys = config.train_params
     set_seed(keys.seed)
     torch.use_deterministic_algorithms(keys.deterministic)
+    torch.backends.cudnn.benchmark = not keys.deterministic  # every batch has the same shape
     network = models.build_model(**network_settings(config, cubes))
     network = network.to(accelerator.device, memory_format=torch.channels_last)
     if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
@@ -274,7 +273,7 @@ def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
                 accelerator.clip_grad_norm_(run.network.parameters(), keys.gradient_clipping)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            logits.append(output.detach())
+            logits.append(output.detach().clone())  # a compiled network may write into its output again
     return torch.cat(logits)
 
 

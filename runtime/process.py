@@ -24,6 +24,8 @@ def prepare_process() -> None:
     # Once a network is sure of a batch its gradients fall below 1e-38, where a CPU computes 50 times slower.
     # Threads take this over from the one that starts them, so it stands before the first parallel operation.
     torch.set_flush_denormal(True)
+    # What deterministic kernels need of cuBLAS, which reads it once.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Under mpirun the ranks have other names; torch knows only its own.
     for name, others in {
         "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
