@@ -1,6 +1,7 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
 from .cubes import GRAVITIES, CubeFile, DataError
+from .likeness import require_same_standardisation
 from .order import Slices, decode
 from .synthetic import write_synthetic
 from .whole_cube import Batch, WholeCubeDataset, statistics
@@ -13,6 +14,7 @@ __all__ = [
     "Slices",
     "WholeCubeDataset",
     "decode",
+    "require_same_standardisation",
     "statistics",
     "write_synthetic",
 ]

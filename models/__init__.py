@@ -6,12 +6,21 @@ import difflib
 
 from torch import nn
 
-from models.export import load, save
+from models.export import TrainedNetwork, load, save
 from models.layers import ACTIVATIONS, synchronise_batch_norm
 from models.penguin import Penguin
 from models.racoon import Racoon
 
-__all__ = ["ACTIVATIONS", "REGISTRY", "ModelError", "build_model", "load", "save", "synchronise_batch_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "REGISTRY",
+    "ModelError",
+    "TrainedNetwork",
+    "build_model",
+    "load",
+    "save",
+    "synchronise_batch_norm",
+]
 
 REGISTRY: dict[str, type[nn.Module]] = {
     "RACOON": Racoon,

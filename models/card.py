@@ -19,7 +19,7 @@ TITLES = {  # report key -> (Hugging Face's name of the metric, what the card ca
 
 def model_card(config: dict[str, Any]) -> ModelCard:
     """The model card of a network, all of it from its configuration."""
-    name = str((config.get("training") or {}).get("name", "gravity-cnn"))
+    name = str((config.get("training") or {}).get("run", "gravity-cnn"))
     evaluation, training = config.get("evaluation") or {}, config.get("training") or {}
     estimates = {
         key: evaluation["estimates"][key] for key in TITLES if key in evaluation.get("estimates", {})

@@ -161,13 +161,18 @@ def weights_hash(folder: str | Path) -> str:
     return str(read_config(folder).get(HASH))
 
 
+def require_onnx() -> None:
+    """Raises ModelError if the packages that write and check ONNX are not installed."""
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise models.ModelError(f'ONNX export needs {", ".join(missing)}: pip install -e ".[onnx]"')
+
+
 def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
     """Write `network` as ONNX with a free batch size; return how far its logits are from torch's at most.
 
     Raises ModelError if packages are missing or the difference is above 1e-4 (relative to logits above 1).
     """
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise models.ModelError(f'ONNX export needs {", ".join(missing)}: pip install -e ".[onnx]"')
+    require_onnx()
     import onnxruntime
 
     path = Path(path)

@@ -1,5 +1,6 @@
 """The whole state of a training: as named tensors (`tensors`) and as folders on disk (`folder`)."""
 
+from .choice import named
 from .folder import Checkpoint, CheckpointError, choose, existing, place, rotate, write
 from .tensors import Parts, capture, copy, differences, not_finite, restore
 
@@ -12,6 +13,7 @@ __all__ = [
     "copy",
     "differences",
     "existing",
+    "named",
     "not_finite",
     "place",
     "restore",

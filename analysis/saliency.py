@@ -1,0 +1,48 @@
+"""Which pixels a logit hangs on: gradients and integrated gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor], Tensor]
+
+
+def gradient(network: Network, slices: Tensor) -> Tensor:
+    """d logit / d pixel for slices (b, C, N, N) (Simonyan, Vedaldi & Zisserman 2014, arXiv:1312.6034)."""
+    slices = slices.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(network(slices).float().sum(), slices)
+    return slopes
+
+
+def integrated_gradients(network: Network, slices: Tensor, steps: int = 64) -> Tensor:
+    """Each pixel's share in the logit of slices (b, C, N, N) against that of a field without structure.
+
+    The gradient is averaged over the straight path from 0, the mean of the universe, to the slice, by the
+    midpoint rule, and multiplied by the slice; the shares add up to logit(slice) - logit(0) (Sundararajan,
+    Taly & Yan 2017, arXiv:1703.01365).
+    """
+    total = torch.zeros_like(slices)
+    for step in range(steps):
+        total += gradient(network, slices * ((step + 0.5) / steps))
+    return slices * total / steps
+
+
+def maps(network: Network, slices: Tensor) -> dict[str, Any]:
+    """One slice (1, C, N, N) with its maps, each (N, N) for its first channel.
+
+    `residual` is how far the integrated gradients are from adding up to logit(slice) - logit(0).
+    """
+    shares = integrated_gradients(network, slices)
+    with torch.no_grad():
+        whole = network(slices).float() - network(torch.zeros_like(slices)).float()
+    return {
+        "image": slices[0, 0].cpu().numpy(),
+        "gradient": gradient(network, slices)[0, 0].cpu().numpy(),
+        "integrated": shares[0, 0].cpu().numpy(),
+        "residual": float(shares.sum() - whole),
+    }
