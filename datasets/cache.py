@@ -18,13 +18,14 @@ again. To this come a batch of images, and for each seed 0.1 MiB of ids and view
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import cutting
@@ -107,8 +108,9 @@ class HostCache:
                 ThreadPoolExecutor(MOST_CUTTERS, "cut") as cutters,
             ):
                 try:
+                    cut = self._cutter(pairs, where, cutters)
                     for step in self._walk(coming, range(first_step, len(ids)), readers):
-                        yield self._cut(pairs[step], Views(*(part[step] for part in where)), cutters)
+                        yield cut(step)
                 finally:
                     readers.shutdown(cancel_futures=True)
         finally:
@@ -122,18 +124,18 @@ class HostCache:
             self._resize(slots)
 
     def _resize(self, slots: int) -> None:
-        """Takes memory for `slots` pairs, empty. NumPy's lies on huge pages, which makes far rows fast."""
+        """Takes memory for `slots` pairs, empty."""
         self._memory = np.empty(0, np.float32)  # the old is given back before the new is taken
-        if self.device.type == "cuda":
-            with torch.inference_mode(False):
-                self._memory = torch.empty((slots, *self._shape), pin_memory=True).numpy()
-        else:
-            self._memory = np.empty((slots, *self._shape), np.float32)
+        self._memory = self._allocate(slots)
         self._free = list(range(slots))
         self._slot: dict[int, int] = {}  # pair -> its place in memory, from when it is being read
         self._idle: dict[int, None] = {}  # pairs in memory that may be overwritten, the longest idle first
         self._reading: dict[int, list[Future[None]]] = {}
         self._places = np.zeros(len(self.seeds), np.int64)  # pair -> where it begins, in floats
+
+    def _allocate(self, slots: int) -> NDArray[np.float32]:
+        # NumPy's memory, unlike torch's, lies on huge pages where there are any, which makes far rows faster.
+        return np.empty((slots, *self._shape), np.float32)
 
     def _walk(self, coming: Plan, steps: range, readers: ThreadPoolExecutor) -> Iterator[int]:
         """Yields the steps, each when all that it needs is in memory; reads on as far as there is room."""
@@ -197,21 +199,27 @@ class HostCache:
         self._reading.clear()
         self._idle |= dict.fromkeys(pair for pair in self._slot if pair not in self._idle)
 
-    def _cut(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Tensor:
-        size, count = self.cubes.size, len(pairs)
-        on_gpu = self.device.type == "cuda"
-        images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
-        start = (where.start + self._places[pairs][:, None]).ravel()
-        arrays = (start, where.row.ravel(), where.column.ravel(), images.view(-1, size, size).numpy())
+    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Callable[[int], Tensor]:
+        """What gives the images of a step, when its pairs are in memory."""
+        size, count = self.cubes.size, pairs.shape[1]
         threads = min(torch.get_num_threads(), MOST_CUTTERS, count)
-        bounds = [len(start) * k // threads for k in range(threads + 1)]
-        parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
-        memory = self._memory.reshape(-1)
-        others = [cutters.submit(cutting.cut, memory, *part) for part in parts[1:]]
-        cutting.cut(memory, *parts[0])
-        for other in others:
-            other.result()
-        return _channels_last(images.to(self.device, non_blocking=True))
+        bounds = [count * self.channels * k // threads for k in range(threads + 1)]
+        row, column = where.row.reshape(len(pairs), -1), where.column.reshape(len(pairs), -1)
+        on_gpu = self.device.type == "cuda"
+
+        def cut(step: int) -> Tensor:
+            images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
+            start = (where.start[step] + self._places[pairs[step]][:, None]).ravel()
+            arrays = (start, row[step], column[step], images.view(-1, size, size).numpy())
+            parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
+            memory = self._memory.reshape(-1)
+            others = [cutters.submit(cutting.cut, memory, *part) for part in parts[1:]]
+            cutting.cut(memory, *parts[0])
+            for other in others:
+                other.result()
+            return _channels_last(images.to(self.device, non_blocking=True))
+
+        return cut
 
 
 class DeviceCache(HostCache):
@@ -242,6 +250,10 @@ class DeviceCache(HostCache):
         if not self._there >= set(share) and len(self._memory) == 0:
             self._resize(min(len(share), AHEAD))
 
+    def _allocate(self, slots: int) -> NDArray[np.float32]:
+        with torch.inference_mode(False):
+            return torch.empty((slots, *self._shape), pin_memory=self.device.type == "cuda").numpy()
+
     def _read(self, pair: int, readers: ThreadPoolExecutor) -> bool:
         return pair in self._there or super()._read(pair, readers)
 
@@ -254,16 +266,22 @@ class DeviceCache(HostCache):
         self._idle[pair] = None
         return True
 
-    def _cut(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Tensor:
-        size = self.cubes.size
-        places = np.array([self._rank[pair] for pair in pairs.tolist()]) * (2 * size**3)
+    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Callable[[int], Tensor]:
+        size, (steps, count) = self.cubes.size, pairs.shape
+        ranks = np.zeros(len(self.seeds), np.int64)
+        ranks[list(self._rank)] = list(self._rank.values())
+        places = (ranks * self._on_device[0].numel())[pairs][:, :, None]
         start, row, column = (
-            torch.from_numpy(part.ravel()).to(self.device)
-            for part in (where.start + places[:, None], where.row, where.column)
+            torch.from_numpy(part.reshape(steps, -1)).to(self.device)  # once for the whole epoch
+            for part in (where.start + places, where.row, where.column)
         )
-        images = self._on_device.new_empty((len(pairs), self.channels, size, size))
-        cutting.cut_on_device(self._on_device.view(-1), start, row, column, images.view(-1, size, size))
-        return _channels_last(images)
+
+        def cut(step: int) -> Tensor:
+            memory = self._on_device.view(-1)
+            images = cutting.cut_on_device(memory, start[step], row[step], column[step], size)
+            return _channels_last(images.view(count, self.channels, size, size))
+
+        return cut
 
 
 def _channels_last(images: Tensor) -> Tensor:

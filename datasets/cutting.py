@@ -6,6 +6,8 @@ axis 2 too, which would otherwise touch one float per cache line, a second copy 
 once when it is loaded: rotated[z, x, y] = cube[x, y, z].
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,16 +94,25 @@ def _run(memory: NDArray[np.float32], place: int, stride: int, count: int, to: N
             to[_unsigned(n)] = memory[begin - _unsigned(n)]
 
 
-def cut_on_device(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, images: Tensor) -> None:
-    """The same as `cut` on any device; `images` (len(start), N, N) is where `memory` is."""
-    size = images.shape[1]
-    side = torch.arange(size, device=memory.device)
+def cut_on_device(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+    """The images (len(start), N, N) that `cut` gives, on the device of the arguments."""
+    if memory.is_cuda:
+        return _fused_gather()(memory, start, row, column, size)
     step = max(1, INDEX_BYTES // (8 * size * size))
-    for k in range(0, len(start), step):
-        part = slice(k, k + step)
-        lines = start[part, None] + row[part, None] * side
-        index = lines[:, :, None] + (column[part, None] * side)[:, None, :]
-        images[part] = memory[index]
+    parts = zip(*(field.split(step) for field in (start, row, column)), strict=True)
+    return torch.cat([_gather(memory, *part, size) for part in parts])
+
+
+def _gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+    side = torch.arange(size, device=memory.device)
+    lines = start[:, None] + row[:, None] * side
+    return memory[lines[:, :, None] + (column[:, None] * side)[:, None, :]]
+
+
+@cache
+def _fused_gather() -> Callable[..., Tensor]:
+    # One kernel that computes the index as it goes and stores none of it. Not at import: compiling loads much.
+    return torch.compile(_gather)
 
 
 @njit(nogil=True, cache=True)
