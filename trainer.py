@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         runtime.prepare_process()
         train(experiment.load(options.experiment, options.overrides), preflight_only=options.preflight)
     except USER_ERRORS as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        runtime.tell(error)
         return 2
     return 0
 
@@ -86,9 +86,10 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
     accelerator = Accelerator(mixed_precision=keys.mixed_precision)
     if keys.gradient_accumulation_steps is not None:
         accelerator.gradient_accumulation_steps = keys.gradient_accumulation_steps
-    config = config.on_hardware(
-        accelerator.num_processes, accelerator.mixed_precision, accelerator.gradient_accumulation_steps
-    )
+    with runtime.together():
+        config = config.on_hardware(
+            accelerator.num_processes, accelerator.mixed_precision, accelerator.gradient_accumulation_steps
+        )
     logs.listen(main=accelerator.is_main_process)
     if preflight_only or accelerator.num_processes > 1:
         accelerator.print(runtime.preflight(accelerator, config.to_dict()))
