@@ -276,9 +276,11 @@ class DeviceCache(HostCache):
             for part in (where.start + places, where.row, where.column)
         )
 
+        memory = self._on_device.view(-1)
+        cut_views = cutting.device_cut(memory, start[0], row[0], column[0], size)
+
         def cut(step: int) -> Tensor:
-            memory = self._on_device.view(-1)
-            images = cutting.cut_on_device(memory, start[step], row[step], column[step], size)
+            images = cut_views(memory, start[step], row[step], column[step], size)
             return _channels_last(images.view(count, self.channels, size, size))
 
         return cut

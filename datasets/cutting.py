@@ -6,8 +6,8 @@ axis 2 too, which would otherwise touch one float per cache line, a second copy 
 once when it is loaded: rotated[z, x, y] = cube[x, y, z].
 """
 
+import logging
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from .order import Ids, decode
 
-INDEX_BYTES = 64 << 20  # of the index that `cut_on_device` builds at a time
+INDEX_BYTES = 64 << 20  # of the index that `cut_in_parts` builds at a time
 ROWS, RUN = 8, 32  # rows walked side by side, and the floats of one row in a run: measured best
 
+DeviceCut = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+log = logging.getLogger(__name__)
 _unsigned = np.uint64  # spares compiled loops the handling of negative indices, and lets them be vectorised
 
 
@@ -94,10 +97,24 @@ def _run(memory: NDArray[np.float32], place: int, stride: int, count: int, to: N
             to[_unsigned(n)] = memory[begin - _unsigned(n)]
 
 
-def cut_on_device(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """The images (len(start), N, N) that `cut` gives, on the device of the arguments."""
+def device_cut(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> DeviceCut:
+    """The fastest way to do on a device what `cut` does, found by trying it on these views.
+
+    It is called as this function and gives images (len(start), N, N).
+    """
     if memory.is_cuda:
-        return _fused_gather()(memory, start, row, column, size)
+        fused = torch.compile(_gather)  # one kernel that computes the index as it goes and stores none of it
+        try:
+            fused(memory, start, row, column, size)
+        except Exception as error:  # whatever is missing: Triton, a C compiler, Python's headers
+            log.warning("slices are cut without torch.compile, which does not work here: %r", error)
+        else:
+            return fused
+    return cut_in_parts
+
+
+def cut_in_parts(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+    """The images (len(start), N, N), some at a time because the index takes twice their memory."""
     step = max(1, INDEX_BYTES // (8 * size * size))
     parts = zip(*(field.split(step) for field in (start, row, column)), strict=True)
     return torch.cat([_gather(memory, *part, size) for part in parts])
@@ -107,12 +124,6 @@ def _gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: in
     side = torch.arange(size, device=memory.device)
     lines = start[:, None] + row[:, None] * side
     return memory[lines[:, :, None] + (column[:, None] * side)[:, None, :]]
-
-
-@cache
-def _fused_gather() -> Callable[..., Tensor]:
-    # One kernel that computes the index as it goes and stores none of it. Not at import: compiling loads much.
-    return torch.compile(_gather)
 
 
 @njit(nogil=True, cache=True)
