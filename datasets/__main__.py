@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from .cubes import DataError
-from .inspection import check_plot, plot, report
 from .pack import pack, pack_difference, pack_snapshot, repack
 from .synthetic import write_synthetic
 
@@ -49,6 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    from .inspection import check_plot, plot, report  # here, because matplotlib takes long to import
+
+    if options.plot:
+        check_plot(options.plot, options.force)
+    print(report(options.file))
+    if options.plot:
+        plot(options.file, options.plot)
+        print(f"drawn: {options.plot}")
+
+
 def _run(options: argparse.Namespace) -> None:
     force = options.force
     if options.command == "synthesize":
@@ -63,12 +73,7 @@ def _run(options: argparse.Namespace) -> None:
     elif options.command == "repack":
         repack(options.file, options.out, overwrite=force)
     elif options.command == "inspect":
-        if options.plot:
-            check_plot(options.plot, force)
-        print(report(options.file))
-        if options.plot:
-            plot(options.file, options.plot)
-            print(f"drawn: {options.plot}")
+        _inspect(options)
     elif options.redshift is not None:
         pack(options.raw, options.out, redshift=options.redshift, overwrite=force)
     elif options.snapshot is not None:

@@ -3,15 +3,14 @@
 Wavenumbers are in h/Mpc, lengths in Mpc/h, the potential is in units of c^2, and c = 299792.458 km/s. The
 universe is flat: matter (m), radiation (r: photons and massless neutrinos) and a cosmological constant.
 
-Sources: Bardeen et al. 1986 (ApJ 304, 15); Ma & Bertschinger 1995 (ApJ 455, 7); Meszaros 1974 (A&A 37, 225);
-Eisenstein & Hu 1998 (ApJ 496, 605); Dodelson & Schmidt 2020, Modern Cosmology, 2nd ed., chapters 7 and 8.
+Sources: Meszaros 1974 (A&A 37, 225); Eisenstein & Hu 1998 (ApJ 496, 605); Dodelson & Schmidt 2020, Modern
+Cosmology, 2nd ed., chapter 8.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.integrate import solve_ivp
 
 HUBBLE_LENGTH = 2997.92458  # c / (100 km/s/Mpc), in Mpc/h
 PHOTONS = 2.4728e-5  # omega of photons at T_cmb = 2.7255 K
@@ -56,11 +55,10 @@ class Cosmology:
         return a * self.expansion(a) / HUBBLE_LENGTH
 
     def potential_growth(self, redshift: float) -> float:
-        """The linear growth g(z) = D(z)/a of the Newtonian potential, normalised to 1 in pure matter
-        domination.
+        """The linear growth g(z) = D(z)/a of the Newtonian potential, 1 in pure matter domination.
 
-        By the Poisson equation, k^2 phi = -4 pi G a^2 rho_m delta, so with rho_m ~ a^-3 and delta ~ D, phi ~
-        D/a. D is the growing solution of (Dodelson & Schmidt 2020, eq. 8.76)
+        By the Poisson equation, k^2 phi = -4 pi G a^2 rho_m delta, with rho_m ~ a^-3 and delta ~ D, phi grows
+        as D/a. D is the growing solution of (Dodelson & Schmidt 2020, chapter 8)
 
             D'' + (2 + dlnH/dlna) D' = (3/2) Omega_m(a) D,      ' = d/dlna,
 
@@ -70,6 +68,8 @@ class Cosmology:
         radiation adds 0.2 % to g at z = 10 and 0.05 % at z = 1, which is as much as the relativistic effects
         one looks for.
         """
+        from scipy.integrate import solve_ivp  # here, because a run that trains should not wait for it
+
         matter, radiation, constant = self.Omega_m, self.Omega_r, self.Omega_Lambda
 
         def derivative(ln_a: float, state: NDArray[np.float64]) -> list[float]:
@@ -102,8 +102,8 @@ class Cosmology:
         """Power spectrum of the Newtonian potential, in (Mpc/h)^3, at wavenumbers `k` > 0 in h/Mpc.
 
         The primordial curvature has k^3 P / 2 pi^2 = A_s (k/k_pivot)^(n_s - 1); after the radiation era the
-        potential is 3/5 of it on large scales (Dodelson & Schmidt 2020, section 7.2), and T(k) and g(z) do
-        the rest:
+        potential is 3/5 of it on large scales, and T(k) and g(z) do the rest (Dodelson & Schmidt 2020,
+        chapter 8):
 
             k^3 P(k, z) / 2 pi^2 = (9/25) A_s (k/k_pivot)^(n_s - 1) T(k)^2 g(z)^2
         """

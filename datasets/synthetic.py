@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.fft
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -85,12 +84,14 @@ class Universe:
         `index` numbers the seeds of the universe that `seed` chooses. A cube depends on nothing else, least
         of all on how many seeds are made.
         """
+        from scipy import fft  # here, because a run that trains should not wait for it
+
         noise = np.random.default_rng([seed, index]).standard_normal((self.size,) * 3, dtype=np.float32)
-        modes = scipy.fft.rfftn(noise, workers=-1)
+        modes = fft.rfftn(noise, workers=-1)
         del noise
         for gravity in GRAVITIES:
             shaped = modes * self._amplitude[gravity][self._n2]
-            yield gravity, scipy.fft.irfftn(shaped, (self.size,) * 3, overwrite_x=True, workers=-1)
+            yield gravity, fft.irfftn(shaped, (self.size,) * 3, overwrite_x=True, workers=-1)
 
 
 def write_synthetic(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from datasets import __main__ as commands
+from datasets import inspection
 from datasets.cubes import GRAVITIES, DataError
 from datasets.inspection import MOST_PROBLEMS, check_plot, draw, plot, report
 
@@ -43,7 +44,8 @@ def problems(text: str) -> list[str]:
     return [line.strip() for line in text.split("\nproblems", 1)[1].splitlines()[1:]]
 
 
-def test_a_good_file(path: Path) -> None:
+def test_a_good_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "SLAB_BYTES", 5 * N**2 * 8)  # several slabs a cube
     text = report(path)
     found = rows(text)
     assert found["layout"].startswith("packed")

@@ -19,7 +19,7 @@ from datasets import pack as pack_module
 from datasets.cosmology import Cosmology
 from datasets.cubes import GRAVITIES, CubeFile, DataError
 from datasets.gevolution import cosmology
-from datasets.pack import Moments, pack, pack_difference, pack_snapshot, repack
+from datasets.pack import SLAB_BYTES, Moments, pack, pack_difference, pack_snapshot, repack
 
 N = 64
 CHECKOUT = Path(__file__).parents[1]
@@ -69,6 +69,12 @@ def write_raw(
             with h5py.File(snapshot_file(raw, seed, gravity, snapshot), "w") as file:
                 file.create_dataset("data", data=values(seed, gravity, snapshot), **storage)
     return raw
+
+
+@pytest.fixture(autouse=True)
+def _several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cubes would fit into one slab; these are five planes, the last slab four."""
+    monkeypatch.setattr(pack_module, "SLAB_BYTES", 5 * N**2 * 8)
 
 
 @pytest.fixture
@@ -174,7 +180,8 @@ def test_moments_do_not_depend_on_the_parts() -> None:
         assert moments.variance == pytest.approx(values.var(), rel=1e-9)
 
 
-def test_memory_does_not_grow_with_the_cubes(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_cubes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_module, "SLAB_BYTES", SLAB_BYTES)
     raw = write_raw(tmp_path / "raw", lambda *key: field(*key, size=2 * N), seeds=1)  # 16 MiB a cube
     tracemalloc.start()
     try:
