@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w").write(json.dumps(fo
 """
 
 Experiment = Callable[..., Path]
+Launcher = Callable[..., "subprocess.Popen[str]"]
 
 
 def free_port() -> str:
@@ -43,22 +44,37 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launcher(*command: str, **environment: str) -> "subprocess.Popen[str]":
-    """`accelerate` or `torchrun`, started as from a user's shell."""
-    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    return subprocess.Popen(
-        [str(PROGRAMS / command[0]), *command[1:]],
-        cwd=ROOT,
-        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+@pytest.fixture
+def launcher() -> Iterator[Launcher]:
+    """Starts `accelerate` or `torchrun` as from a user's shell, and leaves nothing of them running."""
+    started = []
+
+    def start(*command: str) -> "subprocess.Popen[str]":
+        clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        process = subprocess.Popen(
+            [str(PROGRAMS / command[0]), *command[1:]],
+            cwd=ROOT,
+            env=clean | {"PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:
+            if process.poll() is None:
+                workers = psutil.Process(process.pid).children(recursive=True)
+                process.kill()
+                for worker in workers:
+                    worker.kill()
 
 
-def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+def output_of(process: "subprocess.Popen[str]", status: int) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
     return output
 
 
@@ -85,9 +101,11 @@ def found(tmp_path: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_configurations_start_what_they_promise(
-    tmp_path: Path, arguments: list[str], config: str, flags: list[str], processes: int
+    tmp_path: Path, launcher: Launcher, arguments: list[str], config: str, flags: list[str], processes: int
 ) -> None:
-    finish(launcher("accelerate", "launch", "--config_file", f"{CONFIGS}/{config}.yaml", *flags, *arguments))
+    output_of(
+        launcher("accelerate", "launch", "--config_file", f"{CONFIGS}/{config}.yaml", *flags, *arguments), 0
+    )
     reports = found(tmp_path)
     assert [report["processes"] for report in reports] == [processes] * processes
     if config.startswith("cpu"):
@@ -97,7 +115,7 @@ def test_configurations_start_what_they_promise(
     assert reports[0]["threads"] <= max(1, cores // processes)
 
 
-def test_multi_node(tmp_path: Path, arguments: list[str]) -> None:
+def test_multi_node(tmp_path: Path, launcher: Launcher, arguments: list[str]) -> None:
     config = ["--config_file", f"{CONFIGS}/multi_node.yaml", "--main_process_port", free_port()]
     flags = ["--num_processes", "2", "--rdzv_conf", "timeout=50"]
     hosts = [
@@ -105,32 +123,30 @@ def test_multi_node(tmp_path: Path, arguments: list[str]) -> None:
         for rank in (0, 1)
     ]
     for host in hosts:
-        finish(host)
+        output_of(host, 0)
     assert [report["processes"] for report in found(tmp_path)] == [2, 2]
 
 
 def test_a_multi_cpu_launch_that_starts_one_process_says_so(
-    tmp_path: Path, arguments: list[str], experiment: Experiment
+    tmp_path: Path, launcher: Launcher, arguments: list[str]
 ) -> None:
     config = tmp_path / "mpi.yaml"
     config.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\n")
-    output = finish(launcher("accelerate", "launch", "--config_file", str(config), *arguments))
+    output = output_of(launcher("accelerate", "launch", "--config_file", str(config), *arguments), 0)
     assert "was asked for several processes and started one" in output
 
 
-def test_statuses_of_the_launchers(experiment: Experiment) -> None:
+def test_statuses_of_the_launchers(launcher: Launcher, experiment: Experiment) -> None:
     """Both make 1 of the trainer's 2; torchrun shows the 2 of every process."""
     mistaken = experiment(batch_size=63)
     torchrun = launcher("torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", str(mistaken))
-    output, _ = torchrun.communicate(timeout=120)
-    assert torchrun.returncode == 1
+    output = output_of(torchrun, 1)
     assert re.findall(r"exitcode\s+: (-?\d+)", output) == ["2", "2"]
     assert output.count("ConfigError: train_params.batch_size: found 63") == 1
     accelerate = launcher(
         "accelerate", "launch", "--config_file", f"{CONFIGS}/cpu.yaml", "trainer.py", str(experiment(lr=-1.0))
     )
-    output, _ = accelerate.communicate(timeout=120)
-    assert accelerate.returncode == 1
+    output = output_of(accelerate, 1)
     assert "ConfigError" in output
     assert "returned non-zero exit status 2" in output
 
@@ -169,8 +185,8 @@ train_params: {{epochs: 1, lr: 0.001, log_dir: {folder / "runs"}, batch_size: 64
     ]
     (folder / "launches.json").write_text(json.dumps(launches))
     program = [sys.executable, str(ROOT / "tests" / "forked.py"), str(folder / "launches.json")]
-    environment = os.environ | {"LAUNCH_SECONDS": "8", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    environment = os.environ | {"LAUNCH_SECONDS": "6", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=True)
     return folder, done.stdout + done.stderr
 
 
@@ -217,15 +233,19 @@ def beside_the_other_datasets() -> None:
 
 
 @pytest.mark.usefixtures("beside_the_other_datasets")
-def test_training_beside_the_other_datasets_library(experiment: Experiment, tmp_path: Path) -> None:
+def test_training_beside_the_other_datasets_library(
+    launcher: Launcher, experiment: Experiment, tmp_path: Path
+) -> None:
     """Accelerate imports names from a module called `datasets` when that library is there, and finds ours."""
-    finish(
-        launcher("torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", str(experiment(axes=[0])))
+    output_of(
+        launcher(
+            "torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", str(experiment(axes=[0])), 0
+        )
     )
     assert (tmp_path / "runs" / "run" / "model" / "model.safetensors").exists()
 
 
-def test_a_worker_that_dies(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_worker_that_dies(launcher: Launcher, experiment: Experiment, tmp_path: Path) -> None:
     """torchrun starts all anew, and they go on from the last state."""
     path = experiment(axes=[0], epochs=8, save_every_steps=2, batch_size=48)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
@@ -236,7 +256,7 @@ def test_a_worker_that_dies(experiment: Experiment, tmp_path: Path) -> None:
         assert torchrun.poll() is None, torchrun.communicate()[0]
         time.sleep(0.02)
     psutil.Process(torchrun.pid).children()[-1].send_signal(signal.SIGKILL)
-    output = finish(torchrun)
+    output = output_of(torchrun, 0)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = 3 * 2 * 64 // 48
     expected = [("train", epoch, epoch * steps) for epoch in range(1, 9)]
