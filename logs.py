@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,26 +53,29 @@ class RunLog:
         if not main:
             return
         self._lines = run / METRICS_FILE
-        self._drop_lines_after(step)
+        self._logged = self._drop_lines_after(step)
         # Imported here: it takes a second, which the other processes need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events: SummaryWriter = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+        self._events: SummaryWriter = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
 
-    def _drop_lines_after(self, step: int) -> None:
-        """Keep the whole lines up to `step`; a last line that a kill cut short goes too."""
+    def _drop_lines_after(self, step: int) -> set[tuple[str, int]]:
+        """Keep the whole lines up to `step` and return their phases and steps; a line cut short goes too."""
         if not self._lines.exists():
-            return
-        kept = []
+            return set()
+        kept, logged = [], set()
         for line in self._lines.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+                logged.add((record["phase"], record["step"]))
         temporary = self._lines.with_suffix(".jsonl.part")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._lines)
+        return logged
 
     def say(self, text: str) -> None:
         """One line on the console, from the main process."""
@@ -80,9 +84,12 @@ class RunLog:
             sys.stdout.flush()
 
     def phase(self, phase: str, numbers: dict[str, Any], *, seconds: float, target_epoch: int) -> None:
-        """Record the numbers of a phase (`train` or `test`) that took `seconds`, in every place."""
-        if not self._main:
-            return
+        """Record the numbers of a phase (`train` or `test`) that took `seconds`, in every place, once.
+
+        They are on disk when it returns: the next checkpoint counts on them.
+        """
+        if not self._main or (phase, numbers["step"]) in self._logged:
+            return  # logged before a kill that came between a test and its checkpoint
         speed = numbers["slices"] / seconds
         record = {
             "phase": phase,
@@ -90,12 +97,14 @@ class RunLog:
             "seconds": round(seconds, 3),
             "slices_per_second": round(speed, 1),
         }
-        with self._lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
         for name in SCALARS:
             if name in record:
                 self._events.add_scalar(f"{name}/{phase}", record[name], record["step"])
         self._events.flush()
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         values = "  ".join(f"{name} {record[name]:.4f}" for name in SHOWN if name in record)
         self.say(f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {values}  ({speed:.0f} slices/s)")
 
@@ -143,7 +152,7 @@ class RunLog:
 
     def test_curves(self, labels: np.ndarray, logits: np.ndarray, step: int) -> None:
         """The precision-recall curve of a test."""
-        if self._main:
+        if self._main and ("test", step) not in self._logged:
             self._events.add_pr_curve("precision_recall/test", labels, 1 / (1 + np.exp(-logits)), step)
 
     def close(self) -> None:

@@ -112,12 +112,13 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
                 if not complete:
                     log.say(f"stopped at step {progress.step} ({stop.name}); the same command goes on there")
                     break
+                if progress.finished:
+                    export(run, progress)
+                # Last of all: a run that is killed before is not finished, one that is killed after is.
                 save(run, progress)
         finally:
             log.close()
             run.checkpoints.finish()
-        if progress.finished:
-            export(run, progress)
 
 
 def open_run(
@@ -250,8 +251,8 @@ def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: l
     said.require_finite(progress.step)
     progress.end_epoch(keys.test_every)
     numbers = progress.where | outcome_of(run, said).numbers()
-    log.phase("train", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
     log.scalar("lr", lr, progress.step)
+    log.phase("train", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
     return True
 
 
@@ -291,8 +292,8 @@ def test(run: Run, progress: Progress, log: logs.RunLog) -> bool:
                 return False
     outcome = outcome_of(run, said)
     numbers = progress.where | outcome.numbers(simulations=True)
-    log.phase("test", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
     log.test_curves(outcome.labels, outcome.logits, progress.step)
+    log.phase("test", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
     progress.end_test(metrics.loss(outcome), run.config.train_params.early_stopping)
     return True
 
