@@ -1,13 +1,16 @@
 """The fastest cache that fits into the memory that is free: what `cache: auto` means."""
 
+import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 import psutil
 import torch
 
 FREE_SHARE = 0.4  # of what is free; the test set may take as much again, and the network needs the rest
+PROCESSES, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +35,29 @@ def fitting_cache(pair_bytes: int, seeds: int, device: torch.device, processes: 
     return choice
 
 
-def free_memory(processes: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+def free_memory() -> int:
     """Bytes of host memory that this job may still take.
 
-    Clusters bound the memory of a job by control groups (version 2 is looked at), so what the machine has
-    free is not all. What a group uses for cached files counts as free.
+    Clusters bound the memory of a job by control groups, so it may be less than the machine has. What a group
+    uses for cached files counts as free.
     """
     free = int(psutil.virtual_memory().available)
-    try:
-        lines = (processes / "self/cgroup").read_text().splitlines()
-        group = groups / next(line[4:] for line in lines if line.startswith("0::/"))
-        for level in (group, *group.parents):
-            limit = (level / "memory.max").read_text().strip() if (level / "memory.max").exists() else "max"
-            if limit != "max":
-                used = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-                free = min(free, int(limit) - int(used["anon"]))
-    except (OSError, StopIteration):
-        pass  # there are no control groups, or none of version 2
+    with contextlib.suppress(OSError):  # there are no control groups here
+        for line in (PROCESSES / "self/cgroup").read_text().splitlines():
+            number, kinds, group = line.split(":", 2)
+            if number == "0":  # version 2
+                free = min(free, _left(GROUPS, group, "memory.max", "anon"))
+            elif kinds == "memory":  # version 1
+                free = min(free, _left(GROUPS / "memory", group, "memory.limit_in_bytes", "total_rss"))
     return free
+
+
+def _left(root: Path, group: str, limit: str, used: str) -> int:
+    """What the limits of a group and of those above it leave, in bytes."""
+    left = sys.maxsize
+    folder = root / group.lstrip("/")
+    for level in (folder, *folder.parents):
+        if (level / limit).exists() and (most := (level / limit).read_text().strip()) != "max":
+            numbers = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+            left = min(left, int(most) - int(numbers[used]))
+    return left
