@@ -116,8 +116,8 @@ def device_cut(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size:
 def cut_in_parts(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
     """The images (len(start), N, N), some at a time because the index takes twice their memory."""
     step = max(1, INDEX_BYTES // (8 * size * size))
-    parts = zip(*(field.split(step) for field in (start, row, column)), strict=True)
-    return torch.cat([_gather(memory, *part, size) for part in parts])
+    parts = zip(start.split(step), row.split(step), column.split(step), strict=True)
+    return torch.cat([_gather(memory, s, r, c, size) for s, r, c in parts])
 
 
 def _gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
