@@ -173,6 +173,11 @@ class Config(Section):
         """Folder of the run."""
         return Path(self.train_params.log_dir) / self.model_params.name
 
+    def network(self, size: int) -> dict[str, Any]:
+        """What defines the network for cubes of `size` cells a side: the data knows the shape of a slice."""
+        shape = {"channels": self.data_params.channels, "size": size}
+        return self.model_params.model_dump(exclude={"name"}) | shape
+
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as YAML and JSON hold it."""
         return self.model_dump(mode="json")

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
@@ -150,10 +151,14 @@ class RunLog:
                 name = f"slices/{index}_{'gr' if label else 'newton'}"
                 self._events.add_image(name, ((image + 3) / 6).clamp(0, 1), 0, dataformats="HW")
 
-    def test_curves(self, labels: np.ndarray, logits: np.ndarray, step: int) -> None:
-        """The precision-recall curve of a test."""
+    def test_curves(
+        self, labels: np.ndarray, logits: np.ndarray, figures: dict[str, Figure], step: int
+    ) -> None:
+        """The precision-recall curve and the figures of a test."""
         if self._main and ("test", step) not in self._logged:
             self._events.add_pr_curve("precision_recall/test", labels, 1 / (1 + np.exp(-logits)), step)
+            for name, figure in figures.items():
+                self._events.add_figure(f"{name}/test", figure, step)
 
     def close(self) -> None:
         """Write what is pending."""

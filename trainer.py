@@ -203,19 +203,13 @@ def build_network(
     set_seed(keys.seed)
     torch.use_deterministic_algorithms(keys.deterministic)
     torch.backends.cudnn.benchmark = not keys.deterministic  # every batch has the same shape
-    network = models.build_model(**network_settings(config, cubes))
+    network = models.build_model(**config.network(cubes.size))
     network = network.to(accelerator.device, memory_format=torch.channels_last)
     if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
         models.synchronise_batch_norm(network)
     if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda"):
         network.compile()
     return network
-
-
-def network_settings(config: experiment.Config, cubes: datasets.CubeFile) -> dict[str, Any]:
-    """The arguments of `models.build_model`: the data set knows the shape of a slice."""
-    shape = {"channels": config.data_params.channels, "size": cubes.size}
-    return config.model_params.model_dump(exclude={"name"}) | shape
 
 
 def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.RunLog) -> bool:
@@ -292,10 +286,21 @@ def test(run: Run, progress: Progress, log: logs.RunLog) -> bool:
                 return False
     outcome = outcome_of(run, said)
     numbers = progress.where | outcome.numbers(simulations=True)
-    log.test_curves(outcome.labels, outcome.logits, progress.step)
+    log.test_curves(outcome.labels, outcome.logits, figures_of(outcome, run.accelerator), progress.step)
     log.phase("test", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
     progress.end_test(metrics.loss(outcome), run.config.train_params.early_stopping)
     return True
+
+
+def figures_of(outcome: metrics.Outcome, accelerator: Accelerator) -> dict[str, Any]:
+    """The confusion matrix and the mean logits of the twins, for the main process to show."""
+    if not accelerator.is_main_process:
+        return {}
+    from analysis import figures  # takes a second, which the first step need not wait for
+
+    seeds, means, labels = outcome.cubes
+    twins = figures.twins_plot(seeds[labels == 0], means[labels == 0], means[labels == 1])
+    return {"confusion": figures.confusion_matrix(outcome.confusion), "twins": twins}
 
 
 def outcome_of(run: Run, said: metrics.Predictions) -> metrics.Outcome:
@@ -327,7 +332,7 @@ def export(run: Run, progress: Progress) -> None:
         models.save(
             run.config.run / "model",
             weights,
-            settings=network_settings(run.config, run.cubes),
+            settings=run.config.network(run.cubes.size),
             mean=progress.mean,
             std=progress.std,
             extra={"run": run.config.model_params.name, "step": progress.step, "epoch": progress.epoch},

@@ -286,3 +286,22 @@ def test_a_synthetic_universe_is_written_once(experiment: Experiment, tmp_path: 
 def test_preflight_does_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
     assert trainer.main([str(experiment()), "--preflight"]) == 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_tensorboard_shows_each_step_once(experiment: Experiment, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = experiment(epochs=2, test_every=1)
+    assert [trainer.main([str(path)]) for _ in range(2)] == [0, 0]
+    run = tmp_path / "runs" / "run"
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    for phase in ("train", "test"):
+        steps = [line["step"] for line in lines(run) if line["phase"] == phase]
+        shown = events.Scalars(f"loss/{phase}")
+        assert [event.step for event in shown] == steps
+        losses = [line["loss"] for line in lines(run) if line["phase"] == phase]
+        assert [event.value for event in shown] == pytest.approx(losses)
+    tags = set(events.Tags()["images"]) | set(events.Tags()["tensors"])
+    assert {"confusion/test", "twins/test", "precision_recall/test"} <= tags
+    assert any(tag.startswith("slices/") for tag in tags)
+    assert "_hparams_/session_start_info" in events.summary_metadata
