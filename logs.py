@@ -150,6 +150,7 @@ class RunLog:
             for index, (image, label) in enumerate(zip(images.cpu(), labels.cpu(), strict=True)):
                 name = f"slices/{index}_{'gr' if label else 'newton'}"
                 self._events.add_image(name, ((image + 3) / 6).clamp(0, 1), 0, dataformats="HW")
+            self._events.flush()  # a run that goes on does not show them again
 
     def test_curves(
         self, labels: np.ndarray, logits: np.ndarray, figures: dict[str, Figure], step: int

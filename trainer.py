@@ -102,7 +102,8 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
             clock.start()
         run, progress, tensors = open_run(config, accelerator, stop)
         log = logs.RunLog(config.run, main=accelerator.is_main_process, step=progress.step)
-        log.hyperparameters(config.to_dict())
+        if progress.step == 0:
+            log.hyperparameters(config.to_dict())
         try:
             while not progress.finished:
                 complete = progress.awaiting_test or train_epoch(run, progress, tensors, log)
