@@ -18,6 +18,7 @@ import shlex
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ SIZE_UNIT = 64  # the networks halve the sides of a slice six times
 CHECKED_BYTES = 1 << 30  # files up to this size are searched for NaN before a run begins
 CHUNK_BYTES = 64 * 1024  # smaller chunks cost more to find than to copy
 CHUNK_ROW_BYTES = 64  # shorter rows use only a part of each cache line
+
+H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
 
 
 class DataError(ValueError):
@@ -82,8 +85,21 @@ def packed_name(seed: int, gravity: str) -> str:
     return f"{gravity}_seed{seed:04d}"
 
 
-def open_cubes(path: Path) -> h5py.File:
-    """Opens a cube file for reading. Raises DataError for whatever is not a readable, whole HDF5 file."""
+@contextmanager
+def open_cubes(path: Path) -> Iterator[h5py.File]:
+    """A cube file, open for reading. Raises DataError for what keeps it from being read, here and within."""
+    try:
+        _require_hdf5(path)
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except H5PY_ERRORS as error:
+        if "truncated file" in str(error):
+            size = path.stat().st_size
+            raise DataError(f"{path}: the file is truncated to {size} bytes. Copy it or make it again.") from error
+        raise DataError(f"{path}: the file cannot be read: {error}") from error
+
+
+def _require_hdf5(path: Path) -> None:
     if not path.exists():
         raise DataError(
             f"{path}: there is no such file.\n"
@@ -96,21 +112,12 @@ def open_cubes(path: Path) -> h5py.File:
             f"{path}: is a folder; an HDF5 file is needed.\n"
             f"Raw gevolution output becomes one by: python -m datasets pack {path} OUT.h5 --redshift 1"
         )
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty (0 bytes). Copy it or make it again.")
-        if not h5py.is_hdf5(path):
-            with path.open("rb") as raw:  # tells an unreadable file from one of another format
-                start = raw.read(8)
-            raise DataError(f"{path}: is not an HDF5 file, or its start is damaged: it is {start!r}.")
-        return h5py.File(path, "r", locking=False)
-    except OSError as error:
-        if "truncated file" in str(error):
-            raise DataError(
-                f"{path}: the file is truncated: it has {path.stat().st_size} bytes and, by its own account, "
-                "had more. Copy it or make it again."
-            ) from error
-        raise DataError(f"{path}: the file cannot be read: {error}") from error
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes). Copy it or make it again.")
+    with path.open("rb") as raw:  # tells a file that may not be read from one of another format
+        start = raw.read(8)
+    if not h5py.is_hdf5(path):
+        raise DataError(f"{path}: is not an HDF5 file, or its start is damaged: it is {start!r}.")
 
 
 def _cube(file: h5py.File, name: str) -> Cube:
@@ -141,10 +148,8 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
         cubes: Cubes = {}
         for seed, gravity, name in entries(file):
             if (seed, gravity) in cubes:
-                raise DataError(
-                    f"{file.filename}: /{cubes[seed, gravity].name} and /{name} both name the {gravity} cube "
-                    f"of seed {seed}."
-                )
+                both = f"/{cubes[seed, gravity].name} and /{name}"
+                raise DataError(f"{file.filename}: {both} both name the {gravity} cube of seed {seed}.")
             cubes[seed, gravity] = _cube(file, name)
         if cubes:
             return layout, dict(sorted(cubes.items()))
@@ -226,11 +231,8 @@ class CubeFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         with open_cubes(self.path) as file:
-            try:
-                self.layout, self.cubes = find_cubes(file)
-                self.attributes = python_attributes(file.attrs)
-            except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damaged metadata
-                raise DataError(f"{self.path}: the file is damaged: {error}") from error
+            self.layout, self.cubes = find_cubes(file)
+            self.attributes = python_attributes(file.attrs)
         for problem in problems(self.cubes):
             raise DataError(f"{self.path}: {problem}")
         self.size: int = next(iter(self.cubes.values())).shape[0]
@@ -287,11 +289,11 @@ class CubeFile:
         if cube.direct:
             self._read_direct(cube, out)
         else:
-            try:
-                with open_cubes(self.path) as file:
+            with open_cubes(self.path) as file:
+                try:
                     file[cube.name].read_direct(out)
-            except (OSError, RuntimeError, KeyError) as error:
-                raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
+                except H5PY_ERRORS as error:
+                    raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         with self._lock:
             self._bytes_read += cube.stored
         self._require_finite(cube, out)
@@ -330,14 +332,11 @@ class CubeFile:
         """
         self.require(seeds)
         digest, middle = hashlib.sha256(), self.size // 2
-        try:
-            with open_cubes(self.path) as file:
-                for seed in seeds:
-                    for gravity in GRAVITIES:
-                        rows = file[self.cubes[seed, gravity].name][middle, middle : middle + 4]
-                        digest.update(np.ascontiguousarray(rows, dtype="<f4").tobytes())
-        except (OSError, RuntimeError, KeyError) as error:
-            raise DataError(f"{self.path}: the file cannot be read: {error}") from error
+        with open_cubes(self.path) as file:
+            for seed in seeds:
+                for gravity in GRAVITIES:
+                    rows = file[self.cubes[seed, gravity].name][middle, middle : middle + 4]
+                    digest.update(np.ascontiguousarray(rows, dtype="<f4").tobytes())
         return {
             "path": str(self.path.absolute()),
             "bytes": os.path.getsize(self.path),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .cubes import (
     GRAVITIES,
+    H5PY_ERRORS,
     Cube,
     Cubes,
     DataError,
@@ -103,7 +104,7 @@ def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
                 bad += slab.size - finite.size
                 if finite.size:
                     findings.moments[gravity].add(finite)
-        except (OSError, RuntimeError) as error:
+        except H5PY_ERRORS as error:
             findings.unreadable.append(f"/{cube.name} cannot be read: {error}")
         if bad:
             findings.not_finite.append(f"/{cube.name} holds {bad} values that are NaN or infinite")

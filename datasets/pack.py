@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .cubes import GRAVITIES, SIZE_UNIT, CubeFile, DataError, open_cubes
+from .cubes import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, DataError, open_cubes
 from .gevolution import (
     COMMON,
     Simulation,
@@ -203,7 +203,7 @@ def _slabs(source: Source, size: int, bar: tqdm) -> Iterator[tuple[slice, NDArra
 def _read(data: h5py.Dataset, path: Path, where: slice, out: NDArray[np.float64]) -> None:
     try:
         data.read_direct(out, source_sel=where)
-    except (OSError, RuntimeError) as error:
+    except H5PY_ERRORS as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not np.isfinite(out.sum()):
         raise DataError(f"{path}: holds NaN or infinity between planes {where.start} and {where.stop - 1}.")
@@ -213,10 +213,10 @@ def repack(path: Path, out: Path, *, overwrite: bool = False) -> None:
     """Writes the cubes of a file, contiguous float32 in the packed layout, with the file's attributes."""
     cubes = CubeFile(path)
     values = np.empty((cubes.size,) * 3, dtype=np.float32)
+    with open_cubes(path) as old:
+        attributes = dict(old.attrs)
     with new_file(out, bytes_needed=len(cubes.cubes) * values.nbytes, overwrite=overwrite) as file:
-        with open_cubes(path) as old:
-            for key, value in old.attrs.items():
-                file.attrs[key] = value
+        file.attrs.update(attributes)
         for seed, gravity in tqdm(cubes.cubes, desc="repacking", unit="cube", disable=None):
             cubes.read(seed, gravity, values)
             new_cube(file, seed, gravity, cubes.size).write_direct(values)

@@ -189,12 +189,18 @@ def broken_link(path: Path) -> None:
         file["gr_seed0001"] = h5py.ExternalLink("gone.h5", "/gr")
 
 
+def damaged_names(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"HEAP", b"HEAQ"))  # where HDF5 keeps the names of a group
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing": (Path.unlink, ["no such file", "data_params.datafile", "python -m datasets pack"]),
     "empty": (lambda path: path.write_bytes(b""), ["empty"]),
     "text": (lambda path: path.write_text("Dear colleague,"), ["not an HDF5 file", "Dear col"]),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1000), ["truncated"]),
     "cut to its head": (lambda path: os.truncate(path, 20), ["cannot be read"]),
+    "damaged names": (damaged_names, ["cannot be read"]),
     "no cubes": (other_names, ["no cubes found", "/phi", "/gr_seed0000"]),
     "never written": (empty_data_set, ["/gr_seed0001", "never written"]),
     "group": (group_for_a_cube, ["/gr_seed0001", "no readable data set"]),
