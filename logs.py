@@ -137,7 +137,7 @@ class RunLog:
             for key, value in keys.items()
         }
         for summary in hparams(flat, dict.fromkeys((f"{name}/test" for name in SHOWN), 0.0)):
-            self._events.file_writer.add_summary(summary)
+            self._events._get_file_writer().add_summary(summary)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """One number for TensorBoard alone."""

@@ -205,7 +205,7 @@ def build_network(
     torch.use_deterministic_algorithms(keys.deterministic)
     torch.backends.cudnn.benchmark = not keys.deterministic  # every batch has the same shape
     network = models.build_model(**config.network(cubes.size))
-    network = network.to(accelerator.device, memory_format=torch.channels_last)
+    network = network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
         models.synchronise_batch_norm(network)
     if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda"):
