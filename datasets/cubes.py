@@ -95,7 +95,7 @@ def open_cubes(path: Path) -> Iterator[h5py.File]:
     except H5PY_ERRORS as error:
         if "truncated file" in str(error):
             size = path.stat().st_size
-            raise DataError(f"{path}: the file is truncated to {size} bytes. Copy it or make it again.") from error
+            raise DataError(f"{path}: the file is truncated, to {size} bytes. Make it again.") from error
         raise DataError(f"{path}: the file cannot be read: {error}") from error
 
 
