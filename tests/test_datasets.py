@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -193,9 +194,10 @@ def test_a_test_sees_each_slice_as_it_lies_in_its_cube(
     for batch in chain(*batches):
         assert len(batch.ids) == 48 // processes
         np.testing.assert_array_equal(batch.images, expected(cubes, batch.ids, np.zeros(len(batch.ids), int)))
-    # What was made in inference mode serves training too.
+    # What was made in inference mode, and for another share of the cubes, serves training too.
     for batch in parts[0].train_batches(0):
-        assert not batch.images.is_inference()
+        turns = order.symmetries_of(3, 0, batch.ids.numpy())
+        np.testing.assert_array_equal(batch.images, expected(cubes, batch.ids, turns))
         torch.ones_like(batch.images, requires_grad=True).mul(batch.images).sum().backward()
 
 
@@ -217,6 +219,21 @@ def test_no_more_is_read_than_was_ahead(many: Path, small_window: None) -> None:
     next(batches)
     batches.close()
     assert data.cubes.bytes_read <= (order.LANES + AHEAD) * 2 * 4 * N**3
+
+
+def test_reading_ahead_ends_with_the_iteration(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(many, range(20), cache="memory")
+    read = data.cubes.read
+
+    def slow_read(*arguments: Any) -> None:
+        read(*arguments)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(data.cubes, "read", slow_read)
+    batches = data.train_batches(0)
+    next(batches)
+    batches.close()
+    assert data.cubes.bytes_read < 20 * 2 * 4 * N**3
 
 
 @pytest.mark.parametrize("cache", ["memory", "device"])

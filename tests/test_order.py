@@ -86,13 +86,13 @@ def test_symmetries_are_even_and_change_with_epoch_and_seed() -> None:
         assert 0.8 < (other != turns).mean() < 0.95
 
 
-@pytest.mark.parametrize("seeds", [48, 150])
+@pytest.mark.parametrize("seeds", [17, 48, 49, 150])
 def test_few_simulations_are_open_at_a_time_however_many_there_are(seeds: int) -> None:
     deal = Order(range(seeds), 256, (0, 1, 2), 64, seed=42)
-    for epoch in range(2):
+    for epoch in range(3):  # always as many: the memory for them is taken once
         pairs = pairs_of(deal.epoch(epoch)[0], 256)
         assert cache.plan(pairs, 0).most_open == order.LANES
-        assert np.mean([len(set(row)) for row in pairs.tolist()]) > order.LANES - 0.5
+        assert np.mean([len(set(row)) for row in pairs.tolist()]) > order.LANES - 1.2
 
 
 def test_simulations_are_opened_at_an_even_pace() -> None:
