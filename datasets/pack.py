@@ -14,8 +14,10 @@ corrections, beside the simulation's numerical errors.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from .gevolution import (
 )
 from .writing import new_cube, new_file
 
+WORKERS = 2  # one simulation is read or written while another is computed with
 SLAB_BYTES = 2 * 1024**2  # small enough to stay in a processor's cache between the passes over a slab
 
 
@@ -133,26 +136,39 @@ def _write(raw: Path, out: Path, sources: list[Source], attributes: dict[str, An
         "gravities": list(GRAVITIES),
         "source": f"gevolution, {raw.absolute()}",
     }
-    one_pass = len(sources) * len(sources[0].terms) * size**3 * 8
+    each = len(sources[0].terms) * size**3 * 8
+    total = 2 * each * len(sources)
     with (
         new_file(out, bytes_needed=len(sources) * size**3 * 4, overwrite=overwrite) as file,
-        tqdm(total=2 * one_pass, unit="B", unit_scale=True, desc="statistics", disable=None) as bar,
+        ThreadPoolExecutor(WORKERS) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="statistics", disable=None) as bar,
     ):
         moments = Moments()
-        for source in sources:
-            for _, slab in _slabs(source, size, bar):
-                moments.add(slab)
+        for part in pool.map(partial(_moments, size), sources):  # in the sources' order: sums do not vary
+            moments.include(part)
+            bar.update(each)
         if moments.variance == 0:
             raise DataError(f"{raw}: all values are equal ({moments.mean}); this cannot be standardised.")
         mean, std = moments.mean, float(np.sqrt(moments.variance))
         file.attrs.update(attributes | {"mean": mean, "std": std, "variance": moments.variance})
         bar.set_description("writing")
-        for source in sources:
-            cube = new_cube(file, source.simulation.seed, source.simulation.gravity, size)
-            for rows, slab in _slabs(source, size, bar):
-                slab -= mean
-                slab /= std
-                cube.write_direct(slab.astype(np.float32), dest_sel=rows)
+        cubes = [new_cube(file, s.simulation.seed, s.simulation.gravity, size) for s in sources]
+        for _ in pool.map(partial(_standardise, mean, std), sources, cubes):
+            bar.update(each)
+
+
+def _moments(size: int, source: Source) -> Moments:
+    moments = Moments()
+    for _, slab in _slabs(source, size):
+        moments.add(slab)
+    return moments
+
+
+def _standardise(mean: float, std: float, source: Source, cube: h5py.Dataset) -> None:
+    for rows, slab in _slabs(source, len(cube)):
+        slab -= mean
+        slab /= std
+        cube.write_direct(slab.astype(np.float32), dest_sel=rows)
 
 
 def _size(sources: list[Source]) -> int:
@@ -177,7 +193,7 @@ def _data(file: h5py.File, path: Path) -> h5py.Dataset:
     return data
 
 
-def _slabs(source: Source, size: int, bar: tqdm) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+def _slabs(source: Source, size: int) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """The values of one cube, slab by slab along the first axis; it may be changed, the next replaces it."""
     with ExitStack() as files:
         terms = [(_data(files.enter_context(open_cubes(path)), path), path, f) for path, f in source.terms]
@@ -192,7 +208,6 @@ def _slabs(source: Source, size: int, bar: tqdm) -> Iterator[tuple[slice, NDArra
             for i, (data, path, factor) in enumerate(terms):
                 into = other if i else slab
                 _read(data, path, where, into)
-                bar.update(into.nbytes)
                 if factor != 1:
                     into *= factor
                 if i:

@@ -296,14 +296,14 @@ def test_a_failure_leaves_no_file(
 ) -> None:
     calls = itertools.count()
 
-    def fail_later(*arguments: Any) -> h5py.Dataset:
+    def fail_later(*arguments: Any) -> None:
         if next(calls) == 2:
             assert [entry.suffix for entry in tmp_path.iterdir() if entry.is_file()] == [".partial"]
             raise error
-        return original(*arguments)
+        original(*arguments)
 
-    original = pack_module.new_cube
-    monkeypatch.setattr(pack_module, "new_cube", fail_later)
+    original = pack_module._standardise
+    monkeypatch.setattr(pack_module, "_standardise", fail_later)
     with pytest.raises((KeyboardInterrupt, DataError)):
         pack(raw, tmp_path / "out.h5", redshift=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
@@ -314,11 +314,11 @@ def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path: Path, raw: Path
     out.write_text("precious")
     program = (
         "import os, signal, sys; from pathlib import Path; from datasets import pack\n"
-        "original = pack.new_cube\n"
-        "def new_cube(file, seed, *rest):\n"
-        "    if seed == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(file, seed, *rest)\n"
-        "pack.new_cube = new_cube\n"
+        "original = pack._standardise\n"
+        "def standardise(mean, std, source, cube):\n"
+        "    original(mean, std, source, cube)\n"
+        "    if source.simulation.seed == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pack._standardise = standardise\n"
         "pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), redshift=1, overwrite=True)\n"
     )
     command = [sys.executable, "-c", program, str(raw), str(out)]
