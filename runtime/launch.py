@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -76,29 +78,68 @@ def connect() -> None:
     backend = "gloo" if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else None
     # torchrun and accelerate keep the store themselves.
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        server = dist.TCPStore(host, port, processes, keeps, timeout=limit, wait_for_workers=False)
-        # After a worker died torchrun starts all anew, with the same store and what was said in it.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
-        missing = await_all(store, rank, processes)
-        if not missing:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=limit)
-            # Connected within `limit`; from now on one process may keep the others waiting for longer.
-            set_timeout(timedelta(seconds=RUN_SECONDS))
-            # Its threads must end before the interpreter does, or the process may abort at exit.
-            atexit.register(dist.destroy_process_group)
-    except (RuntimeError, ValueError) as error:
-        raise LaunchError(
+
+    def alone(found: str) -> LaunchError:
+        return LaunchError(
             f"process {rank} of {processes} on {socket.gethostname()} could not meet the others\n"
-            f"  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)\n"
-            f"  found: {str(error).splitlines()[0]}\n"
-            "  needed: that address reachable from every host, and, where hosts have several networks,\n"
-            "  GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME naming the one that joins them",
+            f"  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)\n  found: {found}\n"
+            "  needed: hosts that reach each other at that address and, from any port to any other, on the\n"
+            "  networks that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name",
             everywhere=False,
-        ) from error
+        )
+
+    with deadline(LAUNCH_SECONDS + 10, alone("no answer")):
+        try:
+            choose_network(host, port)
+            server = dist.TCPStore(host, port, processes, keeps, timeout=limit, wait_for_workers=False)
+            # After a worker died torchrun starts all anew, with the same store and what was said in it.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+            missing = await_all(store, rank, processes)
+            if not missing:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=limit)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise alone(str(error).splitlines()[0]) from error
     if missing:
         outlive_launcher()
         raise LaunchError(f"{missing}\n  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)")
+    # From now on one process may keep the others waiting for longer.
+    set_timeout(timedelta(seconds=RUN_SECONDS))
+    # Its threads must end before the interpreter does, or the process may abort at exit.
+    atexit.register(dist.destroy_process_group)
+
+
+@contextmanager
+def deadline(seconds: float, error: LaunchError) -> Iterator[None]:
+    """End the process with `error` and status 2 if what is inside takes longer, wherever it hangs.
+
+    Gloo waits without limit for a process that fails to connect to it.
+    """
+
+    def end() -> None:
+        tell(error)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def choose_network(host: str, port: int) -> None:
+    """Let gloo use the network that leads to the meeting point.
+
+    By itself it takes the one that the host's own name stands for, which may reach no other host.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (one.address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def await_all(store: dist.Store, rank: int, processes: int) -> str:

@@ -18,25 +18,16 @@ import runtime
 from runtime import launch, process
 
 ROOT = str(Path(__file__).parents[1])
-LAUNCHER = (
-    "LOCAL_RANK",
-    "ACCELERATE_MIXED_PRECISION",
-    "MASTER_ADDR",
-    "SLURM_STEP_NUM_TASKS",
-    "WORLD_SIZE",
-    "RANK",
+SET_BY_LAUNCHERS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME"),
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_CPUS_PER_TASK"),
 )
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (
-        *LAUNCHER,
-        "LOCAL_WORLD_SIZE",
-        "OMP_NUM_THREADS",
-        "SLURM_CPUS_PER_TASK",
-        "ACCELERATE_USE_CPU",
-    ):
+    for name in SET_BY_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     environment, threads = dict(os.environ), torch.get_num_threads()
     terminate = signal.getsignal(signal.SIGTERM)
@@ -47,14 +38,9 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.signal(signal.SIGTERM, terminate)
 
 
-def python(program: str, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-    )
+def python(program: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", program]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # Memory
@@ -65,17 +51,19 @@ def test_freed_memory_is_kept() -> None:
     program = """
 import resource, torch
 from runtime import process
-if {keep}:
-    process.keep_freed_memory()
-faults = []
-for _ in range(8):
+
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(32, 1024, 1024)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sum(faults[3:]))
+    for _ in range(4):
+        torch.zeros(32, 1024, 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+default = faults()
+process.keep_freed_memory()
+faults()
+print(default, faults())
 """
-    runs = [python(program.format(keep=keep)) for keep in (True, False)]
-    kept, default = (int(run.communicate()[0]) for run in runs)
+    default, kept = map(int, python(program).communicate()[0].split())
     assert kept < default / 10
 
 
@@ -212,14 +200,13 @@ with process.StopSignals() as stop:
     print(stop.name, flush=True)
     time.sleep(60)
 """
-    child = python(program)
-    assert child.stdout
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
-    assert child.stdout.readline() == "SIGINT\n"
-    child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=10) == -signal.SIGINT
-    child.stdout.close()
+    with python(program) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "SIGINT\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=10) == -signal.SIGINT
 
 
 def test_a_vote_of_one_process_is_immediate() -> None:
@@ -254,6 +241,28 @@ def test_a_missing_process_is_told_with_address_and_host(
     assert time.monotonic() - started < 30
     assert f"127.0.0.1:{port}" in str(error.value)
     assert socket.gethostname() in str(error.value)
+
+
+def test_what_hangs_ends_with_status_2() -> None:
+    program = """
+import time
+from runtime import launch
+with launch.deadline(60, launch.LaunchError("too late")):
+    pass
+with launch.deadline(0.1, launch.LaunchError("no answer")):
+    time.sleep(60)
+"""
+    child = python(program)
+    assert child.communicate(timeout=60)[1] == "LaunchError: no answer\n"
+    assert child.returncode == 2
+
+
+def test_gloo_uses_the_network_of_the_meeting_point() -> None:
+    launch.choose_network("127.0.0.1", 29500)
+    assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
+    launch.choose_network("127.0.0.1", 29500)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 def report(host: str, **changes: Any) -> dict[str, Any]:
