@@ -32,7 +32,20 @@ import runtime
 import state
 
 try:
-    from analysis import comparison, figures, passes, report, saliency, scales, spectra, statistics, yardstick
+    from analysis import (
+        comparison,
+        figures,
+        page,
+        passes,
+        report,
+        saliency,
+        scales,
+        spectra,
+        statistics,
+        style,
+        yardstick,
+    )
+    from analysis.slices import Slices
 except ModuleNotFoundError as missing:
     print(f"an evaluation needs {missing.name}: pip install -e '.[evaluation]'", file=sys.stderr)
     sys.exit(2)
@@ -41,9 +54,6 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 ROWS = 64  # slices per batch; it divides every cube, so a batch never mixes cubes
-POSITIONS = (
-    16  # of each axis of each cube the slices that are filtered; their neighbours look nearly the same
-)
 
 
 class EvaluationError(ValueError):
@@ -99,9 +109,9 @@ class Subject:
             cubes or self.cubes, seeds, batch_size=ROWS, seed=0, cache="disk", **options
         ).test_batches()
 
-    def named(self, ids: Ids, logits: Floats) -> statistics.Slices:
+    def named(self, ids: Ids, logits: Floats) -> Slices:
         """Slices with their logits and where they come from."""
-        return statistics.Slices(ids, *datasets.decode(ids, self.cubes.size), logits)
+        return Slices(ids, *datasets.decode(ids, self.cubes.size), logits)
 
     def gathered(self, ids: Ids, values: Floats) -> tuple[Ids, Floats]:
         """Ids, ascending, and values of all processes. Collective."""
@@ -187,12 +197,12 @@ def evaluate(options: argparse.Namespace) -> None:
         clock.lap("yardstick")
         drawn |= figures.of_scales(numbers, box)
     for name, figure in drawn.items():
-        figures.save(figure, output / name)
+        style.save(figure, output / name)
     clock.lap("figures")
     numbers["how"]["seconds"] = clock.seconds
-    report.write(output, numbers, drawn)
+    numbers = report.write(output, numbers, drawn)
     leave_with_network(subject, numbers, output, options)
-    print(*report.findings(numbers), f"report: {output / 'report.html'}", sep="\n")
+    print(*page.findings(numbers), f"report: {output / 'report.html'}", sep="\n")
 
 
 def open_subject(options: argparse.Namespace) -> Subject:
@@ -207,8 +217,7 @@ def open_subject(options: argparse.Namespace) -> Subject:
         models.export.require_onnx()
     seeds = seeds_asked(options, config.data_params)
     trained = open_network(run, options.checkpoint, config)
-    own = Path(config.data_params.datafile)
-    home = datasets.CubeFile(own) if options.datafile is None or own.exists() else None
+    home = home_of(run, config, optional=options.datafile is not None)
     cubes = datasets.CubeFile(options.datafile) if options.datafile else home
     assert cubes is not None
     size = trained.settings["size"]
@@ -218,7 +227,6 @@ def open_subject(options: argparse.Namespace) -> Subject:
         )
     cubes.require(seeds)
     if home is not None:
-        home.require(range(config.data_params.train_seeds))
         datasets.require_same_standardisation(home, cubes)
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
     fewest = min(len(seeds), config.data_params.train_seeds)
@@ -228,6 +236,28 @@ def open_subject(options: argparse.Namespace) -> Subject:
     network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     return Subject(run, config, accelerator, trained, network, cubes, seeds, home)
+
+
+def home_of(run: Path, config: experiment.Config, *, optional: bool) -> datasets.CubeFile | None:
+    """The file that the run was trained on; EvaluationError if something else lies in its place."""
+    path = Path(config.data_params.datafile)
+    if optional and not path.exists():
+        return None
+    cubes = datasets.CubeFile(path)
+    cubes.require(range(config.data_params.train_seeds))
+    for saved in state.existing(run / "checkpoints")[-1:]:
+        identity = saved.state["identity"]
+        seeds = range(*identity["seeds"])
+        if (
+            identity["shape"] != [cubes.size] * 3
+            or cubes.identity(seeds)["fingerprint"] != identity["fingerprint"]
+        ):
+            raise EvaluationError(
+                f"{path}: found other cubes than those that {run} was trained on\nallowed: the same file, "
+                f"wherever "
+                "it is, or another one by --datafile while this one is out of the way"
+            )
+    return cubes
 
 
 def seeds_asked(options: argparse.Namespace, data: experiment.DataParams) -> range:
@@ -296,7 +326,7 @@ def description(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def look_closer(subject: Subject, slices: statistics.Slices) -> list[dict[str, Any]]:
+def look_closer(subject: Subject, slices: Slices) -> list[dict[str, Any]]:
     """The slices of which the network is most and least certain: their names, and their saliency maps."""
     found = []
     for what, place in slices.extremes.items():
@@ -312,7 +342,7 @@ def leave_with_network(
 ) -> None:
     """The numbers in the network's model card, and the network as ONNX where that is asked for."""
     folder = output if options.checkpoint else subject.run / "model"
-    if not options.checkpoint:
+    if not options.checkpoint and not options.allow_training_seeds:
         models.export.record_evaluation(folder, report.for_card(numbers))
     if options.export == "onnx":
         difference = models.export.export_onnx(subject.trained, folder / "model.onnx")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis import figures, report
+from analysis import figures, page, report, style
 
 
 class ComparisonError(ValueError):
@@ -44,11 +44,11 @@ def write(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> str:
     for name, found in reports.items():
         model, data = found["model"], found["data"]
         first, after = data["seeds"]
-        numbers = (report.in_words(rows[name][key]) if key in rows[name] else "" for key in COLUMNS)
+        numbers = (page.in_words(rows[name][key]) if key in rows[name] else "" for key in COLUMNS)
         about = f"{Path(data['file']).name}, {first} to {after - 1}, {data['newton_augmentation']:g}"
         lines.append([name, f"{model['architecture']} {model['layer_param']}", about, *numbers])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     report.write_text(folder / "comparison.md", table)
     report.write_text(folder / "comparison.json", json.dumps(rows, indent=1) + "\n")
-    figures.save(figures.intervals(rows, figures.CONTEST), folder / "comparison")
+    style.save(figures.intervals(rows, figures.CONTEST), folder / "comparison")
     return table

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.spectra import Box
+from analysis.style import GR, GREY, LINES, NEWTON, WIDTH, styled, subplots
 
 if TYPE_CHECKING:  # scikit-learn is needed by the numbers, not by their figures
-    from analysis.statistics import Slices
+    from analysis.slices import Slices
 
 Floats = NDArray[np.float64]
 Estimate = Mapping[str, float]  # value, low, high: the value and the ends of its 95 % interval
 
+Style = Mapping[str, Any]
 Figures = dict[str, Figure]
 History = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
@@ -30,61 +29,6 @@ CONTEST = {  # what contestants are compared by: key -> (label, chance)
     "cube_accuracy": ("accuracy of cubes", 0.5),
     "pair_accuracy": ("pairs ranked rightly", 0.5),
 }
-WIDTH = 3.4  # inches: one column of a journal
-STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": 110,
-    "savefig.dpi": 300,
-    "savefig.bbox": "tight",
-    "image.cmap": "gray",
-    "pdf.fonttype": 42,  # letters stay letters in the PDF
-    "svg.fonttype": "none",
-}
-# dark and light enough to tell apart in print, with different lines and markers beside the colour
-NEWTON: dict[str, Any] = {"color": "#d08a26", "linestyle": "--", "marker": "o"}
-GR: dict[str, Any] = {"color": "#16365c", "linestyle": "-", "marker": "s"}
-GREY = "0.55"
-LINES: tuple[dict[str, Any], ...] = (
-    {"color": "#16365c", "linestyle": "-", "marker": "s"},
-    {"color": "#d08a26", "linestyle": "--", "marker": "o"},
-    {"color": "0.45", "linestyle": "-.", "marker": "^"},
-    {"color": "#7c3a6b", "linestyle": ":", "marker": "D"},
-)
-
-
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw with the style of this module and leave matplotlib's settings as they were."""
-
-    @wraps(draw)
-    def inside(*arguments: Any, **options: Any) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    return inside
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure` as PNG and PDF beside each other; `path` has no suffix."""
-    with mpl.rc_context(STYLE):
-        for suffix in (".png", ".pdf"):
-            # no dates inside: the same numbers give the same files
-            figure.savefig(path.with_name(path.name + suffix), metadata=_NO_DATE[suffix])
-
-
-_NO_DATE: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
-
-
-def _axes(width: float = WIDTH, height: float = 2.6, columns: int = 1, rows: int = 1, **options: Any) -> Any:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
 
 
 @styled
@@ -93,7 +37,7 @@ def roc_and_precision(curves: Mapping[str, Any]) -> Figure:
 
     `curves`: `fpr`, `tpr`, `auc`, `precision`, `recall`, `average_precision`, `grid`, `low`, `high`, `share`.
     """
-    figure, (roc, pr) = _axes(2 * WIDTH, 2.9, columns=2)
+    figure, (roc, pr) = subplots(2 * WIDTH, 2.9, columns=2)
     band = "95 % of resampled seeds"
     roc.fill_between(curves["grid"], curves["low"], curves["high"], color="0.85", lw=0, label=band)
     roc.plot(curves["fpr"], curves["tpr"], color=GR["color"], label=f"AUC = {curves['auc']:.3f}")
@@ -113,7 +57,7 @@ def roc_and_precision(curves: Mapping[str, Any]) -> Figure:
 @styled
 def confusion_matrix(counts: Mapping[str, int]) -> Figure:
     """Counts `tp`, `tn`, `fp`, `fn` as a two by two table, shaded by the share of the true gravity."""
-    figure, axes = _axes(0.85 * WIDTH, 2.4)
+    figure, axes = subplots(0.85 * WIDTH, 2.4)
     table = np.array([[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]], dtype=float)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
@@ -133,13 +77,14 @@ def confusion_matrix(counts: Mapping[str, int]) -> Figure:
 def twins_plot(seeds: Sequence[int] | NDArray[np.int64], newton: Floats, gr: Floats) -> Figure:
     """Mean logits of the cubes of each seed, twins joined by a line; ordered by the mean of both."""
     many = len(seeds) > 40
-    figure, axes = _axes(WIDTH if len(seeds) <= 16 else 2 * WIDTH, 2.6)
+    figure, axes = subplots(WIDTH if len(seeds) <= 16 else 2 * WIDTH, 2.6)
     order = np.argsort((np.asarray(newton) + np.asarray(gr)) / 2)
     newton, gr, names = np.asarray(newton)[order], np.asarray(gr)[order], np.asarray(seeds)[order]
     place = np.arange(len(names))
     wrong = gr <= newton
     axes.vlines(place[~wrong], newton[~wrong], gr[~wrong], color=GREY, lw=0.8)
-    axes.vlines(place[wrong], newton[wrong], gr[wrong], color="black", lw=2, label="ranked wrongly")
+    if wrong.any():
+        axes.vlines(place[wrong], newton[wrong], gr[wrong], color="black", lw=2, label="ranked wrongly")
     size = 2.5 if many else 4
     axes.plot(place, newton, "o", color=NEWTON["color"], mfc="white", ms=size, label="Newton")
     axes.plot(place, gr, "s", color=GR["color"], ms=size, label="GR")
@@ -151,14 +96,14 @@ def twins_plot(seeds: Sequence[int] | NDArray[np.int64], newton: Floats, gr: Flo
         title=f"GR above its Newtonian twin: {right} of {len(names)}",
     )
     axes.set_xticks([] if many else place, [] if many else [str(name) for name in names])
-    axes.legend(loc="best", ncols=1)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
 @styled
 def reliability_diagram(rows: Sequence[Mapping[str, float]], error: float) -> Figure:
     """Share of GR against stated probability, with the number of slices in each bin below."""
-    figure, (axes, count) = _axes(WIDTH, 3.3, rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    figure, (axes, count) = subplots(WIDTH, 3.3, rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     stated = np.array([row["probability"] for row in rows])
     value, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
     axes.plot([0, 1], [0, 1], ":", color=GREY, label="perfectly calibrated")
@@ -169,14 +114,14 @@ def reliability_diagram(rows: Sequence[Mapping[str, float]], error: float) -> Fi
     axes.set(ylabel="share of GR", ylim=(-0.02, 1.02), title=f"expected calibration error = {error:.3f}")
     axes.legend(loc="upper left")
     count.bar(stated, [row["slices"] for row in rows], width=0.03, color="0.7", edgecolor="black", lw=0.6)
-    count.set(xlabel="stated probability of GR", ylabel="slices", xlim=(0, 1))
+    count.set(xlabel="stated probability of GR", ylabel="slices", xlim=(-0.02, 1.02))
     return figure
 
 
 @styled
 def logit_histogram(newton: Floats, gr: Floats) -> Figure:
     """Distribution of the slices' logits for each gravity; the outermost bins hold what lies beyond."""
-    figure, axes = _axes()
+    figure, axes = subplots()
     low, high = np.quantile(np.concatenate([newton, gr]), [0.001, 0.999])
     bins = np.linspace(low, high, 61) if high > low else np.linspace(low - 1, low + 1, 61)
     for logits, name, style in ((newton, "Newton", NEWTON), (gr, "GR", GR)):
@@ -191,7 +136,7 @@ def logit_histogram(newton: Floats, gr: Floats) -> Figure:
 @styled
 def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, accuracy and AUC by epoch from the lines of `metrics.jsonl`, with the pairs ranked rightly."""
-    figure, (loss, share) = _axes(2 * WIDTH, 2.6, columns=2)
+    figure, (loss, share) = subplots(2 * WIDTH, 2.6, columns=2)
     phases = (("train", {**NEWTON, "marker": ""}), ("test", {**GR, "marker": "s"}))
     for phase, style in phases:
         chosen = [line for line in lines if line["phase"] == phase]
@@ -214,26 +159,22 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
 @styled
 def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
     """Slices beside their saliency. Rows: those of `saliency.maps` with the slices' names."""
-    figure, axes = _axes(
-        2 * WIDTH, 1.95 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
+    figure, axes = subplots(
+        2 * WIDTH, 2.0 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
     )
+    figure.set_layout_engine("compressed")  # the one for images, which keep their shape
     side = box.length or box.size
     unit = "Mpc/h" if box.length else "cells"
+    maps = {"image": "field [std. dev.]", "gradient": "d logit / d pixel", "integrated": "share in logit"}
     for line, row in zip(axes, rows, strict=True):
-        for place, key in zip(line, ("image", "gradient", "integrated"), strict=True):
+        for place, (key, label) in zip(line, maps.items(), strict=True):
             limit = 3.0 if key == "image" else float(np.quantile(np.abs(row[key]), 0.995)) or 1.0
-            shades = "gray" if key == "image" else "RdGy_r"
-            picture = place.imshow(
-                row[key], cmap=shades, vmin=-limit, vmax=limit, extent=(0, side, 0, side), origin="lower"
-            )
-            label = {
-                "image": "field [std. dev.]",
-                "gradient": "d logit / d pixel",
-                "integrated": "share in logit",
-            }
-            figure.colorbar(picture, ax=place, label=label[key], shrink=0.9)
-        name = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, position {row['position']}"
-        line[0].set_title(f"{row['what']}: logit {row['logit']:.2f}\n({name})", loc="left")
+            # grey throughout, so that the sign survives print: black is negative, white positive
+            extent = (0, side, 0, side)
+            picture = place.imshow(row[key], vmin=-limit, vmax=limit, extent=extent, origin="lower")
+            figure.colorbar(picture, ax=place, label=label)
+        where = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, at {row['position']}"
+        line[0].set_title(f"{row['what']}\nlogit {row['logit']:.2f}, {where}", loc="left", fontsize=7)
         line[0].set_ylabel(f"y [{unit}]")
     axes[0, 1].set_title("gradient")
     axes[0, 2].set_title("integrated gradients")
@@ -245,21 +186,14 @@ def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
 def _wavenumber_axis(axes: Axes, box: Box) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("k [h/Mpc]" if box.length else "k [waves per box]")
-    axes.set_xlim(box.fundamental * 0.7, box.fundamental * box.size / 2 * 1.2)
+    axes.set_xlim(box.fundamental * 0.4, box.fundamental * box.size / 2 * 1.2)
 
 
-def _scale_lines(
-    axes: Axes, k: Floats, curves: Mapping[str, Sequence[Estimate]], keys: Sequence[str]
-) -> None:
-    """One line for each of `keys`, with the 95 % interval as a shade."""
-    names = {"accuracy": "accuracy", "auc": "AUC", "pair_accuracy": "pairs ranked rightly"}
-    for key, style in zip(keys, LINES, strict=False):
-        value, low, high = (
-            np.array([estimate[end] for estimate in curves[key]]) for end in ("value", "low", "high")
-        )
-        if key != "pair_accuracy":
-            axes.fill_between(k, low, high, color=style["color"], alpha=0.15, lw=0)
-        axes.plot(k, value, **style, label=names[key])
+def _scale_lines(axes: Axes, k: Floats, estimates: Sequence[Estimate], label: str, style: Style) -> None:
+    """A number by wavenumber, with its 95 % interval as a shade."""
+    value, low, high = (np.array([one[end] for one in estimates], float) for end in ("value", "low", "high"))
+    axes.fill_between(k, low, high, color=style["color"], alpha=0.15, lw=0)
+    axes.plot(k, value, **style, label=label)
 
 
 @styled
@@ -267,28 +201,38 @@ def scales(measured: Mapping[str, Any], box: Box) -> Figure:
     """What filters and exchanged bands do to the network's verdicts, by wavenumber.
 
     `measured`: `cuts`, `centres`, and for each intervention and `none` the estimates `accuracy`, `auc`,
-    `pair_accuracy`, as `evaluation.py` puts them into the report.
+    `pair_accuracy`, as `scales.by_wavenumber` gives them.
     """
-    figure, axes = _axes(2 * WIDTH, 2.8, columns=3, sharey=True)
+    figure, axes = subplots(2 * WIDTH, 4.2, rows=2, columns=3, sharey="row", sharex=True)
     titles = {
         "low_pass": "only k below",
         "high_pass": "only k above",
         "exchange": "band exchanged between twins",
     }
-    keys = ("accuracy", "auc", "pair_accuracy")
-    for place, (kind, title) in zip(axes, titles.items(), strict=True):
+    lines = (("accuracy", "accuracy", 0), ("auc", "AUC", 0), ("pair_accuracy", "pairs ranked rightly", 1))
+    for column, (kind, title) in zip(axes.T, titles.items(), strict=True):
         k = np.array(measured["centres"] if kind == "exchange" else measured["cuts"])
-        curves = measured[kind]
-        if kind == "exchange":  # the first band is the mean of the slice, which has no k
-            curves = {key: curves[key][1:] for key in keys}
-        _scale_lines(place, k, curves, keys)
-        for key, style in zip(keys, LINES, strict=False):
-            place.axhline(measured["none"][key]["value"], color=style["color"], ls=(0, (1, 3)), lw=0.8)
-        _wavenumber_axis(place, box)
-        place.set_title(title)
-        place.set_ylim(-0.03, 1.03)
-    axes[0].set_ylabel("share")
-    axes[0].legend(loc="best")
+        for (key, label, row), style in zip(lines, LINES, strict=False):
+            estimates = measured[kind][key]
+            if kind == "exchange":  # the first band is the mean of the slice, which has no k
+                column[row].plot(0.5 * box.fundamental, estimates[0]["value"], **style, mfc="white")
+                estimates = estimates[1:]
+            _scale_lines(column[row], k, estimates, label, style)
+            whole = measured["none"][key]["value"]
+            column[row].axhline(whole, color=style["color"], ls=(0, (1, 3)), lw=0.8)
+        column[0].set_title(title)
+        _wavenumber_axis(column[1], box)
+    for place in axes[:, 2]:
+        place.annotate(
+            "mean",
+            (0.5 * box.fundamental, 0.03),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="center",
+        )
+    axes[0, 0].set_ylabel("share, or area under the curve")
+    axes[1, 0].set(ylabel="share of pairs", ylim=(-0.05, 1.05))
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -299,7 +243,7 @@ def power_spectra(spectra: Mapping[str, Any], box: Box) -> Figure:
     `spectra`: `k`, `newton` and `gr` (shells), `ratio`, `ratio_low`, `ratio_high`, `saliency`, all of slices;
     `cube_ratio` of cubes.
     """
-    figure, (power, ratio, saliency) = _axes(2 * WIDTH, 2.8, columns=3)
+    figure, (power, ratio, saliency) = subplots(2 * WIDTH, 2.8, columns=3)
     k = np.array(spectra["k"])
     power.loglog(k, spectra["newton"], **{**NEWTON, "marker": ""}, label="Newton")
     power.loglog(k, spectra["gr"], **{**GR, "marker": ""}, label="GR")
@@ -312,9 +256,9 @@ def power_spectra(spectra: Mapping[str, Any], box: Box) -> Figure:
     ratio.plot(k, spectra["cube_ratio"], "--", color=NEWTON["color"], label="cubes")
     ratio.axhline(1, ls=":", color=GREY)
     ratio.set_ylabel("P(k) of GR / P(k) of Newton")
-    ratio.legend()
+    ratio.legend(loc="upper right")
     saliency.loglog(k, spectra["saliency"], color=GR["color"])
-    saliency.set_ylabel("P(k) of the gradient, share of its sum")
+    saliency.set_ylabel("share of the gradient's power")
     for place in (power, ratio, saliency):
         _wavenumber_axis(place, box)
     return figure
@@ -323,7 +267,7 @@ def power_spectra(spectra: Mapping[str, Any], box: Box) -> Figure:
 @styled
 def intervals(rows: Mapping[str, Mapping[str, Estimate]], keys: Mapping[str, tuple[str, float]]) -> Figure:
     """Estimates of several contestants with their intervals. `keys`: number -> (its title, chance level)."""
-    figure, axes = _axes(2 * WIDTH, 0.9 + 0.28 * len(rows), columns=len(keys), sharey=True, squeeze=False)
+    figure, axes = subplots(2 * WIDTH, 0.9 + 0.28 * len(rows), columns=len(keys), sharey=True, squeeze=False)
     places = np.arange(len(rows))[::-1]
     for column, (key, (title, chance)) in zip(axes[0], keys.items(), strict=True):
         column.axvline(chance, ls=":", color=GREY)

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.passes import columns
+from analysis.slices import Slices
 from analysis.spectra import INTERVENTIONS, Bands, Box
-from analysis.statistics import LEVEL, SeedBootstrap, Slices, verdicts
+from analysis.statistics import LEVEL, SeedBootstrap, verdicts
 
 Floats = NDArray[np.float64]
 
@@ -62,7 +63,7 @@ def power(
         "cube_newton": means[0],
         "cube_gr": means[1],
         "cube_ratio": means[1] / means[0],
-        "saliency": saliency / saliency.sum(),
+        "saliency": saliency / (saliency.sum() or 1.0),  # a dead network has no gradient
     }
 
 

@@ -12,18 +12,18 @@ the resampled areas under curves are taken on at most THRESHOLDS thresholds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 from sklearn import metrics as sk
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_calibration_error
+
+from analysis.slices import Slices
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -34,67 +34,6 @@ THRESHOLDS = 1024
 CALIBRATION_BINS = 15
 LEVEL = 0.95
 CUBE_CHANCE = ("cube_accuracy", "cube_auc", "pair_accuracy")  # twins come in pairs: chance is one half
-
-
-@dataclass(frozen=True)
-class Slices:
-    """Logits of slices with where each comes from; all arrays (slices,), in the order of sample ids."""
-
-    id: Integers
-    seed: Integers
-    label: Integers  # 1 = GR
-    axis: Integers
-    position: Integers
-    logit: Floats
-
-    def __len__(self) -> int:
-        return len(self.logit)
-
-    def where(self, mask: NDArray[np.bool_]) -> Slices:
-        """Some of the slices."""
-        return Slices(*(getattr(self, column.name)[mask] for column in fields(self)))
-
-    def saying(self, logit: Floats) -> Slices:
-        """The same slices with other logits."""
-        return replace(self, logit=logit)
-
-    @cached_property
-    def probability(self) -> Floats:
-        """The probability of General Relativity that the logit states."""
-        return expit(self.logit)
-
-    @property
-    def extremes(self) -> dict[str, int]:
-        """Places of the slices of which the network is most and least certain."""
-        doubt = np.argsort(np.abs(self.logit), kind="stable")
-        return {
-            "most certain: GR": int(np.argmax(self.logit)),
-            "most certain: Newton": int(np.argmin(self.logit)),
-            "least certain": int(doubt[0]),
-            "second least certain": int(doubt[1]),
-        }
-
-    def name(self, place: int) -> dict[str, Any]:
-        """What one slice is, in words and numbers."""
-        return {
-            "seed": int(self.seed[place]),
-            "gravity": "GR" if self.label[place] else "Newton",
-            "axis": int(self.axis[place]),
-            "position": int(self.position[place]),
-            "logit": float(self.logit[place]),
-        }
-
-    @cached_property
-    def seeds(self) -> Integers:
-        """The seeds, ascending, each once."""
-        return np.unique(self.seed)
-
-    @cached_property
-    def cube_logits(self) -> Floats:
-        """Mean logit of each cube: (seeds, 2), Newton first."""
-        cube = 2 * np.searchsorted(self.seeds, self.seed) + self.label
-        count = np.bincount(cube, minlength=2 * len(self.seeds))
-        return (np.bincount(cube, self.logit, 2 * len(self.seeds)) / count).reshape(-1, 2)
 
 
 class SeedBootstrap:
@@ -270,13 +209,16 @@ def verdicts(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
     return {
         "accuracy": bootstrap.estimate(float(correct.sum() / count.sum()), bootstrap.ratio(correct, count)),
         "auc": bootstrap.estimate(area, Curves.of(slices, bootstrap).auc),
-        "pair_accuracy": _binomial(int(np.sum(gr > newton)), len(gr)),
+        "pair_accuracy": _exact(int(np.sum(gr > newton)), len(gr)),
     }
 
 
-def _binomial(right: int, pairs: int) -> Estimate:
-    exact = binomtest(right, pairs, 0.5).proportion_ci(LEVEL, "exact")
-    return {"value": right / pairs, "low": float(exact.low), "high": float(exact.high)}
+def _exact(right: float, trials: int) -> Estimate:
+    """A share with its exact binomial interval (Clopper & Pearson 1934), honest also if all are right."""
+    tail = (1 - LEVEL) / 2
+    low = float(beta.ppf(tail, right, trials - right + 1)) if right else 0.0
+    high = float(beta.ppf(1 - tail, right + 1, trials - right)) if right < trials else 1.0
+    return {"value": right / trials, "low": low, "high": high}
 
 
 def reliability(slices: Slices, bootstrap: SeedBootstrap) -> list[dict[str, float]]:
@@ -303,9 +245,9 @@ def confusion(slices: Slices) -> dict[str, int]:
 def cube_estimates(cube_logits: Floats, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
     """Accuracy and AUC of cubes by their logits (seeds, 2), Newton first, and the pairs ranked rightly.
 
-    Pairs are independent of each other, so their interval is the exact binomial one (Clopper & Pearson
-    1934), which stays honest when all of them are right. `separation` is the mean difference of twins over
-    the spread (standard deviation) of the differences, `contrast` the same difference over the spread
+    Pairs are independent of each other, so their interval is the exact binomial one; that of the cubes is
+    the same as if twins always stood or fell together. `separation` is the mean difference of twins over
+    the scatter (standard deviation) of the differences, `contrast` the same difference over the scatter
     between simulations of one gravity.
     """
     newton, gr = cube_logits.T
@@ -316,9 +258,9 @@ def cube_estimates(cube_logits: Floats, bootstrap: SeedBootstrap) -> dict[str, E
     above = np.sign(gr[:, None] - newton[None, :]) / 2 + 0.5  # (GR seed, Newtonian seed)
     areas = np.einsum("bi,ij,bj->b", bootstrap.draws, above, bootstrap.draws) / len(gr) ** 2
     estimates = {
-        "cube_accuracy": bootstrap.estimate(float(right.mean() / 2), bootstrap.ratio(right / 2, ones)),
+        "cube_accuracy": _exact(float(right.sum() / 2), len(gr)),
         "cube_auc": bootstrap.estimate(float(sk.roc_auc_score(labels, cube_logits.ravel())), areas),
-        "pair_accuracy": _binomial(ordered, len(gr)),
+        "pair_accuracy": _exact(ordered, len(gr)),
         "pair_p_value": {"value": float(binomtest(ordered, len(gr), 0.5, "greater").pvalue)},
         "mean_difference": bootstrap.estimate(
             float(np.mean(gr - newton)), bootstrap.ratio(gr - newton, ones)

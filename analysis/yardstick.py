@@ -18,7 +18,8 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis.statistics import SeedBootstrap, Slices, cube_estimates, difference, slice_estimates
+from analysis.slices import Slices
+from analysis.statistics import SeedBootstrap, cube_estimates, difference, slice_estimates
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -99,7 +98,7 @@ standardisation. It has seen no observations.
 """
 
 
-def _interval(numbers: list[float]) -> str:
+def _interval(numbers: list[Any]) -> str:
     value, *ends = numbers
-    known = len(ends) == 2 and all(math.isfinite(end) for end in ends)
+    known = len(ends) == 2 and None not in ends
     return f"{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if known else "")

@@ -1,0 +1,304 @@
+"""Whole evaluations, as a user starts them: the numbers, the files and what bad input gets."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn import metrics as sk
+
+import datasets
+import evaluation
+import models
+import trainer
+from analysis import page
+from analysis.spectra import wave_lengths
+
+ROOT = Path(__file__).parent.parent
+SIZE, BOX = 64, 5120.0
+BAND = (8.5, 13.5)  # waves per box in which the twins differ
+TRAIN, TEST = 6, 4
+
+
+def write_universe(path: Path, seeds: int, *, scale: float = 1.0, attributes: bool = True) -> None:
+    """Cubes of independent slices of white noise; GR has four times the power in BAND, else the same."""
+    waves = wave_lengths(SIZE, 2)
+    excess = 1 + ((waves >= BAND[0]) & (waves < BAND[1]))
+    with h5py.File(path, "w") as file:
+        if attributes:
+            file.attrs.update({"box_size": BOX, "redshift": 1.0, "mean": 0.0, "std": scale})
+        for seed in range(seeds):
+            field = torch.randn(SIZE, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+            other = torch.fft.irfft2(torch.fft.rfft2(field) * excess)
+            file[f"newton_seed{seed:04d}"] = field.numpy() * scale
+            file[f"gr_seed{seed:04d}"] = other.numpy() * scale
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a universe and a RACOON trained on it, and its evaluation."""
+    folder = tmp_path_factory.mktemp("home")
+    write_universe(folder / "universe.h5", TRAIN + TEST)
+    sections = {
+        "model_params": {"architecture": "RACOON", "layer_param": 8, "dropout": 0.1, "name": "run"},
+        "data_params": {
+            "datafile": str(folder / "universe.h5"),
+            "train_seeds": TRAIN,
+            "test_seeds": TEST,
+            "newton_augmentation": 1.0,
+            "axes": [0],
+        },
+        "train_params": {"epochs": 4, "lr": 0.01, "log_dir": str(folder / "runs"), "batch_size": 64},
+    }
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(sections))
+    assert trainer.main([str(folder / "experiment.yaml")]) == 0
+    assert evaluation.main([str(folder / "runs" / "run")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbers(home: Path) -> dict[str, Any]:
+    return json.loads((home / "runs" / "run" / "evaluation" / "report.json").read_text())
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to do harm to."""
+    return Path(shutil.copytree(home / "runs" / "run", tmp_path / "run"))
+
+
+def test_the_numbers_are_those_of_the_predictions(home: Path, numbers: dict[str, Any]) -> None:
+    with h5py.File(home / "runs" / "run" / "evaluation" / "predictions.h5") as file:
+        found = {name: file[name][:] for name in ("logit", "label", "seed", "axis", "position")}
+        cubes = file["cubes/mean_logit"][:].reshape(-1, 2)
+    assert len(found["logit"]) == TEST * 2 * SIZE
+    assert set(found["seed"].tolist()) == set(range(TRAIN, TRAIN + TEST))
+    assert set(found["axis"].tolist()) == {0}
+    value = {key: estimate["value"] for key, estimate in numbers["slices"].items()}
+    assert value["accuracy"] == sk.accuracy_score(found["label"], found["logit"] > 0)
+    assert value["auc"] == sk.roc_auc_score(found["label"], found["logit"])
+    assert numbers["cubes"]["pair_accuracy"]["value"] == np.mean(cubes[:, 1] > cubes[:, 0])
+    assert numbers["data"]["seeds"] == [TRAIN, TRAIN + TEST]
+    assert numbers["data"]["box_size"] == BOX
+
+
+def test_the_predictions_are_those_of_the_network(home: Path) -> None:
+    network = models.load(home / "runs" / "run" / "model")
+    with h5py.File(home / "universe.h5") as file, torch.no_grad():
+        expected = network(torch.from_numpy(file[f"gr_seed{TRAIN:04d}"][:])[:, None])
+    with h5py.File(home / "runs" / "run" / "evaluation" / "predictions.h5") as file:
+        here = (file["seed"][:] == TRAIN) & (file["label"][:] == 1)
+        assert file["position"][here].tolist() == list(range(SIZE))
+        np.testing.assert_allclose(file["logit"][here], expected, atol=1e-4)
+
+
+def test_the_last_test_of_the_training_agrees(home: Path, numbers: dict[str, Any]) -> None:
+    last = json.loads((home / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["phase"] == "test"
+    for key in ("accuracy", "precision", "recall", "f1", "tpr", "fpr", "auc"):
+        assert numbers["slices"][key]["value"] == pytest.approx(last[key], abs=1e-9), key
+    assert numbers["slices"]["log_loss"]["value"] == pytest.approx(last["loss"], rel=1e-6)
+    for key in ("cube_accuracy", "pair_accuracy"):
+        assert numbers["cubes"][key]["value"] == last[key]
+    assert numbers["confusion"] == {key: last[key] for key in ("tp", "tn", "fp", "fn")}
+
+
+def test_the_curve_finds_the_band_in_which_the_twins_differ(numbers: dict[str, Any]) -> None:
+    scales = numbers["scales"]
+    whole = scales["none"]["auc"]["value"]
+    assert whole > 0.9
+    edges = np.array(scales["edges"]) * BOX / (2 * np.pi)
+    areas = np.array([estimate["value"] for estimate in scales["exchange"]["auc"]])
+    apart = (edges[1:] <= BAND[0]) | (edges[:-1] >= BAND[1])
+    np.testing.assert_allclose(areas[apart], whole, atol=0.01)
+    guilty = int(np.argmin(areas))
+    assert BAND[0] <= edges[guilty] < BAND[1]
+    assert areas[guilty] < 0.5
+    below = np.array(scales["cuts"]) * BOX / (2 * np.pi) <= BAND[0]
+    low = np.array([estimate["value"] for estimate in scales["low_pass"]["auc"]])
+    np.testing.assert_allclose(low[below], 0.5, atol=0.02)  # the twins are equal there
+    k = np.array(numbers["spectra"]["k"]) * BOX / (2 * np.pi)
+    inside = (k > BAND[0]) & (k < BAND[1])
+    np.testing.assert_allclose(np.array(numbers["spectra"]["ratio"])[inside], 4, rtol=1e-3)
+
+
+def test_the_yardstick_sees_the_band_too(numbers: dict[str, Any]) -> None:
+    found = numbers["yardstick"]
+    assert found["slices"]["auc"]["value"] > 0.99
+    assert found["cubes"]["pair_accuracy"]["value"] == 1
+    difference = numbers["slices"]["accuracy"]["value"] - found["slices"]["accuracy"]["value"]
+    assert found["gain"]["accuracy"]["value"] == pytest.approx(difference)
+
+
+def test_the_card_and_the_files_it_leaves(home: Path, numbers: dict[str, Any]) -> None:
+    run = home / "runs" / "run"
+    card = (run / "model" / "README.md").read_text()
+    assert f"| accuracy of slices | {numbers['slices']['accuracy']['value']:.4f} [" in card
+    names = {path.name for path in (run / "evaluation").iterdir()}
+    assert names == {
+        "report.html",
+        "report.json",
+        "predictions.h5",
+        *(f"{name}.{suffix}" for name in page.PICTURES for suffix in ("png", "pdf")),
+    }
+    assert [line["what"] for line in numbers["extremes"]][:2] == [
+        "most certain of GR",
+        "most certain of Newton",
+    ]
+
+
+def test_two_processes_give_the_same_numbers(home: Path, numbers: dict[str, Any], tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*launch, str(ROOT / "evaluation.py"), str(home / "runs" / "run"), "--output", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=300)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found.pop("how")["processes"] == 2
+    assert found == {key: value for key, value in numbers.items() if key != "how"}
+
+
+def test_checkpoints_can_be_chosen(run: Path, numbers: dict[str, Any], tmp_path: Path) -> None:
+    def accuracy(*options: str) -> float:
+        assert evaluation.main([str(run), "--quick", "--output", str(tmp_path / "out"), *options]) == 0
+        return json.loads((tmp_path / "out" / "report.json").read_text())["slices"]["log_loss"]["value"]
+
+    tests = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in tests if line["phase"] == "test"}
+    card = (run / "model" / "README.md").read_text()
+    assert accuracy("--checkpoint", "last") == numbers["slices"]["log_loss"]["value"]
+    assert accuracy("--checkpoint", "best") == pytest.approx(min(losses.values()), rel=1e-5)
+    for step, loss in losses.items():
+        assert accuracy("--checkpoint", str(step)) == pytest.approx(loss, rel=1e-5)
+    assert (run / "model" / "README.md").read_text() == card
+
+
+def test_seeds_trained_on_need_leave_and_stay_out_of_the_card(run: Path, tmp_path: Path, capsys: Any) -> None:
+    card = (run / "model" / "README.md").read_text()
+    options = ["--seeds", "0:2", "--quick", "--allow-training-seeds", "--output", str(tmp_path)]
+    assert evaluation.main([str(run), *options]) == 0
+    assert "trained on some of these seeds" in capsys.readouterr().out
+    assert (run / "model" / "README.md").read_text() == card
+
+
+def test_another_file_of_the_same_kind(run: Path, tmp_path: Path) -> None:
+    write_universe(tmp_path / "more.h5", TRAIN + TEST + 2)
+    options = [
+        "--datafile",
+        str(tmp_path / "more.h5"),
+        "--seeds",
+        f"{TRAIN + TEST}:{TRAIN + TEST + 2}",
+        "--quick",
+    ]
+    assert evaluation.main([str(run), *options]) == 0
+    found = json.loads((run / "evaluation" / "report.json").read_text())
+    assert found["data"]["file"].endswith("more.h5")
+    assert found["slices"]["accuracy"]["value"] > 0.75
+
+
+def test_onnx_beside_the_weights(run: Path, capsys: Any) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    assert evaluation.main([str(run), "--quick", "--export", "onnx"]) == 0
+    assert (run / "model" / "model.onnx").stat().st_size > 1000
+    assert "of torch's" in capsys.readouterr().out
+
+
+def other_values(run: Path, folder: Path) -> list[str]:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data_params"]["datafile"] = str(folder / "changed.h5")
+    write_universe(folder / "changed.h5", TRAIN + TEST)
+    with h5py.File(folder / "changed.h5", "a") as file:
+        file["gr_seed0000"][...] = 1 + file["gr_seed0000"][...]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return []
+
+
+def written(folder: Path, **options: Any) -> list[str]:
+    write_universe(folder / "other.h5", TRAIN + TEST, **options)
+    return ["--datafile", str(folder / "other.h5")]
+
+
+def large(folder: Path) -> list[str]:
+    datasets.write_synthetic(folder / "large.h5", seeds=1, size=128, strength=1)
+    return ["--datafile", str(folder / "large.h5"), "--seeds", f"{TRAIN}:{TRAIN + 1}"]
+
+
+def cut(path: Path) -> list[str]:
+    path.write_bytes(path.read_bytes()[:-100])
+    return []
+
+
+def gone(path: Path) -> list[str]:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return []
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
+    "no run": (lambda run, folder: gone(run / "config.yaml"), ["config.yaml", "allowed"]),
+    "not trained": (lambda run, folder: gone(run / "model"), ["not trained to its end", "--checkpoint last"]),
+    "seeds that are not there": (lambda run, folder: ["--seeds", "8:20"], ["universe.h5", "seeds 10 to 19"]),
+    "seeds trained on": (lambda run, folder: ["--seeds", "4:8"], ["trained on seeds 0 to 5", "--allow"]),
+    "no seeds": (lambda run, folder: ["--seeds", "8:8"], ["'8:8'", "A:B"]),
+    "seeds in words": (lambda run, folder: ["--seeds", "some"], ["'some'", "A:B"]),
+    "another size": (lambda run, folder: large(folder), ["128^3", "64^3"]),
+    "another mean or std": (lambda run, folder: written(folder, scale=1.01), ["other.h5", "std", "1.01"]),
+    "raw values": (
+        lambda run, folder: written(folder, scale=1e-5, attributes=False),
+        ["other.h5", "standard deviation", "standardised in the same way"],
+    ),
+    "other values": (other_values, ["changed.h5", "other cubes", "--datafile"]),
+    "no file": (lambda run, folder: ["--datafile", "nowhere.h5"], ["nowhere.h5"]),
+    "a damaged model": (lambda run, folder: cut(run / "model" / "model.safetensors"), ["SHA-256"]),
+    "no such step": (lambda run, folder: ["--checkpoint", "7"], ["'7'", "last", "best"]),
+    "all checkpoints gone": (
+        lambda run, folder: [*gone(run / "checkpoints"), "--checkpoint", "best"],
+        ["none is there"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_gets_status_2_and_nothing_is_written(
+    kind: str, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    prepare, words = BAD[kind]
+    (tmp_path / "files").mkdir()
+    options = prepare(run, tmp_path / "files")
+    capsys.readouterr()
+    assert evaluation.main([str(run), "--quick", "--output", str(tmp_path / "out"), *options]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_the_report_should_go(run: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").write_text("")
+    assert evaluation.main([str(run), "--quick", "--output", str(tmp_path / "out")]) == 2
+    assert "out" in capsys.readouterr().err
+
+
+def test_runs_are_compared(home: Path, run: Path, tmp_path: Path, capsys: Any) -> None:
+    runs = [str(home / "runs" / "run"), str(run)]
+    assert evaluation.main(["--compare", *runs, "--output", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "comparison.pdf").exists()
+    assert capsys.readouterr().out.count("RACOON 8") == 2
+    shutil.rmtree(run / "evaluation")
+    assert evaluation.main(["--compare", *runs, "--output", str(tmp_path / "again")]) == 2
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_or_a_comparison_is_needed() -> None:
+    for arguments in ([], ["runs/a", "--compare", "runs/b"]):
+        with pytest.raises(SystemExit) as end:
+            evaluation.main(arguments)
+        assert end.value.code == 2

@@ -1,0 +1,186 @@
+"""Trained networks as folders: the same logits anywhere, from safetensors and JSON alone."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import models
+from models import export
+
+ESTIMATES = {"accuracy": [0.75, 0.7, 0.8], "auc": [0.8, None, None], "pair_accuracy": [1.0, 0.63, 1.0]}
+EVALUATION = {"data": "z1.h5", "seeds": [24, 32], "slices": 3072, "estimates": ESTIMATES}
+
+
+def settings_of(architecture: str) -> dict[str, Any]:
+    settings = {"layer_param": 2, "dropout": 0.5, "activation": "leaky_relu", "channels": 2, "size": 64}
+    return {"architecture": architecture, **settings}
+
+
+@pytest.fixture(params=list(models.REGISTRY))
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    """The folder of a network with mean 3 and standard deviation 2, and the bare network."""
+    torch.manual_seed(1)
+    network = models.build_model(**settings_of(request.param)).to(memory_format=torch.channels_last)
+    network(torch.randn(8, 2, 64, 64))  # running statistics other than the first
+    network.eval()
+    folder = tmp_path / "run" / "model"
+    weights = network.state_dict()
+    models.save(
+        folder, weights, settings=settings_of(request.param), mean=3.0, std=2.0, extra={"run": "name"}
+    )
+    return folder, network
+
+
+def test_a_loaded_network_standardises_and_gives_the_same_logits(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, network = saved
+    loaded = models.load(folder)
+    slices = torch.randn(4, 2, 64, 64)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(3 + 2 * slices), network(slices), rtol=0, atol=1e-5)
+    assert torch.equal(loaded.network(slices), network(slices))
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+
+
+def test_the_hub_mixin_loads_and_saves_the_same_folder(
+    saved: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    folder, network = saved
+    export.record_evaluation(folder, EVALUATION)
+    loaded = models.TrainedNetwork.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "copy")
+    for path in folder.iterdir():
+        assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes(), path.name
+    slices = torch.randn(2, 2, 64, 64)
+    assert torch.equal(models.load(tmp_path / "copy").network(slices), network(slices))
+
+
+def test_nothing_is_unpickled(saved: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr("pickle.Unpickler", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    models.load(folder)
+    with pytest.raises(models.ModelError, match="never read"):
+        models.TrainedNetwork._load_as_pickle(None, "pytorch_model.bin", "cpu", True)
+
+
+def test_the_card_is_hugging_faces_and_holds_the_numbers(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+    assert "Not evaluated yet" in ModelCard.load(folder / "README.md").text
+    export.record_evaluation(folder, EVALUATION)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "gravity-cnn"
+    assert card.data.license == "mit"
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results == {
+        "accuracy of slices": 0.75,
+        "area under the ROC curve, slices": 0.8,
+        "twins ranked rightly, by their mean logit": 1.0,
+    }
+    assert "| accuracy of slices | 0.7500 [0.7000, 0.8000] |" in card.text
+    assert "| area under the ROC curve, slices | 0.8000 |" in card.text
+    assert "Seeds 24 to 31 of `z1.h5`, 3072 slices" in card.text
+    models.load(folder)
+
+
+def test_files_get_the_umasks_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        network = models.build_model(**settings_of("RACOON"))
+        models.save(tmp_path / "m", network.state_dict(), settings=settings_of("RACOON"), mean=0, std=1)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()}
+    assert modes == dict.fromkeys(["model.safetensors", "config.json", "README.md"], 0o640)
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no trained network"),
+    "no folder": (lambda folder: folder.rename(folder.with_name("else")), "no trained network"),
+    "one bit": (lambda folder: flip(folder / "model.safetensors", -9), "SHA-256"),
+    "cut": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "SHA-256"),
+    "no json": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[1]"), "does not describe"),
+    "another width": (lambda folder: change(folder / "config.json", layer_param=4), "do not belong together"),
+    "another type": (
+        lambda folder: change(folder / "config.json", layer_param="4"),
+        "do not belong together",
+    ),
+    "no such network": (lambda folder: change(folder / "config.json", architecture="CAT"), "allowed: RACOON"),
+    "no hash, no safetensors": (
+        lambda folder: (
+            change(folder / "config.json", weights_sha256=None),
+            (folder / "model.safetensors").write_bytes(b"weights"),
+        ),
+        "no safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("saved", ["RACOON"], indirect=True)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_a_model_error(saved: tuple[Path, torch.nn.Module], damage: str) -> None:
+    folder, _ = saved
+    harm, text = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(models.ModelError, match=text):
+        models.load(folder)
+
+
+def test_a_failed_write_leaves_the_old_file(
+    saved: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        export.record_evaluation(folder, EVALUATION)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_onnx_agrees_with_torch(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    folder, network = saved
+    assert export.export_onnx(models.load(folder), tmp_path / "model.onnx") <= 1e-4
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (1, 7):
+        slices = torch.randn(batch, 2, 64, 64)
+        (logits,) = session.run(None, {"slices": (3 + 2 * slices).numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), network(slices), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["RACOON"], indirect=True)
+def test_an_onnx_that_differs_is_not_written(
+    saved: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    monkeypatch.setattr(export, "ONNX_TOLERANCE", -1.0)
+    with pytest.raises(models.ModelError, match="nothing was written"):
+        export.export_onnx(models.load(saved[0]), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
