@@ -29,12 +29,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import cutting
-from .cubes import GRAVITIES, CubeFile
+from .cubes import GRAVITIES, CubeFile, DataError
 from .cutting import Views
 from .order import Ids
 
 AHEAD = 2  # pairs that are read before they are needed
 READERS = 2  # threads that read, so that both twins of a seed come at the same time
+BATCHES_AHEAD = 2  # of what a GPU has finished
 MOST_CUTTERS = 8  # threads that cut; more do not help, they wait for memory
 
 
@@ -99,7 +100,13 @@ class HostCache:
         coming = plan(pairs, first_step)
         self._busy = True
         try:
-            self._make_room(pairs, coming)
+            try:
+                self._make_room(pairs, coming)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise DataError(
+                    f"data_params.cache {self.name} needs more memory than there is: {error}.\n"
+                    "Allowed are auto, which takes what fits, and disk, which needs least."
+                ) from error
             where = cutting.views(
                 ids, symmetries, self.cubes.size, channels=self.channels, rotated=self.rotated
             )
@@ -206,6 +213,7 @@ class HostCache:
         bounds = [count * self.channels * k // threads for k in range(threads + 1)]
         row, column = where.row.reshape(len(pairs), -1), where.column.reshape(len(pairs), -1)
         on_gpu = self.device.type == "cuda"
+        send = _Sender(self.device) if on_gpu else None
 
         def cut(step: int) -> Tensor:
             images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
@@ -217,7 +225,7 @@ class HostCache:
             cutting.cut(memory, *parts[0])
             for other in others:
                 other.result()
-            return _channels_last(images.to(self.device, non_blocking=True))
+            return _channels_last(send(images) if send else images.to(self.device))
 
         return cut
 
@@ -284,6 +292,30 @@ class DeviceCache(HostCache):
             return _channels_last(images.view(count, self.channels, size, size))
 
         return cut
+
+
+class _Sender:
+    """Copies batches to a GPU while it computes.
+
+    Nothing else in a step waits for the GPU, so this keeps the host from preparing more than a few batches
+    ahead of it, each of which takes memory on both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._steps: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The images on the device; `images` are pinned."""
+        computing = torch.cuda.current_stream(self._device)
+        self._steps.append(computing.record_event())
+        if len(self._steps) > BATCHES_AHEAD:
+            self._steps.popleft().synchronize()
+        with torch.cuda.stream(self._stream):
+            there = images.to(self._device, non_blocking=True)
+        computing.wait_stream(self._stream)
+        there.record_stream(computing)  # its memory was taken by one stream and is used by another
+        return there
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ once when it is loaded: rotated[z, x, y] = cube[x, y, z].
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +104,7 @@ def device_cut(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size:
     It is called as this function and gives images (len(start), N, N).
     """
     if memory.is_cuda:
-        fused = torch.compile(_gather)  # one kernel that computes the index as it goes and stores none of it
+        fused = _fused_gather()
         try:
             fused(memory, start, row, column, size)
         except Exception as error:  # whatever is missing: Triton, a C compiler, Python's headers
@@ -111,6 +112,13 @@ def device_cut(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size:
         else:
             return fused
     return cut_in_parts
+
+
+@cache
+def _fused_gather() -> DeviceCut:
+    """One kernel, compiled once, that computes the index as it goes and stores none of it."""
+    compiled: DeviceCut = torch.compile(_gather)
+    return compiled
 
 
 def cut_in_parts(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:

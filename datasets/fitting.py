@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from .order import LANES
+
 FREE_SHARE = 0.4  # of what is free; the test set may take as much again, and the network needs the rest
 PROCESSES, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -21,8 +23,9 @@ def fitting_cache(pair_bytes: int, seeds: int, device: torch.device, processes: 
     `pair_bytes` is the size of both twins of one of the `seeds`, in all shared out over `processes`; with
     `rotated` host memory holds them twice.
     """
-    # At the borders of its share a process needs pairs that others need too.
-    share = min(seeds, seeds // processes + 3) * pair_bytes
+    # The lanes of a process, rounded up; at the borders of its share it needs pairs that others need too.
+    lanes = min(LANES, -(-LANES // processes) + (LANES % processes > 0))
+    share = min(seeds, seeds * lanes // LANES + 3) * pair_bytes
     if device.type == "cuda":
         free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
         if share <= free:

@@ -25,7 +25,7 @@ from datasets import (
     order,
     statistics,
 )
-from datasets.cache import AHEAD, HostCache
+from datasets.cache import AHEAD, DeviceCache, HostCache
 
 N = 64
 SEEDS = range(1, 5)
@@ -347,6 +347,21 @@ def test_a_batch_larger_than_the_training_set_is_an_error(path: Path) -> None:
 def test_a_batch_is_shared_out_evenly_or_not_at_all(path: Path) -> None:
     with pytest.raises(DataError, match=r"train_params.batch_size 25 .* 2 processes"):
         make(path, batch_size=25, num_processes=2)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_too_little_memory_is_the_user_s_to_mend(
+    cache: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(self: HostCache, slots: int) -> NDArray[np.float32]:
+        if slots:
+            raise MemoryError("no 40 GiB here")
+        return np.empty(0, np.float32)
+
+    monkeypatch.setattr(HostCache, "_allocate", allocate)
+    monkeypatch.setattr(DeviceCache, "_allocate", allocate)
+    with pytest.raises(DataError, match=rf"data_params.cache {cache} needs more .* 40 GiB"):
+        next(make(path, cache=cache).train_batches(0))
 
 
 def test_missing_seeds_are_an_error(path: Path) -> None:
