@@ -150,6 +150,20 @@ def most_useful(net: Network, batch: int, t0: float, t1: float, links: Links = L
     return devices
 
 
+def efficiency(net: Network, devices: int, batch: int, t0: float, t1: float, links: Links = Links()) -> float:
+    """What is gained over one device with the same batch, divided by what is spent."""
+    alone = step_seconds(net, 1, batch, t0, t1, links)
+    return alone / step_seconds(net, devices, batch, t0, t1, links) / devices
+
+
+def fitting_batch(net: Network, devices: int, t0: float, t1: float) -> int:
+    """The smallest power of two of slices with which `devices` are used at 70 % or better."""
+    batch = 2 * devices
+    while efficiency(net, devices, batch, t0, t1) < 0.7:
+        batch *= 2
+    return batch
+
+
 def bytes_read(slices_per_second: float) -> tuple[float, float]:
     """Bytes per second that a device needs: of the file (cache disk), and over its bus (disk and memory).
 
@@ -196,15 +210,36 @@ def print_rates(device: Device) -> None:
             )
 
 
+def print_recommendations(device: Device) -> None:
+    """The batch that fills so many devices, the steps that it leaves an epoch, and how long that takes."""
+    counts = (1, 4, 64, 1024)
+    print(f"| on {device.name}s (estimate) | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in counts) + " |")
+    print("|---" * (1 + len(counts)) + "|")
+    slices = TRAIN_SEEDS * 2 * AXES * SIZE
+    for architecture in models.REGISTRY:
+        for layer_param in (16, 64, 256):
+            net = network(architecture, layer_param)
+            t0, t1 = device.overhead, net.seconds_per_slice(device)
+            cells = []
+            for devices in counts:
+                batch = max(64, fitting_batch(net, devices, t0, t1))
+                steps = math.ceil(slices / batch)
+                seconds = steps * step_seconds(net, devices, batch, t0, t1)
+                cells.append(
+                    f"{batch}: {steps} steps, {seconds:.3g} s" if steps >= 50 else f"no ({steps} steps)"
+                )
+            print(f"| {architecture} {layer_param} | " + " | ".join(cells) + " |")
+
+
 def print_prediction(net: Network, batch: int, t0: float, t1: float, links: Links) -> None:
     """Steps, epochs and efficiency as devices double."""
     print("| devices | ms / step | slices / s | efficiency |\n|---|---|---|---|")
-    one = step_seconds(net, 1, batch, t0, t1, links)
     for devices in (2**n for n in range(11)):
         if batch // devices < 2:
             break
         seconds = step_seconds(net, devices, batch, t0, t1, links)
-        print(f"| {devices} | {1e3 * seconds:.3g} | {batch / seconds:,.0f} | {one / seconds / devices:.0%} |")
+        share = efficiency(net, devices, batch, t0, t1, links)
+        print(f"| {devices} | {1e3 * seconds:.3g} | {batch / seconds:,.0f} | {share:.0%} |")
     print(f"\nuseful: up to {most_useful(net, batch, t0, t1, links)} devices at batch {batch}")
 
 
@@ -259,6 +294,8 @@ def main() -> None:
         for device in DEVICES.values():
             print()
             print_rates(device)
+            print()
+            print_recommendations(device)
 
 
 if __name__ == "__main__":

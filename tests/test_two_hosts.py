@@ -83,7 +83,7 @@ class Launch:
             host: subprocess.Popen(
                 [*on_host(space, host), *launch, "--machine_rank", str(rank), "trainer.py", str(experiment)],
                 cwd=ROOT,
-                env=os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
