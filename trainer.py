@@ -165,6 +165,9 @@ def open_run(
         network.parameters(), lr=keys.lr, betas=keys.betas, weight_decay=keys.weight_decay, fused=True
     )
     network, optimizer = accelerator.prepare(network, optimizer)
+    rows = keys.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+    images = torch.zeros(rows, *train_set.shape, device=accelerator.device)
+    runtime.settle_gradients(network, images.to(memory_format=torch.channels_last))
     set_seed(keys.seed, device_specific=True)  # dropout differs between processes
     identity = cubes.identity(range(test_seeds.stop))
     tensors: dict[str, Tensor] = {}
@@ -278,6 +281,7 @@ def test(run: Run, progress: Progress, log: logs.RunLog) -> bool:
     """Test the network on the seeds it has not seen; False if a stop came first (the state is then saved)."""
     started = time.perf_counter()
     network = run.accelerator.unwrap_model(run.network).eval()
+    runtime.share_buffers(network)
     said = metrics.Predictions(run.accelerator)
     with torch.inference_mode():
         for batch in run.test_set.test_batches():

@@ -1,5 +1,6 @@
 """What a run needs of the machine: one process set up well, and several that work as one or say why not."""
 
+from runtime.exchange import settle_gradients, share_buffers
 from runtime.launch import LaunchError, connect, preflight, tell, together
 from runtime.process import StopSignals, Vote, prepare_process
 
@@ -10,6 +11,8 @@ __all__ = [
     "connect",
     "preflight",
     "prepare_process",
+    "settle_gradients",
+    "share_buffers",
     "tell",
     "together",
 ]

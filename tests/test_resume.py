@@ -258,6 +258,17 @@ def test_two_processes_stop_together_though_one_got_the_signal(trainer: Trainer,
     assert_equal(ending(trainer.runs / "signal-of-two"), whole_of_two.ended, "a signal")
 
 
+def test_the_last_bits_of_sums_over_three_processes_are_kept(trainer: Trainer) -> None:
+    """DDP changes the order of its sums after its first step, and each process has buffers of its own."""
+    override = "train_params.sync_batch_norm=false"
+    whole = undisturbed(trainer, "whole-of-three", override, processes=3)
+    for send in (["SIGKILL", "trainer.train_step", 7], ["SIGTERM", "trainer.test", 0]):
+        name = f"{send[0]}-of-three"
+        codes = trainer.start(name, override, processes=3, send=send)["codes"]
+        assert set(codes) == {-signal.SIGKILL if send[0] == "SIGKILL" else 0}, trainer.said(name)
+        assert_equal(undisturbed(trainer, name, override, processes=3).ended, whole.ended, send)
+
+
 def test_a_kill_between_a_test_and_its_checkpoint_logs_the_test_once(trainer: Trainer, whole: Whole) -> None:
     assert trainer.start("tested", send=["SIGTERM", "trainer.test", 0])["codes"] == [0]
     assert trainer.start("tested", send=["SIGKILL", "trainer.save", 0])["codes"] == [-signal.SIGKILL]
