@@ -3,8 +3,9 @@
     python tests/forked.py LAUNCHES.json
 
 Importing torch takes seconds, and a launch by accelerate or torchrun does it in every process. LAUNCHES.json
-is a list of {"processes": n, "arguments": [[...] of each process], "out": folder, "environment": {...}}; each
-process writes what it did to out/RANK.json. Processes meet as torchrun's do, by the same variables.
+is a list of {"processes": n, "arguments": [[...] of each process], "out": folder, "signal": [rank, step]}; each
+process writes what it did to out/RANK.json. Processes meet as torchrun's do, by the same variables. With
+`signal` (optional) the process of that rank gets SIGUSR1 in that step.
 """
 
 import json
@@ -13,6 +14,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,13 +23,14 @@ import datasets
 import trainer
 
 
-def launch(processes: int, arguments: list[list[str]], out: str, environment: dict[str, str]) -> None:
+def launch(
+    processes: int, arguments: list[list[str]], out: str, signal: tuple[int, int] | None = None
+) -> None:
     """Run one launch to its end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     Path(out).mkdir(parents=True)
-    os.environ.update(environment)
     children = []
     for rank in range(processes):
         child = os.fork()
@@ -36,20 +39,22 @@ def launch(processes: int, arguments: list[list[str]], out: str, environment: di
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
                 os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"LOCAL_WORLD_SIZE": str(processes)}
-            run(arguments[rank], Path(out, f"{rank}.json"))
+            run(arguments[rank], Path(out, f"{rank}.json"), signal[1] if signal and signal[0] == rank else 0)
             os._exit(0)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
 
 
-def run(arguments: list[str], out: Path) -> None:
+def run(arguments: list[str], out: Path, signal_at: int) -> None:
     """`trainer.main`, with the slices, weights and learning rate of each step written down."""
     steps: list[dict[str, Any]] = []
     step = trainer.train_step
 
     def recorded(run: trainer.Run, batch: datasets.Batch, lr: float) -> Any:
         steps.append({"ids": batch.ids.tolist(), "weights": batch.weights.tolist(), "lr": lr})
+        if len(steps) == signal_at:
+            os.kill(os.getpid(), SIGUSR1)
         return step(run, batch, lr)
 
     trainer.train_step = recorded

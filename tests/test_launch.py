@@ -179,7 +179,6 @@ train_params: {{epochs: 1, lr: 0.001, log_dir: {folder / "runs"}, batch_size: 64
                 [str(experiment), *more],
             ],
             "out": str(folder / name),
-            "environment": {},
         }
         for name, more in others.items()
     ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> dict[int, Trained]:
+def folder(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Path:
+    """Where all launches were made: runs of 1 to 4 processes, and one of two that was stopped and went on."""
     folder = tmp_path_factory.mktemp("processes")
     experiment = folder / "experiment.yaml"
     experiment.write_text(f"""
@@ -39,19 +41,22 @@ data_params: {{datafile: {universe}, train_seeds: 3, test_seeds: 1, newton_augme
 train_params: {{epochs: {EPOCHS}, lr: 0.001, log_dir: {folder / "runs"}, batch_size: {BATCH}, test_every: 2,
                schedule: cosine, warmup_epochs: 1}}
 """)
-    launches = [
-        {
-            "processes": world,
-            "arguments": [[str(experiment), f"model_params.name=of{world}"]] * world,
-            "out": str(folder / f"out{world}"),
-            "environment": {"OMP_NUM_THREADS": "1"},
-        }
-        for world in WORLDS
-    ]
+
+    def launch(name: str, world: int, out: str, **more: Any) -> dict[str, Any]:
+        arguments = [[str(experiment), f"model_params.name={name}"]] * world
+        return {"processes": world, "arguments": arguments, "out": str(folder / out), **more}
+
+    launches = [launch(f"of{world}", world, f"of{world}") for world in WORLDS]
+    launches += [launch("stopped", 2, "stopped", signal=[1, 18]), launch("stopped", 2, "continued")]
     (folder / "launches.json").write_text(json.dumps(launches))
     program = [sys.executable, str(Path(__file__).parent / "forked.py"), str(folder / "launches.json")]
-    subprocess.run(program, check=True, timeout=300)
-    return {world: Trained(folder / f"out{world}", folder / "runs" / f"of{world}") for world in WORLDS}
+    subprocess.run(program, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[int, Trained]:
+    return {world: Trained(folder / f"of{world}", folder / "runs" / f"of{world}") for world in WORLDS}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -100,3 +105,17 @@ def test_weights_agree_to_rounding(trained: dict[int, Trained], world: int) -> N
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         assert together[name] == pytest.approx(tensor, rel=1e-4, abs=1e-5), name
+
+
+def test_a_signal_to_one_process_stops_all_and_nothing_is_lost(
+    folder: Path, trained: dict[int, Trained]
+) -> None:
+    stopped, continued = (
+        Trained(folder / out, folder / "runs" / "stopped") for out in ("stopped", "continued")
+    )
+    assert [process["status"] for process in stopped.processes + continued.processes] == [0] * 4
+    # The step with the signal, and the one in which all learn of it.
+    assert [len(process["steps"]) for process in stopped.processes] == [19, 19]
+    assert stopped.batches("ids") + continued.batches("ids") == trained[2].batches("ids")
+    for name, tensor in trained[2].weights.items():
+        assert (continued.weights[name] == tensor).all(), name
