@@ -15,6 +15,7 @@ The test loss chooses here, so the test seeds of a sweep are no longer unseen: j
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import shlex
 import signal
@@ -38,6 +39,7 @@ except ModuleNotFoundError as missing:
     print(f"a sweep needs {missing.name}: pip install -e '.[sweep]'", file=sys.stderr)
     sys.exit(2)
 
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 LOOK_EVERY = 0.5  # seconds between looks at a trial's metrics
 
 
@@ -99,7 +101,7 @@ def search(config: experiment.Config, options: argparse.Namespace) -> None:
             "lr": trial.suggest_float("lr", *ranges["lr"], log=True),
         }
         state, loss = run_trial(trial, folder / run_name, chosen, options)
-        study.tell(trial, loss, state)
+        study.tell(trial, loss if state is TrialState.COMPLETE else None, state)
         print(f"{run_name}  {in_words(chosen)}  {state.name.lower()}  test loss {loss}", flush=True)
     done = study.get_trials(states=[TrialState.COMPLETE])
     if not done:
@@ -144,7 +146,7 @@ def run_trial(
     command = [*shlex.split(options.launcher), str(ROOT / "trainer.py"), options.experiment, *overrides]
     finished, losses = run / "model" / "config.json", dict[int, float]()
     if not finished.exists():  # else only the study missed its end
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent) as process:
             try:
                 while process.poll() is None:
                     time.sleep(LOOK_EVERY)
@@ -163,6 +165,12 @@ def run_trial(
     if not finished.exists() or not losses:
         return TrialState.FAIL, None
     return TrialState.COMPLETE, min(losses.values())
+
+
+def end_with_parent() -> None:
+    """Have the kernel stop this process when the sweep is killed: two trainers must not share a run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def tests(run: Path) -> Iterator[tuple[int, float]]:
