@@ -22,6 +22,7 @@ from .order import Ids, decode
 INDEX_BYTES = 64 << 20  # of the index that `cut_in_parts` builds at a time
 ROWS, RUN = 8, 32  # rows walked side by side, and the floats of one row in a run: measured best
 
+Image = NDArray[np.float32]
 DeviceCut = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 log = logging.getLogger(__name__)
@@ -64,27 +65,35 @@ def views(ids: Ids, symmetries: Ids, size: int, *, channels: int, rotated: bool)
 
 @njit(nogil=True, cache=True)
 def cut(memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: NDArray[np.float32]) -> None:
-    """Copies views of `memory` (flat) into `images` (len(start), N, N), on one thread.
-
-    Far rows are read several at a time, so that the processor waits for several of them at once; images whose
-    columns lie in one piece are turned on the way, in blocks that stay in its cache.
-    """
+    """Copies views of `memory` (flat) into `images` (len(start), N, N), on one thread."""
     size = images.shape[1]
+    # The padding keeps the columns of the tile from falling onto the same few lines of the processor's cache.
+    tile = np.empty((size, size + 16), np.float32)
     for k in range(images.shape[0]):
-        first, r, c, image = start[k], row[k], column[k], images[k]
-        if abs(c) == 1 and abs(r) == size:  # the whole image lies in one piece: nothing to be clever about
+        image = images[k]
+        if abs(column[k]) == 1:
+            _copy(memory, start[k], row[k], column[k], size, image)
+        else:  # the columns of the image lie in one piece: they become rows, which are turned in the cache
+            _copy(memory, start[k], column[k], row[k], size, tile)
             for i in range(size):
-                _run(memory, first + i * r, c, size, image[i])
-        elif abs(c) == 1:
-            for i in range(0, size, ROWS):
-                for j in range(0, size, RUN):
-                    for near in range(i, i + ROWS):
-                        _run(memory, first + near * r + j * c, c, RUN, image[near, j:])
-        else:
-            for j in range(0, size, ROWS):
-                for i in range(0, size, RUN):
-                    for near in range(j, j + ROWS):
-                        _run(memory, first + near * c + i * r, r, RUN, image[i:, near])
+                for j in range(size):
+                    image[_unsigned(i), _unsigned(j)] = tile[_unsigned(j), _unsigned(i)]
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _copy(memory: NDArray[np.float32], first: int, row: int, column: int, size: int, to: Image) -> None:
+    """Copies a view with `column` 1 or -1, whose rows lie in one piece."""
+    if (
+        abs(row) == size
+    ):  # the rows follow each other; the processor fetches ahead if they are read in one sense
+        for n in range(size):
+            i = size - 1 - n if row < 0 and column == 1 else n
+            _run(memory, first + i * row, column, size, to[i])
+    else:  # far rows are read several at a time, so that the processor waits for several of them at once
+        for i in range(0, size, ROWS):
+            for j in range(0, size, RUN):
+                for near in range(i, i + ROWS):
+                    _run(memory, first + near * row + j * column, column, RUN, to[near, j:])
 
 
 @njit(nogil=True, cache=True, inline="always")
