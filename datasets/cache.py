@@ -283,7 +283,6 @@ class DeviceCache(HostCache):
             torch.from_numpy(part.reshape(steps, -1)).to(self.device)  # once for the whole epoch
             for part in (where.start + places, where.row, where.column)
         )
-
         memory = self._on_device.view(-1)
         cut_views = cutting.device_cut(memory, start[0], row[0], column[0], size)
 

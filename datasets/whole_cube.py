@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,13 +67,8 @@ class WholeCubeDataset:
                 f"train_params.batch_size {batch_size} cannot be shared out evenly among {num_processes} "
                 f"processes; a multiple of {num_processes} can."
             )
-        self.cubes, self.seeds, self.batch_size, self.seed, self.device = (
-            cubes,
-            seeds,
-            batch_size,
-            seed,
-            device,
-        )
+        self.cubes, self.seeds, self.device = cubes, seeds, device
+        self.batch_size, self.seed = batch_size, seed
         self.axes, self.channels, self.symmetries = tuple(sorted(axes)), channels, symmetries
         self.process_index, self.num_processes = process_index, num_processes
         self.shape = (channels, cubes.size, cubes.size)
@@ -80,20 +76,12 @@ class WholeCubeDataset:
         if cache == "auto":
             pair_bytes = 2 * 4 * cubes.size**3
             cache = fitting_cache(pair_bytes, len(seeds), device, num_processes, rotated=rotated)
+        options: dict[str, Any] = {"channels": channels, "device": device}
+        if cache != "device":
+            options |= {"rotated": rotated, "keep": cache == "memory"}
         preparation = Preparation(mean, std, newton_augmentation)
-        self._cache = (
-            DeviceCache(cubes, seeds, preparation, channels=channels, device=device)
-            if cache == "device"
-            else HostCache(
-                cubes,
-                seeds,
-                preparation,
-                rotated=rotated,
-                channels=channels,
-                device=device,
-                keep=cache == "memory",
-            )
-        )
+        kind = DeviceCache if cache == "device" else HostCache
+        self._cache = kind(cubes, seeds, preparation, **options)
 
     def __len__(self) -> int:
         return len(self.seeds) * len(GRAVITIES) * len(self.axes) * self.cubes.size
@@ -151,7 +139,10 @@ class WholeCubeDataset:
 
 
 def statistics(cubes: CubeFile, seeds: range) -> tuple[float, float]:
-    """Mean and standard deviation over all values of the cubes of `seeds`, accumulated in float64."""
+    """Mean and standard deviation over all values of the cubes of `seeds`, accumulated in float64.
+
+    Raises DataError if all values are equal, so that nothing can be standardised by them.
+    """
     cube = np.empty((cubes.size,) * 3, np.float32)
     count, mean, squares = 0, 0.0, 0.0
     for seed in seeds:
@@ -165,4 +156,9 @@ def statistics(cubes: CubeFile, seeds: range) -> tuple[float, float]:
                 squares += (centre - mean) ** 2 * count * plane.size / (count + plane.size)
                 mean += (centre - mean) * plane.size / (count + plane.size)
                 count += plane.size
+    if squares == 0:
+        raise DataError(
+            f"{cubes.path}: data_params.standardize train needs cubes that vary, but all values are {mean}.\n"
+            "Allowed is none, or another file; python -m datasets inspect shows what this one holds."
+        )
     return float(mean), float(np.sqrt(squares / count))

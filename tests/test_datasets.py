@@ -141,6 +141,14 @@ def test_batches_hold_the_slices_that_their_ids_name(
     np.testing.assert_array_equal(torch.stack([batch.weights for batch in batches]), weights)
 
 
+@pytest.mark.parametrize("threads", [2, 5, 64])
+def test_threads_share_the_cutting(threads: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = list(make(path, channels=2).train_batches(0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert all_same(list(make(path, channels=2).train_batches(0)), alone)
+
+
 def test_all_symmetries_of_all_axes_are_seen(path: Path) -> None:
     ids = torch.cat([batch.ids for batch in make(path).train_batches(0)]).numpy()
     seen = set(zip(decode(ids, N).axis.tolist(), order.symmetries_of(3, 0, ids).tolist(), strict=True))
@@ -334,6 +342,14 @@ def test_micro_batches_keep_the_slices_of_the_whole_batch(path: Path) -> None:
 def test_statistics_are_those_of_all_values(cubes: Cubes, path: Path) -> None:
     values = np.stack([cubes[seed, gravity] for seed in SEEDS for gravity in GRAVITIES]).astype(np.float64)
     assert statistics(CubeFile(path), SEEDS) == pytest.approx((values.mean(), values.std()), rel=1e-12)
+
+
+def test_cubes_without_a_field_cannot_standardise(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "flat.h5", "w") as file:
+        for gravity in GRAVITIES:
+            file[f"0/{gravity}"] = np.full((N, N, N), 3, np.float32)
+    with pytest.raises(DataError, match=r"all values are 3\.0"):
+        statistics(CubeFile(tmp_path / "flat.h5"), range(1))
 
 
 def test_a_batch_larger_than_the_training_set_is_an_error(path: Path) -> None:
