@@ -5,6 +5,7 @@ Each is imported where it is needed: they take seconds to import and change sett
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ def build_network(settings: Settings) -> Any:
 def loader(settings: Settings, *, held: bool) -> Any:
     """A DataLoader of random slices, with flips and turns, whose epoch never ends.
 
-    The cubes are `held` in memory, which workers share, or each worker reads slice by slice from the file.
+    The cubes are `held` in memory, or read slice by slice from the file, by a worker on each core at least.
     """
     import h5py
     import numpy as np
@@ -72,13 +73,14 @@ def loader(settings: Settings, *, held: bool) -> Any:
             return {"slices": image, "labels": torch.tensor(float(cube % 2))}
 
     slices = Slices()
+    workers = settings.workers if held else max(settings.workers, os.cpu_count() or 1)
     return DataLoader(
         slices,
         settings.batch,
         sampler=RandomSampler(slices, replacement=True, num_samples=NEVER_ENDING),
         drop_last=True,
-        num_workers=settings.workers,
-        persistent_workers=settings.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=settings.device == "cuda",
     )
 

@@ -62,7 +62,11 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=float, default=2.0, help="seconds of training before that")
     add("--seeds", type=int, default=6, help="simulations to train on")
     add("--size", type=int, default=256, help="cells along a side of a cube")
-    add("--workers", type=int, default=2, help="of the peers' DataLoader")
+    add(
+        "--workers",
+        type=int,
+        help="of the peers' DataLoader; default: 0 on a CPU, where more are slower, else 8",
+    )
     add("--datafile", type=Path, help="a packed file; default: a synthetic one is made")
     add("--scratch", type=Path, help="folder for it and for runs; default: a temporary one")
     add("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="its other works are kept")
@@ -72,6 +76,8 @@ def parse() -> argparse.Namespace:
         import torch
 
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.workers is None:
+        options.workers = 0 if options.device == "cpu" else 8
     if options.contestants is None:
         options.contestants = [name for name in TITLES if name != "device" or options.device == "cuda"]
     return options

@@ -29,7 +29,7 @@ class Settings:
     epochs: int = 0  # of this project: 0 to end with the watch, otherwise the run goes on to its end
     warmup: float = 2.0  # seconds before the watch starts
     seconds: float = 4.0  # that the watch runs, at least
-    workers: int = 2  # of the peers' DataLoader
+    workers: int = 0  # of the peers' DataLoader
 
     @property
     def epoch_steps(self) -> int:

@@ -1,0 +1,59 @@
+"""The benchmarks work: contestants train, each in its process, and tables come out. Speed decides nothing."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import datasets
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from watch import Settings
+
+    datasets.write_synthetic(tmp_path / "tiny.h5", seeds=2, size=64)
+    return Settings(
+        datafile=str(tmp_path / "tiny.h5"), scratch=str(tmp_path), size=64, seeds=1, warmup=0, seconds=0
+    )
+
+
+@pytest.mark.parametrize("name", ["limit", "disk", "plain"])
+def test_a_contestant_trains(name: str, settings) -> None:
+    import rounds
+
+    numbers = rounds.compete(name, settings)
+    assert numbers["steps"] >= 5
+    assert numbers["slices_per_second"] > 0
+
+
+def test_a_contestant_that_fails_says_why(settings, tmp_path: Path) -> None:
+    import rounds
+
+    (tmp_path / "tiny.h5").unlink()
+    with pytest.raises(RuntimeError, match=r"tiny\.h5"):
+        rounds.compete("disk", settings)
+
+
+def test_tables_hold_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rounds
+    import throughput
+
+    rates = {"limit": [1000, 900, 1100], "disk": [950, 100, 960], "plain": [380, 500, 370]}
+    results = {"machine": rounds.machine("cpu"), "works": {"RACOON 16, batch 64, fp32": rates}}
+    assert "| gravity-cnn, cache disk | 950 | 67.4 | 0.95 | 2.50 |" in throughput.tables(results)
+
+
+MEASURED = [name for name in ("throughput", "scaling") if (BENCHMARKS / f"{name}.json").exists()]
+
+
+@pytest.mark.parametrize("program", MEASURED)
+def test_the_tables_shown_are_those_of_the_files(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results = json.loads((BENCHMARKS / f"{program}.json").read_text())
+    assert importlib.import_module(program).tables(results) in (BENCHMARKS / "README.md").read_text()
