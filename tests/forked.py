@@ -3,9 +3,9 @@
     python tests/forked.py LAUNCHES.json
 
 Importing torch takes seconds, and a launch by accelerate or torchrun does it in every process. LAUNCHES.json
-is a list of {"processes": n, "arguments": [[...] of each process], "out": folder, "signal": [rank, step]}; each
-process writes what it did to out/RANK.json. Processes meet as torchrun's do, by the same variables. With
-`signal` (optional) the process of that rank gets SIGUSR1 in that step.
+is a list of {"processes": n, "arguments": [[...] of each process], "out": folder, "signal": [rank, step]}.
+Each process writes what it did to out/RANK.json. Processes meet as those of torchrun do, by the same
+variables. With `signal` (optional) the process of that rank gets SIGUSR1 in that step.
 """
 
 import json

@@ -36,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     experiment = folder / "experiment.yaml"
     experiment.write_text(f"""
-model_params: {{architecture: RACOON, layer_param: 2, dropout: 0.0, name: none}}
-data_params: {{datafile: {universe}, train_seeds: 3, test_seeds: 1, newton_augmentation: 0.9, axes: [0, 2]}}
+model_params: {{architecture: RACOON, layer_param: 2, dropout: 0.0, name: none, activation: gelu}}
+data_params: {{datafile: {universe}, train_seeds: 3, test_seeds: 1, newton_augmentation: 0.5, axes: [0, 2]}}
 train_params: {{epochs: {EPOCHS}, lr: 0.001, log_dir: {folder / "runs"}, batch_size: {BATCH}, test_every: 2,
                schedule: cosine, warmup_epochs: 1}}
 """)
@@ -97,14 +97,16 @@ def test_counts_are_equal(trained: dict[int, Trained], world: int) -> None:
 
     assert counts(trained[world]) == counts(trained[1])
     assert len(trained[1].metrics) == EPOCHS + EPOCHS // 2
+    assert all(trained[1].metrics[-2][key] > 0 for key in ("tp", "tn", "fn"))
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_weights_agree_to_rounding(trained: dict[int, Trained], world: int) -> None:
+    """After 52 steps at a moderate rate: training amplifies rounding, so it cannot hold for ever."""
     alone, together = trained[1].weights, trained[world].weights
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
-        assert together[name] == pytest.approx(tensor, rel=1e-4, abs=1e-5), name
+        assert together[name] == pytest.approx(tensor, rel=1e-5, abs=5e-6), name
 
 
 def test_a_signal_to_one_process_stops_all_and_nothing_is_lost(
