@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,32 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
+        self._lock: TextIO | None = None
         kind = accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise CheckpointError(
                 f"distributed_type {kind}: the optimizer is spread over the processes and cannot be "
                 "restored exactly; allowed: one whole network per process, as in accelerate_configs/"
             )
+
+    def claim(self) -> None:
+        """Keep other programs off this run until it ends; CheckpointError if one trains it already.
+
+        Called by the main process. File systems without locks are trusted.
+        """
+        if self._lock is not None:
+            return
+        self._lock = (self._folder.parent / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise CheckpointError(
+                f"{self._folder.parent}: another program is training this run\n"
+                "allowed: one at a time, or another model_params.name"
+            ) from None
+        except OSError:
+            logger.info("%s cannot be locked: start one program at a time", self._folder.parent)
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, None for a new run; CheckpointError if all there are are damaged.
@@ -61,6 +82,8 @@ class Checkpoints:
         step, error = -1, None
         if self._accelerator.is_main_process:
             try:
+                if self._folder.is_dir():
+                    self.claim()
                 chosen = state.choose(self._folder)
                 step = chosen.step if chosen is not None else -1
             except OSError as problem:
@@ -190,6 +213,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for the write in the background and raise its error, on this process alone."""
         self._wait()
+        if self._lock is not None:
+            self._lock.close()
         if self._error is not None:
             raise self._error
 
@@ -210,7 +235,7 @@ class Checkpoints:
 def _differences(saved: Any, current: Any, name: str = "") -> list[str]:
     """One line per value that differs, named by its path. Where a data file lies is no part of what it is."""
     if isinstance(saved, dict) and isinstance(current, dict):
-        keys = [key for key in {**saved, **current} if key != "path"]
+        keys = [key for key in {**saved, **current} if key not in ("path", "bytes")]
         below = [_differences(saved.get(key), current.get(key), f"{name}.{key}".strip(".")) for key in keys]
         return [line for lines in below for line in lines]
     return [] if json.dumps(saved) == json.dumps(current) else [f"{name}: was {saved!r}, is {current!r}"]

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[int, Field(ge=1, le=10**6)]
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -31,7 +33,7 @@ class ModelParams(Section):
 
     architecture: str
     """RACOON (RACCOON is the same network), PENGUIN or another registered network, in any case."""
-    layer_param: Count
+    layer_param: Annotated[int, Field(ge=1, le=4096)]
     """Width L of the network."""
     dropout: Fraction
     """Probability of dropout on the fully connected layers."""
@@ -62,13 +64,13 @@ class Synthetic(Section):
 class DataParams(Section):
     """The simulations."""
 
-    datafile: str
+    datafile: Place
     """HDF5 file of cubes."""
-    train_seeds: Count
+    train_seeds: Seeds
     """Seeds [0, train_seeds) train."""
-    test_seeds: Count
+    test_seeds: Seeds
     """Seeds [train_seeds, train_seeds + test_seeds) test."""
-    newton_augmentation: float
+    newton_augmentation: Annotated[float, Field(gt=0, le=1e6)]
     """Factor on the Newtonian slices after standardisation; other than 1 only to test the pipeline."""
     standardize: Literal["none", "train"] = "none"
     """`none`: the file is standardised. `train`: by mean and variance of the training cubes."""
@@ -103,7 +105,7 @@ class TrainParams(Section):
     """Epochs to train now; a finished run trains this many more, an interrupted one only what is left."""
     lr: Positive
     """Learning rate of Adam."""
-    log_dir: str
+    log_dir: Place
     """Folder of runs; TensorBoard reads it."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Slices per optimizer step, over all processes together."""
@@ -127,7 +129,7 @@ class TrainParams(Section):
     """Epochs between tests; the last epoch is always tested."""
     early_stopping: Count | None = None
     """Tests without a better test loss after which training ends."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Every random choice follows from it."""
     save_every_steps: Count | None = None
     """Steps between checkpoints, beside those at every epoch and test."""
@@ -135,7 +137,7 @@ class TrainParams(Section):
     """Minutes after which a checkpoint is due at the latest."""
     keep_checkpoints: Count = 3
     """Newest checkpoints to keep, beside the best by test loss."""
-    max_minutes: Positive | None = None
+    max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Minutes after which the run saves and ends, to be continued."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto: on a GPU."""
@@ -174,7 +176,15 @@ class Config(Section):
         return Path(self.train_params.log_dir) / self.model_params.name
 
     def network(self, size: int) -> dict[str, Any]:
-        """What defines the network for cubes of `size` cells a side: the data knows the shape of a slice."""
+        """What defines the network for cubes of `size` cells a side: the data knows the shape of a slice.
+
+        Raises ConfigError if there are more channels than slices along an axis.
+        """
+        if self.data_params.channels > size:
+            found = self.data_params.channels
+            raise ConfigError(
+                f"data_params.channels: found {found}, allowed: at most {size}, the cube's side"
+            )
         shape = {"channels": self.data_params.channels, "size": size}
         return self.model_params.model_dump(exclude={"name"}) | shape
 
@@ -182,11 +192,16 @@ class Config(Section):
         """Every key with its resolved value, as YAML and JSON hold it."""
         return self.model_dump(mode="json")
 
-    def on_hardware(self, processes: int, mixed_precision: str, accumulation: int) -> Config:
+    def on_hardware(
+        self, processes: int, mixed_precision: str, accumulation: int, device: str = "cpu"
+    ) -> Config:
         """This experiment with what the accelerate configuration decides filled in.
 
-        Raises ConfigError where a batch cannot be shared out in equal parts of at least two slices.
+        Raises ConfigError where a batch cannot be shared out in equal parts of at least two slices, or the
+        device has no such precision.
         """
+        if device == "cpu" and mixed_precision == "fp16":
+            raise ConfigError("train_params.mixed_precision: found fp16, allowed on a CPU: no, bf16")
         batch, parts = self.train_params.batch_size, processes * accumulation
         if batch % parts or batch // parts < 2:
             raise ConfigError(
@@ -221,11 +236,16 @@ FREE = {
 }
 
 
+# PyYAML lets some malformed dates, numbers, keys and nestings through to Python.
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number and a key that stands twice is an error."""
+    """YAML in which `1e-3` is a number, 010 is ten, and a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that stands twice, of which YAML would silently take the last."""
+        self.flatten_mapping(node)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -237,6 +257,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -251,7 +272,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the experiment file cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     sections = ", ".join(Config.model_fields)
     if not isinstance(raw, dict):
@@ -274,7 +295,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override: found '{override}', allowed: section.key=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from error
     place = raw
     for section in sections:
@@ -297,6 +318,8 @@ def _explain(error: Any, raw: dict[str, Any]) -> str:
         return f"{key}: found {found!r} ({type(found).__name__}), allowed: text; put it in quotes"
     if key == "train_params.compile" or key == "train_params.sync_batch_norm":
         return f"{key}: found {found!r}, allowed: 'auto', true or false"
+    if key == "train_params.betas":
+        return f"{key}: allowed: two numbers from 0 to below 1"
     if error["type"] == "extra_forbidden":
         allowed = _keys(location[:-1])
         near = difflib.get_close_matches(location[-1], allowed, 1, 0.5)

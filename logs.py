@@ -35,12 +35,13 @@ SCALARS = (
 # What the console shows, and what TensorBoard compares runs by.
 SHOWN = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
 METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
 
 def listen(*, main: bool) -> None:
     """Show what the rooms of this program log: notes of the main process, warnings of all."""
     logging.basicConfig(format="%(message)s")
-    for room in ("checkpoint", "datasets", "models", "runtime", "state"):
+    for room in ("checkpoint", "datasets", "logs", "models", "runtime", "state"):
         logging.getLogger(room).setLevel(logging.INFO if main else logging.WARNING)
 
 
@@ -61,18 +62,20 @@ class RunLog:
         self._events: SummaryWriter = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
 
     def _drop_lines_after(self, step: int) -> set[tuple[str, int]]:
-        """Keep the whole lines up to `step` and return their phases and steps; a line cut short goes too."""
+        """Keep the lines up to `step` and return their phases and steps; what a kill cut short goes too."""
         if not self._lines.exists():
             return set()
         kept, logged = [], set()
-        for line in self._lines.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(self._lines.read_text("utf-8", errors="replace").splitlines(), 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= step:
+                phase, at = str(record["phase"]), int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: line %d is damaged and dropped", self._lines, number)
+                continue
+            if at <= step:
                 kept.append(line + "\n")
-                logged.add((record["phase"], record["step"]))
+                logged.add((phase, at))
         temporary = self._lines.with_suffix(".jsonl.part")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._lines)

@@ -58,10 +58,10 @@ class Predictions:
         """Start from what `gather` returned earlier, on any number of processes."""
         self._earlier = (ids, logits)
 
-    def require_finite(self, step: int) -> None:
+    def require_finite(self, step: int, *, test: bool = False) -> None:
         """Raise Diverged if a logit added since the last look, by any process, is not finite. Collective.
 
-        `step` is the number of optimizer steps taken, the last of which made the last batch added.
+        `step` is the number of optimizer steps taken; in training the last batch added is that step's.
         """
         recent = self._batches[self._looked_at :]
         self._looked_at = len(self._batches)
@@ -74,9 +74,10 @@ class Predictions:
         if not finite.all():
             first = int((~finite).any(1).nonzero()[0])
             ids = self._accelerator.gather(recent[first][0].to(self._accelerator.device)).cpu()
+            where = f"test after step {step}" if test else f"step {step - len(recent) + 1 + first}"
             raise Diverged(
-                f"step {step - len(recent) + 1 + first}: the network's output is not finite for sample ids "
-                f"{ids[~finite[first]].tolist()}\nthe last checkpoint is from before; allowed: a smaller "
+                f"{where}: the network's output is not finite for sample ids "
+                f"{ids[~finite[first]].tolist()}\nwhat was saved before is kept; allowed: a smaller "
                 "train_params.lr, or train_params.gradient_clipping"
             )
 

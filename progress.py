@@ -54,7 +54,7 @@ class Progress:
         """
         epochs = self.epoch - self.first_epoch + self.step_in_epoch / steps
         if epochs < warmup_epochs:
-            return lr * (epochs + 1 / steps) / warmup_epochs
+            return lr * min(1.0, (epochs + 1 / steps) / warmup_epochs)
         if schedule == "none":
             return lr
         whole = self.target_epoch - self.first_epoch - warmup_epochs

@@ -88,7 +88,10 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
         accelerator.gradient_accumulation_steps = keys.gradient_accumulation_steps
     with runtime.together():
         config = config.on_hardware(
-            accelerator.num_processes, accelerator.mixed_precision, accelerator.gradient_accumulation_steps
+            accelerator.num_processes,
+            accelerator.mixed_precision,
+            accelerator.gradient_accumulation_steps,
+            accelerator.device.type,
         )
     logs.listen(main=accelerator.is_main_process)
     if preflight_only or accelerator.num_processes > 1:
@@ -101,7 +104,8 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
             clock.daemon = True
             clock.start()
         run, progress, tensors = open_run(config, accelerator, stop)
-        log = logs.RunLog(config.run, main=accelerator.is_main_process, step=progress.step)
+        with runtime.together():
+            log = logs.RunLog(config.run, main=accelerator.is_main_process, step=progress.step)
         if progress.step == 0:
             log.hyperparameters(config.to_dict())
         try:
@@ -178,6 +182,7 @@ def open_run(
     with runtime.together():
         if accelerator.is_main_process:
             config.save()
+            checkpoints.claim()
     parts = (cubes, train_set, test_set, network, optimizer, checkpoints, identity)
     return Run(config, accelerator, stop, runtime.Vote(), *parts), progress, tensors
 
@@ -192,10 +197,10 @@ def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range
         cubes = datasets.CubeFile(data.datafile)
         cubes.require(seeds)
         cubes.require_finite(seeds)
-    if (strength := cubes.attributes.get("strength", 1)) != 1:
-        accelerator.print(
-            f"{cubes.path}: synthetic, its relativistic term is {strength:g} times the physical one"
-        )
+    if data.synthetic is not None:
+        datasets.require_synthetic(cubes, **data.synthetic.model_dump())
+    if (slow := cubes.slow_chunks()) is not None:
+        accelerator.print(slow)
     return cubes
 
 
@@ -289,6 +294,7 @@ def test(run: Run, progress: Progress, log: logs.RunLog) -> bool:
             if run.stop.agreed():
                 save(run, progress)
                 return False
+    said.require_finite(progress.step, test=True)
     outcome = outcome_of(run, said)
     numbers = progress.where | outcome.numbers(simulations=True)
     log.test_curves(outcome.labels, outcome.logits, figures_of(outcome, run.accelerator), progress.step)
@@ -326,7 +332,7 @@ def save(run: Run, progress: Progress, said: metrics.Predictions | None = None) 
         tensors=tensors,
         config=run.config.to_dict(),
         identity=run.identity,
-        test_loss=progress.test_loss,
+        test_loss=progress.test_loss if progress.step_in_epoch == 0 else None,
     )
 
 

@@ -3,7 +3,7 @@
 from .cubes import GRAVITIES, CubeFile, DataError
 from .likeness import require_same_standardisation
 from .order import Slices, decode
-from .synthetic import write_synthetic
+from .synthetic import require_synthetic, write_synthetic
 from .whole_cube import Batch, WholeCubeDataset, statistics
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "WholeCubeDataset",
     "decode",
     "require_same_standardisation",
+    "require_synthetic",
     "statistics",
     "write_synthetic",
 ]

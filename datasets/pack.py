@@ -129,7 +129,12 @@ def pack_difference(raw: Path, out: Path, *, redshifts: tuple[float, float], ove
 def _write(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any], overwrite: bool) -> None:
     settings = common_settings([source.simulation for source in sources])
     size = _size(sources)
-    attributes |= {key: number(settings, key) for key in COMMON if key in settings and key != "boxsize"}
+    attributes |= {
+        # Several massive neutrinos are a list.
+        key: settings[key] if key == "m_ncdm" else number(settings, key)
+        for key in COMMON
+        if key in settings and key != "boxsize"
+    }
     attributes |= {
         "box_size": number(settings, "boxsize"),
         "box_size_unit": "Mpc/h",

@@ -29,6 +29,7 @@ there is no non-linear growth. Networks trained here prove that the pipeline wor
 simulations.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +40,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .cosmology import Cosmology
-from .cubes import GRAVITIES, SIZE_UNIT, DataError
+from .cubes import GRAVITIES, SIZE_UNIT, CubeFile, DataError
 from .writing import new_cube, new_file
+
+log = logging.getLogger(__name__)
 
 BOX_SIZE = 5120.0  # Mpc/h
 REDSHIFT = 1.0
@@ -92,6 +95,19 @@ class Universe:
         for gravity in GRAVITIES:
             shaped = modes * self._amplitude[gravity][self._n2]
             yield gravity, fft.irfftn(shaped, (self.size,) * 3, overwrite_x=True, workers=-1)
+
+
+def require_synthetic(cubes: CubeFile, *, size: int, strength: float, seed: int) -> None:
+    """Raises DataError unless `cubes` are the synthetic universe of these settings; says how strong it is."""
+    asked = {"size": size, "strength": strength, "seed": seed}
+    found = {"size": cubes.size} | {key: cubes.attributes.get(key) for key in ("strength", "seed")}
+    if found != asked:
+        raise DataError(
+            f"{cubes.path}: data_params.synthetic asks for {asked}, the file there holds {found}.\n"
+            "Remove it, choose another data_params.datafile, or leave data_params.synthetic out."
+        )
+    if strength != 1:
+        log.info("%s: synthetic, its relativistic term is %g times the physical one", cubes.path, strength)
 
 
 def write_synthetic(

@@ -161,4 +161,6 @@ def statistics(cubes: CubeFile, seeds: range) -> tuple[float, float]:
             f"{cubes.path}: data_params.standardize train needs cubes that vary, but all values are {mean}.\n"
             "Allowed is none, or another file; python -m datasets inspect shows what this one holds."
         )
+    if squares == 0:
+        raise DataError(f"{cubes.path}: all values of the training cubes are {mean}: nothing to standardise")
     return float(mean), float(np.sqrt(squares / count))

@@ -77,6 +77,16 @@ def test_numbers_as_people_write_them(template: Path, text: str, value: float) -
     assert config.load(template, [f"train_params.lr={text}"]).train_params.lr == value
 
 
+def test_whole_numbers_are_decimal(template: Path) -> None:
+    assert config.load(template, ["model_params.layer_param=010"]).model_params.layer_param == 10
+
+
+def test_a_merge_key_merges(template: Path) -> None:
+    text = TEMPLATE.replace("train_params:", "train_params:\n  <<: {batch_size: 32}")
+    template.write_text(text)
+    assert config.load(template).train_params.batch_size == 32
+
+
 def test_overrides_change_the_file_and_reach_nested_sections(template: Path) -> None:
     overrides = [
         "data_params.synthetic.size=128",
@@ -115,6 +125,14 @@ def test_overrides_change_the_file_and_reach_nested_sections(template: Path) -> 
         ("train_params.batch_size=1", "train_params.batch_size", "greater than or equal to 2"),
         ("train_params.schedule=linear", "train_params.schedule", "'none' or 'cosine'"),
         ("train_params.mixed_precision=fp8", "train_params.mixed_precision", "'no', 'fp16' or 'bf16'"),
+        ("train_params.betas=[0.5]", "train_params.betas", "two numbers"),
+        ("train_params.betas=[0.5, 0.6, 0.7]", "train_params.betas", "two numbers"),
+        ("train_params.seed=4294967296", "train_params.seed", "less than"),
+        ("train_params.max_minutes=1e300", "train_params.max_minutes", "less than"),
+        ("model_params.layer_param=1000000000000", "model_params.layer_param", "less than"),
+        ("data_params.train_seeds=100000000", "data_params.train_seeds", "less than"),
+        ("data_params.newton_augmentation=0", "data_params.newton_augmentation", "greater than 0"),
+        ("train_params.log_dir=''", "train_params.log_dir", "at least 1 character"),
         ("train_params.compile=maybe", "train_params.compile", "'auto', true or false"),
         ("train_params.warmup_epochs=11", "train_params", "warmup_epochs 11.0 is longer than epochs 10"),
         ("model_params.name=a/b", "model_params.name", "found 'a/b'"),
@@ -168,6 +186,10 @@ def test_an_override_that_is_none(template: Path, override: str) -> None:
         ("a: b: c\n", "not valid YAML"),
         ("train_params:\n  lr: 1\n  lr: 2\n", "key 'lr' stands twice"),
         ("\x00", "not valid YAML"),
+        ("? [a, b]\n: c\n", "not valid YAML"),
+        ("name: 2023-02-30\n", "not valid YAML"),
+        ("epochs: 0x_\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_experiment(tmp_path: Path, content: str, rest: str) -> None:
@@ -207,6 +229,18 @@ def test_a_continuation_names_every_setting_that_differs(template: Path, tmp_pat
 def test_what_the_hardware_decides_becomes_part_of_the_experiment(template: Path) -> None:
     found = config.load(template).on_hardware(4, "bf16", 2).train_params
     assert (found.mixed_precision, found.gradient_accumulation_steps) == ("bf16", 2)
+
+
+def test_a_cpu_has_no_fp16(template: Path) -> None:
+    with pytest.raises(config.ConfigError, match="allowed on a CPU: no, bf16"):
+        config.load(template).on_hardware(1, "fp16", 1, "cpu")
+
+
+def test_there_are_no_more_channels_than_slices(template: Path) -> None:
+    loaded = config.load(template, ["data_params.channels=65"])
+    assert loaded.network(128)["channels"] == 65
+    with pytest.raises(config.ConfigError, match=r"data_params\.channels: found 65, allowed: at most 64"):
+        loaded.network(64)
 
 
 @pytest.mark.parametrize(("batch", "processes", "accumulation"), [(64, 3, 1), (64, 1, 3), (4, 4, 1)])

@@ -26,6 +26,11 @@ def test_warm_up_rises_linearly_and_reaches_the_rate() -> None:
     assert rates(Progress(0, 1), 4, 2, "none", 1.0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
+def test_warm_up_never_passes_the_rate() -> None:
+    assert rates(Progress(0, 1), 3, 1, "none", 0.5) == pytest.approx([2 / 3, 1.0, 1.0])
+    assert max(rates(Progress(0, 1), 7, 2, "cosine", 0.01)) == 1.0
+
+
 def test_a_cosine_falls_over_the_epochs_asked_for() -> None:
     expected = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     progress = Progress(0, 1)

@@ -1,5 +1,6 @@
 """Whole runs of the trainer, as a user starts them, in this process."""
 
+import fcntl
 import json
 import math
 from collections.abc import Callable
@@ -305,3 +306,62 @@ def test_tensorboard_shows_each_step_once(experiment: Experiment, tmp_path: Path
     assert {"confusion/test", "twins/test", "precision_recall/test"} <= tags
     assert any(tag.startswith("slices/") for tag in tags)
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_one_program_at_a_time_trains_a_run(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment()
+    assert trainer.main([str(path)]) == 0
+    with (tmp_path / "runs" / "run" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(path, tmp_path, capsys, ["another program is training this run"])
+    assert trainer.main([str(path)]) == 0
+
+
+def test_damaged_lines_of_the_log_are_dropped_alone(experiment: Experiment, tmp_path: Path) -> None:
+    path = experiment(epochs=2, test_every=1)
+    assert trainer.main([str(path)]) == 0
+    log = tmp_path / "runs" / "run" / "metrics.jsonl"
+    good = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(
+        good[0] + b'{"phase": "tr\n17\n{}\n\xff\n' + b"".join(good[1:]) + b'{"phase": "test", "st'
+    )
+    assert trainer.main([str(path)]) == 0
+    assert log.read_bytes().splitlines(keepends=True)[: len(good)] == good
+    assert [line["epoch"] for line in lines(log.parent)] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_divergence_that_only_a_test_shows(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(lr=1e38, batch_size=SLICES, dropout=0.0)
+    assert trainer.main([str(path)]) == 2
+    assert "test after step 1: the network's output is not finite" in capsys.readouterr().err
+
+
+def test_a_synthetic_universe_of_other_settings_is_refused(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(synthetic={"size": 64, "strength": 7.0})
+    refused(path, tmp_path, capsys, ["data_params.synthetic asks for", "'strength': 100"])
+
+
+def test_data_of_one_value_cannot_be_standardised(
+    experiment: Experiment, universe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "flat.h5"
+    bad.write_bytes(universe.read_bytes())
+    with h5py.File(bad, "r+") as file:
+        for cube in file.values():
+            cube[...] = 2.0
+    refused(experiment(datafile=str(bad), standardize="train"), tmp_path, capsys, [str(bad), "2.0"])
+
+
+def test_a_repacked_file_is_the_same_data(experiment: Experiment, universe: Path, tmp_path: Path) -> None:
+    chunked = tmp_path / "chunked.h5"
+    with h5py.File(universe) as source, h5py.File(chunked, "w") as target:
+        for name, cube in source.items():
+            target.create_dataset(name, data=cube[...], chunks=(64, 64, 1), compression="gzip")
+    assert trainer.main([str(experiment(datafile=str(chunked)))]) == 0
+    assert trainer.main([str(experiment(datafile=str(universe)))]) == 0
