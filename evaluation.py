@@ -178,6 +178,8 @@ def evaluate(options: argparse.Namespace) -> None:
         clock.lap("scales")
         unknown = power_spectra(subject, subject.seeds, subject.cubes)
         known = power_spectra(subject, subject.trained_on, subject.home) if subject.home else None
+        if known is None:
+            subject.accelerator.print("no yardstick: the data file of the training is not there any more")
         clock.lap("spectra")
     if not subject.accelerator.is_main_process:
         return
@@ -284,9 +286,7 @@ def open_network(run: Path, choice: str | None, config: experiment.Config) -> mo
         return models.load(run / "model")
     chosen = state.named(run / "checkpoints", choice)
     trained = models.TrainedNetwork(
-        **config.model_params.model_dump(exclude={"name"}),
-        channels=config.data_params.channels,
-        size=chosen.state["identity"]["shape"][0],
+        **config.network(chosen.state["identity"]["shape"][0]),
         mean=chosen.progress["mean"],
         std=chosen.progress["std"],
         training={"run": run.name, "step": chosen.step, "epoch": chosen.progress["epoch"]},

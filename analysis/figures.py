@@ -160,7 +160,7 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
 def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
     """Slices beside their saliency. Rows: those of `saliency.maps` with the slices' names."""
     figure, axes = subplots(
-        2 * WIDTH, 2.0 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
+        2 * WIDTH, 1.75 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
     )
     figure.set_layout_engine("compressed")  # the one for images, which keep their shape
     side = box.length or box.size
@@ -174,7 +174,7 @@ def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
             picture = place.imshow(row[key], vmin=-limit, vmax=limit, extent=extent, origin="lower")
             figure.colorbar(picture, ax=place, label=label)
         where = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, at {row['position']}"
-        line[0].set_title(f"{row['what']}\nlogit {row['logit']:.2f}, {where}", loc="left", fontsize=7)
+        line[0].set_title(f"{row['what']}\nlogit {row['logit']:.3g}, {where}", loc="left", fontsize=7)
         line[0].set_ylabel(f"y [{unit}]")
     axes[0, 1].set_title("gradient")
     axes[0, 2].set_title("integrated gradients")
@@ -232,7 +232,8 @@ def scales(measured: Mapping[str, Any], box: Box) -> Figure:
         )
     axes[0, 0].set_ylabel("share, or area under the curve")
     axes[1, 0].set(ylabel="share of pairs", ylim=(-0.05, 1.05))
-    figure.legend(loc="outside lower center", ncols=3)
+    handles = [line for place in axes[:, 0] for line in place.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -78,6 +78,7 @@ PICTURES = {
         "Dotted: chance.",
     ),
 }
+PIXELS_PER_DOT = 2  # figures have the resolution of print, twice what a screen needs
 STYLE = """
 body { font: 16px/1.5 Georgia, serif; color: #111; background: #fff; max-width: 62rem; margin: 2rem auto;
 padding: 0 1rem } h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #999 } table
@@ -206,9 +207,10 @@ def _figures(images: Mapping[str, bytes], *names: str) -> str:
         if name in images:
             title, caption = PICTURES[name]
             data = base64.b64encode(images[name]).decode()
+            width = int.from_bytes(images[name][16:20], "big") // PIXELS_PER_DOT  # from the head of the PNG
             parts.append(
-                f'<figure><img src="data:image/png;base64,{data}" alt="{escape(title)}"><figcaption><b>'
-                f"{escape(title)}.</b> {escape(caption)} ({name}.png, {name}.pdf)</figcaption></figure>"
+                f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{escape(title)}">'
+                f"<figcaption><b>{escape(title)}.</b> {escape(caption)} ({name}.png, {name}.pdf)</figcaption></figure>"
             )
     return "\n".join(parts)
 

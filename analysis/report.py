@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,11 @@ def history(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none where there is no such file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # the last line of a run that was killed may be cut short
+            lines.append(json.loads(line))
+    return lines
 
 
 def write_predictions(path: Path, slices: Slices) -> None:

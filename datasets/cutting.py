@@ -26,6 +26,18 @@ Image = NDArray[np.float32]
 DeviceCut = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 log = logging.getLogger(__name__)
+
+
+def _can_cache() -> bool:
+    """Whether compiled code can be kept for the next start: not in a read-only image without a home."""
+    try:
+        njit(_can_cache, cache=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHED = _can_cache()
 _unsigned = np.uint64  # spares compiled loops the handling of negative indices, and lets them be vectorised
 
 
@@ -63,7 +75,7 @@ def views(ids: Ids, symmetries: Ids, size: int, *, channels: int, rotated: bool)
     return Views(start, *(np.broadcast_to(stride, start.shape).copy() for stride in (row, column)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHED)
 def cut(memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: NDArray[np.float32]) -> None:
     """Copies views of `memory` (flat) into `images` (len(start), N, N), on one thread."""
     size = images.shape[1]
@@ -80,7 +92,7 @@ def cut(memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: 
                     image[_unsigned(i), _unsigned(j)] = tile[_unsigned(j), _unsigned(i)]
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=CACHED, inline="always")
 def _copy(memory: NDArray[np.float32], first: int, row: int, column: int, size: int, to: Image) -> None:
     """Copies a view with `column` 1 or -1, whose rows lie in one piece."""
     if (
@@ -96,7 +108,7 @@ def _copy(memory: NDArray[np.float32], first: int, row: int, column: int, size: 
                     _run(memory, first + near * row + j * column, column, RUN, to[near, j:])
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, cache=CACHED, inline="always")
 def _run(memory: NDArray[np.float32], place: int, stride: int, count: int, to: NDArray[np.float32]) -> None:
     begin = _unsigned(place)
     if stride == 1:
@@ -143,7 +155,7 @@ def _gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: in
     return memory[lines[:, :, None] + (column[:, None] * side)[:, None, :]]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHED)
 def standardise(cube: NDArray[np.float32], mean: float, factor: float) -> None:
     """(cube - mean) * factor in place, computed in float64 and rounded once."""
     flat = cube.reshape(-1)
@@ -151,7 +163,7 @@ def standardise(cube: NDArray[np.float32], mean: float, factor: float) -> None:
         flat[i] = (flat[i] - mean) * factor
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHED)
 def rotate(cube: NDArray[np.float32], rotated: NDArray[np.float32]) -> None:
     """rotated[z, x, y] = cube[x, y, z]."""
     size = _unsigned(cube.shape[0])

@@ -1,9 +1,9 @@
 """Raw output of gevolution (Adamek et al. 2016, JCAP 07, 053): where its snapshots and settings are.
 
-    RAW_DIR/seed0000/gr/gr_snap004_phi.h5           data set `data`, (N, N, N), the potential in units of c^2
-    RAW_DIR/seed0000/gr/gr_settings_used.ini        what the code ran with, as lines `key = value`
-    RAW_DIR/seed0000/newton/...                     the twin: the same initial conditions under Newtonian
-    gravity
+RAW_DIR/seed0000/gr/gr_snap004_phi.h5           data set `data`, (N, N, N), the potential in units of c^2
+RAW_DIR/seed0000/gr/gr_settings_used.ini        what the code ran with, as lines `key = value`
+RAW_DIR/seed0000/newton/...                     the twin: the same initial conditions under Newtonian
+gravity
 """
 
 import math

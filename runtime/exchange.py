@@ -10,9 +10,9 @@ from torch import nn
 def settle_gradients(network: nn.Module, images: torch.Tensor) -> None:
     """One backward pass on `images`, of a step's shape, that leaves weights and buffers as they were.
 
-    DistributedDataParallel sums gradients in buckets, and lays these out anew after its first step. The layout
-    decides the order of sums over three and more processes, and so their last bits: without this the first step
-    of a run that goes on would differ from the same step of a run that was never stopped.
+    DistributedDataParallel sums gradients in buckets, and lays these out anew after its first step. The
+    layout decides the order of sums over three and more processes, and so their last bits: without this the
+    first step of a run that goes on would differ from the same step of a run that was never stopped.
     """
     if not isinstance(network, nn.parallel.DistributedDataParallel):
         return
