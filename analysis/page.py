@@ -208,10 +208,9 @@ def _figures(images: Mapping[str, bytes], *names: str) -> str:
             title, caption = PICTURES[name]
             data = base64.b64encode(images[name]).decode()
             width = int.from_bytes(images[name][16:20], "big") // PIXELS_PER_DOT  # from the head of the PNG
-            parts.append(
-                f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{escape(title)}">'
-                f"<figcaption><b>{escape(title)}.</b> {escape(caption)} ({name}.png, {name}.pdf)</figcaption></figure>"
-            )
+            picture = f'<img src="data:image/png;base64,{data}" width="{width}" alt="{escape(title)}">'
+            words = f"<b>{escape(title)}.</b> {escape(caption)} ({name}.png, {name}.pdf)"
+            parts.append(f"<figure>{picture}<figcaption>{words}</figcaption></figure>")
     return "\n".join(parts)
 
 

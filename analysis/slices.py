@@ -68,8 +68,13 @@ class Slices:
         return np.unique(self.seed)
 
     @cached_property
+    def seed_index(self) -> Integers:
+        """Place of each slice's seed among the seeds: (slices,)."""
+        return np.searchsorted(self.seeds, self.seed)
+
+    @cached_property
     def cube_logits(self) -> Floats:
         """Mean logit of each cube: (seeds, 2), Newton first."""
-        cube = 2 * np.searchsorted(self.seeds, self.seed) + self.label
+        cube = 2 * self.seed_index + self.label
         count = np.bincount(cube, minlength=2 * len(self.seeds))
         return (np.bincount(cube, self.logit, 2 * len(self.seeds)) / count).reshape(-1, 2)

@@ -46,9 +46,8 @@ class SeedBootstrap:
         self.draws = rng.multinomial(len(seeds), equal, size=resamples).astype(np.float64)
 
     def per_seed(self, slices: Slices, values: NDArray[Any]) -> Floats:
-        """Sums of `values` (slices,) over the slices of each seed."""
-        places = np.searchsorted(self.seeds, slices.seed)
-        return np.bincount(places, values, len(self.seeds)).astype(np.float64)
+        """Sums of `values` (slices,) over the slices of each seed; the slices must hold all seeds."""
+        return np.bincount(slices.seed_index, values, len(self.seeds)).astype(np.float64)
 
     def ratio(self, above: Floats, below: Floats) -> Floats:
         """Resampled ratio of two quantities given as sums per seed; NaN where there is nothing to divide."""
@@ -85,7 +84,7 @@ class Curves:
                 ::-1
             ]
         bins = len(thresholds) - np.searchsorted(thresholds[::-1], slices.logit, "right")
-        place = np.searchsorted(bootstrap.seeds, slices.seed) * len(thresholds) + bins
+        place = slices.seed_index * len(thresholds) + bins
         shape = (len(bootstrap.seeds), len(thresholds))
         counts = [
             np.bincount(place[slices.label == label], minlength=shape[0] * shape[1]).reshape(shape)

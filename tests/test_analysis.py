@@ -467,12 +467,12 @@ PROBE = """<script>addEventListener("load", () => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 def test_a_real_browser_shows_the_report(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text((written[0] / "report.html").read_text().replace("</body>", PROBE + "</body>"))
+    copy = tmp_path / "report.html"
+    copy.write_text((written[0] / "report.html").read_text().replace("</body>", PROBE + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800", "--timeout=20000"]
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(
-        [str(CHROMIUM), *options, *offline, "--dump-dom", page.as_uri()],
+        [str(CHROMIUM), *options, *offline, "--dump-dom", copy.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
