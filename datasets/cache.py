@@ -196,6 +196,7 @@ class HostCache:
 
     def _arrived(self, pair: int) -> bool:
         """Called when a pair is first needed and lies in host memory; True if that made room there."""
+        assert pair in self._slot
         return False
 
     def _settle(self) -> None:
