@@ -82,8 +82,6 @@ class Checkpoints:
         step, error = -1, None
         if self._accelerator.is_main_process:
             try:
-                if self._folder.is_dir():
-                    self.claim()
                 chosen = state.choose(self._folder)
                 step = chosen.step if chosen is not None else -1
             except OSError as problem:

@@ -138,6 +138,9 @@ def open_run(
     test_seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
     cubes = open_cubes(config, accelerator, range(test_seeds.stop))
     checkpoints = checkpoint.Checkpoints(config.run, accelerator, keep=keys.keep_checkpoints)
+    with runtime.together():
+        if accelerator.is_main_process and config.run.is_dir():
+            checkpoints.claim()
     last = checkpoints.latest()
     with runtime.together():
         if last is not None:

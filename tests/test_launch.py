@@ -236,11 +236,8 @@ def test_training_beside_the_other_datasets_library(
     launcher: Launcher, experiment: Experiment, tmp_path: Path
 ) -> None:
     """Accelerate imports names from a module called `datasets` when that library is there, and finds ours."""
-    output_of(
-        launcher(
-            "torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", str(experiment(axes=[0])), 0
-        )
-    )
+    path = experiment(axes=[0])
+    output_of(launcher("torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", str(path)), 0)
     assert (tmp_path / "runs" / "run" / "model" / "model.safetensors").exists()
 
 
