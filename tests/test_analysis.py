@@ -174,6 +174,18 @@ def count_modes(dimensions: int, shell: int) -> int:
     return int(((lengths >= shell - 0.5) & (lengths < shell + 0.5)).sum())
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_power_is_that_of_the_full_transform(dimensions: int) -> None:
+    field = np.random.default_rng(1).normal(size=[SIZE] * dimensions).astype(np.float32)
+    waves = np.fft.fftfreq(SIZE, 1 / SIZE)
+    lengths = np.sqrt(sum(part**2 for part in np.meshgrid(*[waves] * dimensions)))
+    power = np.abs(np.fft.fftn(field)) ** 2 * 5120.0**dimensions / SIZE ** (2 * dimensions)
+    shells = np.round(lengths).astype(int)
+    expected = [power[shells == shell].mean() for shell in range(1, SIZE // 2 + 1)]
+    found = spectra.PowerSpectrum(spectra.Box(SIZE, 5120.0), dimensions)(torch.from_numpy(field)[None])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
 def test_power_of_white_noise_is_flat_and_adds_up_to_the_variance() -> None:
     field = torch.randn(20, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     power = spectra.PowerSpectrum(spectra.Box(SIZE, None), 2)(field).mean(0).numpy()
@@ -310,8 +322,10 @@ def test_spectra_of_slices_and_of_the_cube_they_make() -> None:
 
 def test_integrated_gradients_add_up() -> None:
     torch.manual_seed(0)
-    network = models.build_model(architecture="PENGUIN", layer_param=2, dropout=0.5, size=SIZE).eval()
-    slices = torch.randn(1, 1, SIZE, SIZE)
+    network = models.build_model(
+        architecture="RACOON", layer_param=2, dropout=0.5, activation="gelu", size=SIZE
+    ).eval()
+    slices = 3 * torch.randn(1, 1, SIZE, SIZE)
     found = saliency.maps(network, slices)
     with torch.no_grad():
         whole = float(network(slices) - network(torch.zeros_like(slices)))
