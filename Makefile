@@ -26,6 +26,7 @@ lint: venv
 
 # this trainer beside a plain loop, Lightning and transformers' Trainer, on this machine
 bench: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/throughput.py
 
 # kill a training at random moments, go on, compare the weights; CONFIG=accelerate_configs/X.yaml to try a cluster

@@ -8,13 +8,14 @@ Each process writes what it did to out/RANK.json. Processes meet as those of tor
 variables. With `signal` (optional) the process of that rank gets SIGUSR1 in that step.
 """
 
+import ctypes
 import json
 import os
 import socket
 import sys
 import traceback
 from pathlib import Path
-from signal import SIGUSR1
+from signal import SIGKILL, SIGUSR1
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,6 +36,8 @@ def launch(
     for rank in range(processes):
         child = os.fork()
         if child == 0:
+            if sys.platform == "linux":  # this process dies with its parent, should the test run out of time
+                ctypes.CDLL(None).prctl(1, SIGKILL)
             if processes > 1:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
                 os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
