@@ -9,6 +9,7 @@ variables. With `signal` (optional) the process of that rank gets SIGUSR1 in tha
 """
 
 import ctypes
+import importlib
 import json
 import os
 import socket
@@ -22,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import trainer
+
+# What every training imports sooner or later: the optimizer, the log, the figures of a test.
+LATER = ("torch._dynamo", "torch.utils.tensorboard", "analysis.figures")
 
 
 def launch(
@@ -70,5 +74,7 @@ def run(arguments: list[str], out: Path, signal_at: int) -> None:
 
 
 if __name__ == "__main__":
+    for module in LATER:
+        importlib.import_module(module)
     for one in json.loads(Path(sys.argv[1]).read_text()):
         launch(**one)

@@ -236,7 +236,7 @@ def test_a_training_is_saved_queued_again_and_finished(
     tmp_path: Path, experiment: Callable[..., Path]
 ) -> None:
     """With the real launcher and trainer: what two jobs with one signal leave is one run."""
-    cluster = Cluster(tmp_path, experiment(epochs=12, axes=[0], batch_size=48))
+    cluster = Cluster(tmp_path, experiment(epochs=10, axes=[0], batch_size=48))
     (tmp_path / "programs" / "accelerate").unlink()
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
     first = cluster.start("slurm_single.sbatch")
@@ -253,4 +253,4 @@ def test_a_training_is_saved_queued_again_and_finished(
     assert second.returncode == 0, output
     assert cluster.requeued() == [f"requeue {JOB}"]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["epoch"] for line in lines if line["phase"] == "train"] == list(range(1, 13))
+    assert [line["epoch"] for line in lines if line["phase"] == "train"] == list(range(1, 11))
