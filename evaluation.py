@@ -351,7 +351,9 @@ def leave_with_network(
 
 def compare(runs: Sequence[Path], output: Path) -> None:
     """One table and one figure of runs that are evaluated."""
-    reports = {str(run): comparison.read(run) for run in runs}
+    names = [run.name for run in runs]
+    unique = len(set(names)) == len(names)
+    reports = {run.name if unique else str(run): comparison.read(run) for run in runs}
     output.mkdir(parents=True, exist_ok=True)
     print(comparison.write(output, reports), f"written to {output}", sep="\n")
 

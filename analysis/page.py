@@ -136,15 +136,14 @@ def findings(numbers: Mapping[str, Any]) -> list[str]:
         )
     if "yardstick" in numbers:
         found = numbers["yardstick"]
-        gain = found["gain"]["accuracy"]
+        gain = found["gain"]["auc"]  # the more sensitive of the two: it needs no threshold
         beats = gain["low"] is not None and gain["low"] > 0
         loses = gain["high"] is not None and gain["high"] < 0
         verdict = "is above" if beats else "is below" if loses else "cannot be told from"
         lines.append(
-            f"A logistic regression on the power spectrum of slices, the yardstick, gets "
-            f"{in_words(found['slices']['accuracy'], True)} of them right. The network {verdict} it: the "
-            f"difference is "
-            f"{in_words(gain, True)}."
+            "A logistic regression on the power spectrum of slices, the yardstick, gets "
+            f"{in_words(found['slices']['accuracy'], True)} of them right. The network {verdict} it: the difference "
+            f"is {in_words(found['gain']['accuracy'], True)} in accuracy and {in_words(gain)} in AUC."
         )
     if "scales" in numbers:
         lines.append(_most_telling_band(numbers["scales"]))

@@ -1,8 +1,9 @@
 """One checkpoint as a folder: written whole or not at all, and believed only if its manifest verifies.
 
 Everything in it is safetensors or JSON; nothing is ever unpickled. `manifest.json`, written last, holds the
-size and the SHA-256 of every other file. A complete checkpoint is called `step_00001234`. Beside it there may
-be `step_N.partial`, being written, `step_N.old`, being deleted, and `step_N.damaged`, set aside.
+size and the SHA-256 of every other file. A complete checkpoint is called `step_00001234`, and the moment it
+gets that name is the moment it counts. Beside it there may be `step_N.partial`, being written, `step_N.old`,
+being replaced or deleted, and `step_N.damaged`, set aside.
 """
 
 from __future__ import annotations
@@ -145,15 +146,15 @@ def choose(folder: Path) -> Checkpoint | None:
 
 def _tidy(folder: Path) -> None:
     for path in folder.glob(f"step_*{PARTIAL}"):
-        final = path.with_name(path.name.removesuffix(PARTIAL))
+        logger.warning("%s was being written when the run ended: removed", path)
+        shutil.rmtree(path)
+    for path in folder.glob(f"step_*{OLD}"):
+        final = path.with_name(path.name.removesuffix(OLD))
         if not final.exists() and Checkpoint(path).problem() is None:
-            path.rename(final)  # killed between its last byte and its name
+            path.rename(final)  # killed before another took its place
             _sync(folder)
         else:
-            logger.warning("%s was being written when the run ended: removed", path)
-            shutil.rmtree(path)
-    for path in folder.glob(f"step_*{OLD}"):
-        shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(path: Path, problem: str) -> None:
@@ -190,10 +191,11 @@ def write(folder: Path, parts: dict[str, dict[str, Tensor]], state: bytes) -> No
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
         raise
-    if folder.exists():
-        _delete(folder)
+    old = _put_away(folder) if folder.exists() else None
     partial.rename(folder)
     _sync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -213,12 +215,16 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint such that a kill in between leaves nothing that looks like one."""
+    """Delete a checkpoint such that a kill in between leaves nothing damaged under its name."""
+    # What cannot be deleted now (a file that is open over NFS) goes at the next start.
+    shutil.rmtree(_put_away(folder), ignore_errors=True)
+
+
+def _put_away(folder: Path) -> Path:
     old = folder.with_name(folder.name + OLD)
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
-    # What cannot be deleted now (a file that is open over NFS) goes at the next start.
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def _sync(folder: Path) -> None:

@@ -388,20 +388,22 @@ def test_damage_after_the_choice_is_an_error_too(run: Path) -> None:
     assert_same(training.everything(), before)
 
 
-def test_half_written_checkpoints_go_and_a_whole_one_gets_its_name(
+def test_only_what_got_its_name_counts(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = run / "checkpoints"
     shutil.copytree(folder / "step_00000002", folder / "step_00000009.partial")
     truncate(folder / "step_00000009.partial" / "model.safetensors")
-    shutil.copytree(folder / "step_00000001", folder / "step_00000001.old")
-    (folder / "step_00000002").rename(folder / "step_00000002.partial")
+    shutil.copytree(folder / "step_00000002", folder / "step_00000008.partial")  # whole, and yet not named
+    shutil.copytree(folder / "step_00000001", folder / "step_00000001.old")  # being deleted
+    (folder / "step_00000002").rename(folder / "step_00000002.old")  # being replaced
     assert program.verify(run)
     training = Training(run)
     training.restore()
     assert training.step == 2
     assert steps(run) == ["step_00000001", "step_00000002"]
     assert "step_00000009.partial was being written when the run ended" in caplog.text
+    assert "step_00000008.partial was being written when the run ended" in caplog.text
 
 
 # ---------------------------------------------------------------- what must not be restored
