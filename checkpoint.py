@@ -100,8 +100,8 @@ class Checkpoints:
         *,
         identity: dict[str, Any],
         seed: int,
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Set model, optimizer, gradient scaler and random generators; returns progress and extra tensors.
+    ) -> dict[str, Tensor]:
+        """Set model, optimizer, gradient scaler and random generators; returns the extra tensors.
 
         CheckpointError, with nothing changed, if it holds another network or was made from other data.
         """
@@ -127,7 +127,7 @@ class Checkpoints:
             # A process that is new has random states that follow from the seed, the step and its number.
             what = "; ".join(changed)
             logger.warning("%s: the bits may differ from here on, as %s", checkpoint.folder, what)
-        return saved["progress"], parts["extra"]
+        return parts["extra"]
 
     def save(
         self,
@@ -208,7 +208,7 @@ class Checkpoints:
         if self._error is not None and self._accelerator.num_processes == 1:
             raise self._error
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Wait for the write in the background and raise its error, on this process alone."""
         self._wait()
         if self._lock is not None:

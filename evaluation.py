@@ -219,8 +219,9 @@ def open_subject(options: argparse.Namespace) -> Subject:
         models.export.require_onnx()
     seeds = seeds_asked(options, config.data_params)
     trained = open_network(run, options.checkpoint, config)
-    home = home_of(run, config, optional=options.datafile is not None)
-    cubes = datasets.CubeFile(options.datafile) if options.datafile else home
+    given = datasets.CubeFile(options.datafile) if options.datafile else None
+    home = home_of(run, config, given)
+    cubes = given or home
     assert cubes is not None
     size = trained.settings["size"]
     if cubes.size != size:
@@ -240,26 +241,34 @@ def open_subject(options: argparse.Namespace) -> Subject:
     return Subject(run, config, accelerator, trained, network, cubes, seeds, home)
 
 
-def home_of(run: Path, config: experiment.Config, *, optional: bool) -> datasets.CubeFile | None:
-    """The file that the run was trained on; EvaluationError if something else lies in its place."""
+def home_of(
+    run: Path, config: experiment.Config, given: datasets.CubeFile | None
+) -> datasets.CubeFile | None:
+    """The file that the run was trained on where it was then; else `given`, if it holds the same cubes.
+
+    EvaluationError if other cubes lie where the run's were.
+    """
     path = Path(config.data_params.datafile)
-    if optional and not path.exists():
+    moved = given is not None and not path.exists()
+    cubes = given if moved else datasets.CubeFile(path)
+    assert cubes is not None
+    kept = state.existing(run / "checkpoints")
+    if not kept:  # nothing tells what it was trained on but the path
+        return None if moved else cubes
+    identity = kept[-1].state["identity"]
+    seeds = range(*identity["seeds"])
+    if (
+        identity["shape"] == [cubes.size] * 3
+        and set(seeds) <= set(cubes.seeds)
+        and cubes.identity(seeds)["fingerprint"] == identity["fingerprint"]
+    ):
+        return cubes
+    if moved:
         return None
-    cubes = datasets.CubeFile(path)
-    cubes.require(range(config.data_params.train_seeds))
-    for saved in state.existing(run / "checkpoints")[-1:]:
-        identity = saved.state["identity"]
-        seeds = range(*identity["seeds"])
-        if (
-            identity["shape"] != [cubes.size] * 3
-            or cubes.identity(seeds)["fingerprint"] != identity["fingerprint"]
-        ):
-            raise EvaluationError(
-                f"{path}: found other cubes than those that {run} was trained on\nallowed: the same file, "
-                f"wherever "
-                "it is, or another one by --datafile while this one is out of the way"
-            )
-    return cubes
+    raise EvaluationError(
+        f"{path}: found other cubes than those that {run} was trained on\nallowed: the same file, "
+        "wherever it is, or another one by --datafile while this one is out of the way"
+    )
 
 
 def seeds_asked(options: argparse.Namespace, data: experiment.DataParams) -> range:

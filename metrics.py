@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 
 Floats = NDArray[np.float64]
@@ -137,7 +136,8 @@ def auc(outcome: Outcome) -> float:
     ones, zeros = int(positive.sum()), int((~positive).sum())
     if not ones or not zeros:
         return 0.5
-    ranks = rankdata(outcome.logits)
+    _, value, ties = np.unique(outcome.logits, return_inverse=True, return_counts=True)
+    ranks = (ties.cumsum() - (ties - 1) / 2)[value]
     return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 

@@ -2,23 +2,21 @@
 
     accelerate launch trainer.py experiments/temp.yaml [section.key=value ...]
 
-The story of a run, top to bottom: read the experiment, open the simulations, build the network, go on from
-the last checkpoint, train and test epoch by epoch, and leave the trained network in the run's folder.
+The story of a run, top to bottom: read the experiment, open the run (opening.py), go on from its last
+checkpoint, train and test epoch by epoch, and leave the trained network in the run's folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -29,6 +27,7 @@ import logs
 import metrics
 import models
 import runtime
+from opening import Run, open_run
 from progress import Progress
 
 FINITE_EVERY = 20  # steps between looks at whether the logits are finite; each look waits for the device
@@ -42,23 +41,6 @@ USER_ERRORS = (
     metrics.Diverged,
     OSError,
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of a run."""
-
-    config: experiment.Config
-    accelerator: Accelerator
-    stop: runtime.StopSignals
-    late: runtime.Vote
-    cubes: datasets.CubeFile
-    train_set: datasets.WholeCubeDataset
-    test_set: datasets.WholeCubeDataset
-    network: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    checkpoints: checkpoint.Checkpoints
-    identity: dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,130 +80,33 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
         accelerator.print(runtime.preflight(accelerator, config.to_dict()))
     if preflight_only:
         return
-    with runtime.StopSignals() as stop:
-        if keys.max_minutes is not None:
-            clock = threading.Timer(60 * keys.max_minutes, stop.request, ["max_minutes"])
-            clock.daemon = True
-            clock.start()
-        run, progress, tensors = open_run(config, accelerator, stop)
+    checkpoints = checkpoint.Checkpoints(config.run, accelerator, keep=keys.keep_checkpoints)
+    with runtime.StopSignals(minutes=keys.max_minutes) as stop, closing(checkpoints):
+        run, progress, tensors = open_run(config, accelerator, stop, checkpoints)
         with runtime.together():
             log = logs.RunLog(config.run, main=accelerator.is_main_process, step=progress.step)
-        if progress.step == 0:
-            log.hyperparameters(config.to_dict())
-        try:
-            while not progress.finished:
-                complete = progress.awaiting_test or train_epoch(run, progress, tensors, log)
-                tensors = {}
-                if complete and progress.awaiting_test:
-                    complete = test(run, progress, log)
-                if not complete:
-                    log.say(f"stopped at step {progress.step} ({stop.name}); the same command goes on there")
-                    break
-                if progress.finished:
-                    export(run, progress)
-                # Last of all: a run that is killed before is not finished, one that is killed after is.
-                save(run, progress)
-        finally:
-            log.close()
-            run.checkpoints.finish()
+        with closing(log):
+            if progress.step == 0:
+                log.hyperparameters(config.to_dict())
+            go_on(run, progress, tensors, log)
 
 
-def open_run(
-    config: experiment.Config, accelerator: Accelerator, stop: runtime.StopSignals
-) -> tuple[Run, Progress, dict[str, Tensor]]:
-    """The parts of the run, where it stands, and what the network said so far in the running epoch.
-
-    Everything that the user gave is checked before anything is written.
-    """
-    data, keys = config.data_params, config.train_params
-    train_seeds = range(data.train_seeds)
-    test_seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
-    cubes = open_cubes(config, accelerator, range(test_seeds.stop))
-    checkpoints = checkpoint.Checkpoints(config.run, accelerator, keep=keys.keep_checkpoints)
-    with runtime.together():
-        if accelerator.is_main_process and config.run.is_dir():
-            checkpoints.claim()
-    last = checkpoints.latest()
-    with runtime.together():
-        if last is not None:
-            experiment.require_same(config.run, last.config, config.to_dict())
-            progress = Progress(**last.progress)
-        else:
-            standardize = data.standardize == "train"
-            progress = Progress(*(datasets.statistics(cubes, train_seeds) if standardize else (0.0, 1.0)))
-        train_set, test_set = (
-            datasets.WholeCubeDataset(
-                cubes,
-                seeds,
-                batch_size=keys.batch_size,
-                seed=keys.seed,
-                device=accelerator.device,
-                mean=progress.mean,
-                std=progress.std,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                **data.slicing,
-            )
-            for seeds in (train_seeds, test_seeds)
-        )
-        network = build_network(config, accelerator, cubes)
-        accelerator.print(
-            f"{len(train_set)} slices train, {train_set.steps} steps an epoch; {len(test_set)} test"
-        )
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=keys.lr, betas=keys.betas, weight_decay=keys.weight_decay, fused=True
-    )
-    network, optimizer = accelerator.prepare(network, optimizer)
-    rows = keys.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
-    images = torch.zeros(rows, *train_set.shape, device=accelerator.device)
-    runtime.settle_gradients(network, images.to(memory_format=torch.channels_last))
-    set_seed(keys.seed, device_specific=True)  # dropout differs between processes
-    identity = cubes.identity(range(test_seeds.stop))
-    tensors: dict[str, Tensor] = {}
-    if last is not None:
-        _, tensors = checkpoints.restore(last, network, optimizer, identity=identity, seed=keys.seed)
-    if progress.finished:
-        progress.ask_for(keys.epochs)
-    with runtime.together():
-        if accelerator.is_main_process:
-            config.save()
-            checkpoints.claim()
-    parts = (cubes, train_set, test_set, network, optimizer, checkpoints, identity)
-    return Run(config, accelerator, stop, runtime.Vote(), *parts), progress, tensors
-
-
-def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range) -> datasets.CubeFile:
-    """The data file, with all `seeds` in it; a synthetic universe is written first where it is asked for."""
-    data = config.data_params
-    with runtime.together():
-        if data.synthetic is not None and accelerator.is_main_process and not Path(data.datafile).exists():
-            datasets.write_synthetic(data.datafile, seeds=len(seeds), **data.synthetic.model_dump())
-    with runtime.together():
-        cubes = datasets.CubeFile(data.datafile)
-        cubes.require(seeds)
-        cubes.require_finite(seeds)
-    if data.synthetic is not None:
-        datasets.require_synthetic(cubes, **data.synthetic.model_dump())
-    if (slow := cubes.slow_chunks()) is not None:
-        accelerator.print(slow)
-    return cubes
-
-
-def build_network(
-    config: experiment.Config, accelerator: Accelerator, cubes: datasets.CubeFile
-) -> torch.nn.Module:
-    """The network on its device, with the first weights that follow from the run's seed."""
-    keys = config.train_params
-    set_seed(keys.seed)
-    torch.use_deterministic_algorithms(keys.deterministic)
-    torch.backends.cudnn.benchmark = not keys.deterministic  # every batch has the same shape
-    network = models.build_model(**config.network(cubes.size))
-    network = network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
-        models.synchronise_batch_norm(network)
-    if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda"):
-        network.compile()
-    return network
+def go_on(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.RunLog) -> None:
+    """Train and test until all that was asked for is done, or until a stop comes."""
+    while not progress.finished:
+        complete = progress.awaiting_test or train_epoch(run, progress, tensors, log)
+        tensors = {}
+        if complete and progress.awaiting_test:
+            if progress.epoch < progress.target_epoch:
+                run.train_set.read_ahead(progress.epoch)
+            complete = test(run, progress, log)
+        if not complete:
+            log.say(f"stopped at step {progress.step} ({run.stop.name}); the same command goes on there")
+            break
+        if progress.finished:
+            export(run, progress)
+        # Last of all: a run that is killed before is not finished, one that is killed after is.
+        save(run, progress)
 
 
 def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.RunLog) -> bool:
@@ -263,7 +148,7 @@ def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: l
 
 
 def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
-    """One optimizer step on this process's part of a batch; returns its logits  on the device."""
+    """One optimizer step on this process's part of a batch; returns its logits on the device."""
     keys, accelerator = run.config.train_params, run.accelerator
     for group in run.optimizer.param_groups:
         group["lr"] = lr

@@ -142,8 +142,9 @@ def findings(numbers: Mapping[str, Any]) -> list[str]:
         verdict = "is above" if beats else "is below" if loses else "cannot be told from"
         lines.append(
             "A logistic regression on the power spectrum of slices, the yardstick, gets "
-            f"{in_words(found['slices']['accuracy'], True)} of them right. The network {verdict} it: the difference "
-            f"is {in_words(found['gain']['accuracy'], True)} in accuracy and {in_words(gain)} in AUC."
+            f"{in_words(found['slices']['accuracy'], True)} of them right. The network {verdict} it: "
+            f"the difference is {in_words(found['gain']['accuracy'], True)} in accuracy "
+            f"and {in_words(gain)} in AUC."
         )
     if "scales" in numbers:
         lines.append(_most_telling_band(numbers["scales"]))

@@ -36,7 +36,7 @@ def write(folder: Path, numbers: Mapping[str, Any], pictures: Iterable[str]) -> 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the content of `path`: after a crash it is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.part")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -74,7 +74,7 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 def write_predictions(path: Path, slices: Slices) -> None:
     """Logit, label and place of each slice, and under `cubes` the mean logit of each cube, as HDF5."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.part")
     gravities = np.array(["newton", "gr"], dtype="S6")
     columns = {
         "logit": slices.logit,

@@ -14,7 +14,8 @@ same numbers, so batches are equal bit for bit.
 
 So `disk` takes 8 + 2 pairs or 2.5 GiB at N = 256 on one process, whatever the size of the file. The memory is
 taken once and used again, epoch after epoch; a pair that still lies in it when it is needed is not read
-again. To this come a batch of images, and for each seed 0.1 MiB of ids and views (N = 256, one channel).
+again. To this come two batches of images, one trained on and one being cut, and for each seed 0.1 MiB of ids
+and views (N = 256, one channel).
 """
 
 from collections import deque
@@ -37,6 +38,9 @@ AHEAD = 2  # pairs that are read before they are needed
 READERS = 2  # threads that read, so that both twins of a seed come at the same time
 BATCHES_AHEAD = 2  # of what a GPU has finished
 MOST_CUTTERS = 8  # threads that cut; more do not help, they wait for memory
+
+
+Cutter = Callable[[int], Callable[[], Tensor]]
 
 
 class Preparation(NamedTuple):
@@ -88,6 +92,14 @@ class HostCache:
         self._resize(0)
         self._busy = False
 
+    def read_ahead(self, ids: Ids, first_step: int) -> None:
+        """Begins to read the cubes that the first batch of `images` needs, in threads of its own."""
+        self._settle()
+        _, coming = self._prepare(ids, first_step)
+        readers = ThreadPoolExecutor(READERS, "read")
+        self._read_on(deque(use for use in coming.uses if use[1] <= first_step), readers)
+        readers.shutdown(wait=False)
+
     def images(self, ids: Ids, symmetries: Ids, first_step: int) -> Iterator[Tensor]:
         """For each row of `ids` (steps, rows) from `first_step` on the images (rows, C, N, N) of its slices.
 
@@ -96,17 +108,10 @@ class HostCache:
         """
         if self._busy:
             raise RuntimeError("one loop at a time reads the batches of a data set: close the other first")
-        pairs = ids // (6 * self.cubes.size) - self.seeds.start
-        coming = plan(pairs, first_step)
+        self._settle()
+        pairs, coming = self._prepare(ids, first_step)
         self._busy = True
         try:
-            try:
-                self._make_room(pairs, coming)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise DataError(
-                    f"data_params.cache {self.name} needs more memory than there is: {error}.\n"
-                    "Allowed are auto, which takes what fits, and disk, which needs least."
-                ) from error
             where = cutting.views(
                 ids, symmetries, self.cubes.size, channels=self.channels, rotated=self.rotated
             )
@@ -116,13 +121,32 @@ class HostCache:
             ):
                 try:
                     cut = self._cutter(pairs, where, cutters)
+                    ready: Tensor | None = None
                     for step in self._walk(coming, range(first_step, len(ids)), readers):
-                        yield cut(step)
+                        images = cut(step)  # while the batch before is trained on
+                        if ready is not None:
+                            yield ready
+                        ready = images()
+                    if ready is not None:
+                        yield ready
                 finally:
                     readers.shutdown(cancel_futures=True)
         finally:
             self._settle()
             self._busy = False
+
+    def _prepare(self, ids: Ids, first_step: int) -> tuple[Ids, Plan]:
+        """The pair of each slice, and the plan of the epoch, with memory taken for it."""
+        pairs = ids // (6 * self.cubes.size) - self.seeds.start
+        coming = plan(pairs, first_step)
+        try:
+            self._make_room(pairs, coming)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise DataError(
+                f"data_params.cache {self.name} needs more memory than there is: {error}.\n"
+                "Allowed are auto, which takes what fits, and disk, which needs least."
+            ) from error
+        return pairs, coming
 
     def _make_room(self, pairs: Ids, coming: Plan) -> None:
         share = len(np.unique(pairs))
@@ -200,15 +224,15 @@ class HostCache:
         return False
 
     def _settle(self) -> None:
-        """After an iteration: pairs that were read whole stay as long as nobody needs the room."""
+        """Around an iteration: pairs that were read whole stay as long as nobody needs the room."""
         for pair, futures in self._reading.items():
             if any(future.cancelled() or future.exception() for future in futures):
                 self._free.append(self._slot.pop(pair))
         self._reading.clear()
         self._idle |= dict.fromkeys(pair for pair in self._slot if pair not in self._idle)
 
-    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Callable[[int], Tensor]:
-        """What gives the images of a step, when its pairs are in memory."""
+    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Cutter:
+        """What begins to cut the images of a step, when its pairs are in memory, and later gives them."""
         size, count = self.cubes.size, pairs.shape[1]
         threads = min(torch.get_num_threads(), MOST_CUTTERS, count)
         bounds = [count * self.channels * k // threads for k in range(threads + 1)]
@@ -216,17 +240,20 @@ class HostCache:
         on_gpu = self.device.type == "cuda"
         send = _Sender(self.device) if on_gpu else None
 
-        def cut(step: int) -> Tensor:
+        def cut(step: int) -> Callable[[], Tensor]:
             images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
             start = (where.start[step] + self._places[pairs[step]][:, None]).ravel()
             arrays = (start, row[step], column[step], images.view(-1, size, size).numpy())
             parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
             memory = self._memory.reshape(-1)
-            others = [cutters.submit(cutting.cut, memory, *part) for part in parts[1:]]
-            cutting.cut(memory, *parts[0])
-            for other in others:
-                other.result()
-            return _channels_last(send(images) if send else images.to(self.device))
+            pieces = [cutters.submit(cutting.cut, memory, *part) for part in parts]
+
+            def finish() -> Tensor:
+                for piece in pieces:
+                    piece.result()
+                return _channels_last(send(images) if send else images.to(self.device))
+
+            return finish
 
         return cut
 
@@ -275,7 +302,7 @@ class DeviceCache(HostCache):
         self._idle[pair] = None
         return True
 
-    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Callable[[int], Tensor]:
+    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Cutter:
         size, (steps, count) = self.cubes.size, pairs.shape
         ranks = np.zeros(len(self.seeds), np.int64)
         ranks[list(self._rank)] = list(self._rank.values())
@@ -287,9 +314,9 @@ class DeviceCache(HostCache):
         memory = self._on_device.view(-1)
         cut_views = cutting.device_cut(memory, start[0], row[0], column[0], size)
 
-        def cut(step: int) -> Tensor:
+        def cut(step: int) -> Callable[[], Tensor]:
             images = cut_views(memory, start[step], row[step], column[step], size)
-            return _channels_last(images.view(count, self.channels, size, size))
+            return lambda: _channels_last(images.view(count, self.channels, size, size))
 
         return cut
 

@@ -100,11 +100,14 @@ class WholeCubeDataset:
         """Ids (steps, batch_size) of a training epoch on all processes together, and which of them count."""
         return self._order.epoch(epoch)
 
+    def read_ahead(self, epoch: int, first_step: int = 0) -> None:
+        """Begins to read what the first batch of `train_batches` needs, while something else is done."""
+        self._cache.read_ahead(self.order(epoch)[0][:, self._rows], first_step)
+
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's rows of the batches of an epoch, from `first_step` on."""
         ids, weights = self.order(epoch)
-        rows = self.batch_size // self.num_processes
-        mine = slice(self.process_index * rows, (self.process_index + 1) * rows)
+        mine = self._rows
         turns = np.zeros_like(ids[:, mine])
         if self.symmetries:
             turns = symmetries_of(self.seed, epoch, ids[:, mine])
@@ -116,6 +119,12 @@ class WholeCubeDataset:
             self.seeds, self.cubes.size, self.axes, self.batch_size, self.process_index, self.num_processes
         )
         yield from self._batches(ids, weights, np.zeros_like(ids), slices, 0)
+
+    @property
+    def _rows(self) -> slice:
+        """This process's columns of a global batch."""
+        rows = self.batch_size // self.num_processes
+        return slice(self.process_index * rows, (self.process_index + 1) * rows)
 
     @cached_property
     def _order(self) -> Order:
@@ -161,6 +170,4 @@ def statistics(cubes: CubeFile, seeds: range) -> tuple[float, float]:
             f"{cubes.path}: data_params.standardize train needs cubes that vary, but all values are {mean}.\n"
             "Allowed is none, or another file; python -m datasets inspect shows what this one holds."
         )
-    if squares == 0:
-        raise DataError(f"{cubes.path}: all values of the training cubes are {mean}: nothing to standardise")
     return float(mean), float(np.sqrt(squares / count))

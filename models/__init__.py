@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from models.export import TrainedNetwork, load, save
 from models.layers import ACTIVATIONS, synchronise_batch_norm
 from models.penguin import Penguin
 from models.racoon import Racoon
+
+if TYPE_CHECKING:
+    from models.export import TrainedNetwork, load, save
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,6 +30,15 @@ REGISTRY: dict[str, type[nn.Module]] = {
     "PENGUIN": Penguin,
 }
 SPELLINGS = {"RACCOON": "RACOON"}
+
+
+def __getattr__(name: str) -> Any:
+    """What stands for trained networks, imported at its first use: the hub's library takes a while."""
+    if name not in ("TrainedNetwork", "load", "save"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from models import export
+
+    return getattr(export, name)
 
 
 class ModelError(ValueError):

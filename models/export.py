@@ -229,7 +229,7 @@ def _write_description(folder: Path, config: dict[str, Any]) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: after a crash it holds the old bytes or the new ones."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.part")  # the next writer takes it up
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -146,23 +147,34 @@ class Vote:
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 are a wish to stop; a second SIGINT ends at once."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are a wish to stop; a second SIGINT ends at once.
+
+    So are `minutes`, if given, when they have passed.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float | None = None) -> None:
         self.name: str | None = None
         """Why to stop: the name of the signal that this process received, or what `request` was told."""
+        self._clock: threading.Timer | None = None
+        if minutes is not None:
+            self._clock = threading.Timer(60 * minutes, self.request, ["max_minutes"])
+            self._clock.daemon = True
         self._vote = Vote()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         self._previous = {number: signal.signal(number, self._received) for number in self.SIGNALS}
+        if self._clock is not None:
+            self._clock.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -86,15 +86,15 @@ class Training:
         }
         self.checkpoints.save(self.network, self.optimizer, test_loss=test_loss, **(given | changes))
         if wait:
-            self.checkpoints.finish()
+            self.checkpoints.close()
 
     def restore(self, **changes: Any) -> dict[str, torch.Tensor]:
         latest = self.checkpoints.latest()
         assert latest is not None
         given = {"identity": IDENTITY, "seed": 5} | changes
-        progress, tensors = self.checkpoints.restore(latest, self.network, self.optimizer, **given)
-        self.step = progress["step"]
-        assert progress == {"step": self.step, "epoch": 3, "best_loss": 0.1}
+        tensors = self.checkpoints.restore(latest, self.network, self.optimizer, **given)
+        self.step = latest.progress["step"]
+        assert latest.progress == {"step": self.step, "epoch": 3, "best_loss": 0.1}
         return tensors
 
     def everything(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def test_training_goes_on_while_the_exact_state_is_written(
     logits.zero_()
     progress["epoch"] = 99
     may_write.set()
-    training.checkpoints.finish()
+    training.checkpoints.close()
     resumed = Training(tmp_path)
     assert_same(resumed.restore(), {"logits": torch.arange(2.0)})
     assert_same(resumed.everything(), saved)
@@ -388,9 +388,7 @@ def test_damage_after_the_choice_is_an_error_too(run: Path) -> None:
     assert_same(training.everything(), before)
 
 
-def test_only_what_got_its_name_counts(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_what_got_its_name_counts(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = run / "checkpoints"
     shutil.copytree(folder / "step_00000002", folder / "step_00000009.partial")
     truncate(folder / "step_00000009.partial" / "model.safetensors")
@@ -538,7 +536,7 @@ def test_an_error_in_the_background_surfaces_everywhere(run: Path, monkeypatch: 
 
     monkeypatch.setattr(state, "write", broken)
     training.save(wait=False)
-    for surface in (training.checkpoints.finish, training.checkpoints.check, training.save):
+    for surface in (training.checkpoints.close, training.checkpoints.check, training.save):
         with pytest.raises(CheckpointError, match=r"/quota/model\.safetensors: Disk quota exceeded") as error:
             surface()
         assert "step_00000002 is untouched" in str(error.value)

@@ -71,6 +71,13 @@ def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "WINDOW_BYTES", 1)
 
 
+@pytest.fixture
+def no_thread_stays() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
 def make(path: Path, seeds: range = SEEDS, **options: Any) -> WholeCubeDataset:
     defaults: dict[str, Any] = {"batch_size": 24, "seed": 3, "device": CPU, "cache": "memory"}
     return WholeCubeDataset(CubeFile(path), seeds, **(defaults | options))
@@ -244,6 +251,33 @@ def test_reading_ahead_ends_with_the_iteration(many: Path, monkeypatch: pytest.M
     assert data.cubes.bytes_read < 20 * 2 * 4 * N**3
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_first_cubes_can_be_read_before_they_are_asked_for(
+    cache: str, many: Path, small_window: None, no_thread_stays: None
+) -> None:
+    ahead, plain = (make(many, range(20), axes=(0, 2), cache=cache) for _ in range(2))
+    for epoch, first_step in ((0, 0), (1, 3)):
+        ahead.read_ahead(epoch + 5, first_step)  # what is then not asked for does no harm
+        ahead.read_ahead(epoch, first_step)
+        for thread in threading.enumerate():
+            if thread.name.startswith("read"):
+                thread.join()
+        read = ahead.cubes.bytes_read
+        assert read
+        batches = ahead.train_batches(epoch, first_step)
+        one = next(batches)
+        assert all_same([one, *batches], list(plain.train_batches(epoch, first_step)))
+    assert ahead.cubes.bytes_read <= plain.cubes.bytes_read + 4 * order.LANES * 2 * 4 * N**3
+
+
+def test_cubes_read_ahead_are_not_read_again(many: Path, small_window: None) -> None:
+    data = make(many, range(20), cache="disk", axes=(0,))
+    data.read_ahead(0)
+    for _ in data.train_batches(0):
+        pass
+    assert data.cubes.bytes_read == 20 * 2 * 4 * N**3
+
+
 @pytest.mark.parametrize("cache", ["memory", "device"])
 def test_what_is_kept_is_read_once_per_run(cache: str, many: Path, small_window: None) -> None:
     data = make(many, range(20), cache=cache, axes=(0,), batch_size=48)
@@ -288,13 +322,6 @@ def test_memory_is_taken_once(
             pass
     assert taken[0] == 0
     assert len(taken) == 2
-
-
-@pytest.fixture
-def no_thread_stays() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("cache", CACHES)

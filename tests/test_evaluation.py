@@ -202,6 +202,24 @@ def test_another_file_of_the_same_kind(run: Path, tmp_path: Path) -> None:
     assert found["slices"]["accuracy"]["value"] > 0.75
 
 
+def test_the_file_of_the_training_is_known_wherever_it_lies(home: Path, run: Path, tmp_path: Path) -> None:
+    """As after a training from a copy on a node's own disk."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data_params"]["datafile"] = str(tmp_path / "gone.h5")
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    loaded = evaluation.experiment.load(run / "config.yaml")
+    same = datasets.CubeFile(home / "universe.h5")
+    assert evaluation.home_of(run, loaded, same) is same
+    write_universe(tmp_path / "fewer.h5", TRAIN)
+    write_universe(tmp_path / "scaled.h5", TRAIN + TEST, scale=2)
+    for name in ("fewer.h5", "scaled.h5"):
+        assert evaluation.home_of(run, loaded, datasets.CubeFile(tmp_path / name)) is None
+    with pytest.raises(datasets.DataError, match=r"gone\.h5"):
+        evaluation.home_of(run, loaded, None)
+    gone(run / "checkpoints")
+    assert evaluation.home_of(run, loaded, same) is None
+
+
 def test_onnx_beside_the_weights(run: Path, capsys: Any) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"trainer", "evaluation"}
+PROGRAMS = {"trainer", "opening", "evaluation"}
 OWN = {"checkpoint": {"state"}}  # the command line of a room
 ROOMS = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
 SOURCES = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).glob("*.py"))])

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +153,16 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(experiment: Experime
 def open_run(path: Path) -> tuple[trainer.Run, trainer.Progress, dict[str, torch.Tensor]]:
     from accelerate import Accelerator
 
+    import opening
+
     loaded = config.load(path)
     accelerator = Accelerator()
     parts = loaded.train_params.gradient_accumulation_steps or 1
     accelerator.gradient_accumulation_steps = parts
     loaded = loaded.on_hardware(1, "no", parts)
-    return trainer.open_run(loaded, accelerator, trainer.runtime.StopSignals())
+    checkpoints = trainer.checkpoint.Checkpoints(loaded.run, accelerator, keep=1)
+    with closing(checkpoints):
+        return opening.open_run(loaded, accelerator, trainer.runtime.StopSignals(), checkpoints)
 
 
 def test_a_training_that_diverges_stops_and_names_the_step(
