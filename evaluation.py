@@ -93,8 +93,7 @@ class Subject:
     @property
     def box(self) -> spectra.Box:
         """The box of the simulations, as far as the data file tells."""
-        length = self.cubes.attributes.get("box_size")
-        return spectra.Box(self.cubes.size, float(length) if isinstance(length, int | float) else None)
+        return spectra.Box(self.cubes.size, self.cubes.number("box_size"))
 
     def share(self, seeds: range) -> range:
         """The seeds of this process."""
@@ -154,6 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
             evaluate(options)
     except USER_ERRORS as error:
         runtime.tell(error)
+        return 2
+    except RuntimeError as error:
+        if not runtime.another_ended(error):
+            raise
+        runtime.tell(runtime.LaunchError("another process ended; its message says why", everywhere=False))
         return 2
     return 0
 
@@ -316,7 +320,7 @@ def power_spectra(subject: Subject, seeds: range, cubes: datasets.CubeFile) -> y
 def description(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """What was evaluated, on what, and how."""
     data, trained, accelerator = subject.config.data_params, subject.trained, subject.accelerator
-    attributes = {key: subject.cubes.attributes.get(key) for key in ("box_size", "redshift", "mean", "std")}
+    attributes = {key: subject.cubes.number(key) for key in ("box_size", "redshift", "mean", "std")}
     settings = data.model_dump(include={"train_seeds", "newton_augmentation", "axes"})
     slices = {"seeds": [subject.seeds.start, subject.seeds.stop], "size": subject.cubes.size}
     parameters = sum(parameter.numel() for parameter in trained.parameters())

@@ -12,12 +12,13 @@ and it is closed again after each use: no handle lives long enough to be inherit
 """
 
 import hashlib
+import math
 import os
 import re
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,12 @@ def python_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
     return values
 
 
+def number(attributes: Mapping[str, Any], key: str) -> float | None:
+    """An attribute that is a finite number; None if there is none, or something else under its name."""
+    value = attributes.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 class CubeFile:
     """The cubes of one HDF5 file.
 
@@ -248,6 +255,10 @@ class CubeFile:
     def bytes_read(self) -> int:
         """Bytes of cubes taken from the file so far."""
         return self._bytes_read
+
+    def number(self, key: str) -> float | None:
+        """An attribute of the file that is a finite number, None without one."""
+        return number(self.attributes, key)
 
     def require(self, seeds: range) -> None:
         """Raises DataError unless both twins of each of these seeds are there."""

@@ -23,6 +23,7 @@ from .cubes import (
     DataError,
     describe_seeds,
     find_cubes,
+    number,
     open_cubes,
     problems,
     python_attributes,
@@ -160,14 +161,15 @@ def plot(path: Path, out: Path) -> None:
         slices = {g: np.asarray(file[cubes[seed, g].name][position], dtype=np.float64) for g in GRAVITIES}
         attributes = python_attributes(file.attrs)
     standardised = "std" in attributes
-    redshift = f", z = {attributes['redshift']:g}" if "redshift" in attributes else ""
-    strength = f", synthetic, strength {attributes['strength']:g}" if "strength" in attributes else ""
+    redshift, strength, box_size = (number(attributes, key) for key in ("redshift", "strength", "box_size"))
+    title = f"{path.name}: seed {seed}" + (f", z = {redshift:g}" if redshift is not None else "")
     figure = draw(
         slices["gr"],
         slices["newton"],
-        box_size=attributes.get("box_size"),
+        box_size=box_size,
         label=f"{attributes.get('field', 'value')} [standard deviations]" if standardised else "value",
-        title=f"{path.name}: seed {seed}{redshift}, slice x = {position} of {len(slices['gr'])}{strength}",
+        title=f"{title}, slice x = {position} of {len(slices['gr'])}"
+        + (f", synthetic, strength {strength:g}" if strength is not None else ""),
     )
     partial = out.with_name(f".{out.name}.partial")
     try:

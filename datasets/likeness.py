@@ -10,7 +10,7 @@ from .cubes import GRAVITIES, CubeFile, DataError
 def require_same_standardisation(trained_on: CubeFile, other: CubeFile) -> None:
     """Raises DataError if the values of ``other`` are standardised otherwise than those of ``trained_on``."""
     for key in ("mean", "std"):
-        before, now = trained_on.attributes.get(key), other.attributes.get(key)
+        before, now = trained_on.number(key), other.number(key)
         if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
             raise DataError(
                 f"{other.path}: found cubes standardised by {key} {now:.6g}, but the network was trained on "

@@ -53,6 +53,12 @@ def tell(error: Exception) -> None:
         sys.stderr.flush()
 
 
+def another_ended(error: RuntimeError) -> bool:
+    """Whether `error` came of another process that is no more; gloo tells that in words alone."""
+    words = ("closed by peer", "reset by peer", "Broken pipe")
+    return dist.is_initialized() and any(word in str(error) for word in words)
+
+
 def outlive_launcher() -> None:
     """Ignore SIGTERM from now on, because this process ends by itself, and all others with it.
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from datasets import __main__ as commands
-from datasets import inspection
-from datasets.cubes import GRAVITIES, DataError
+from datasets import inspection, require_same_standardisation
+from datasets.cubes import GRAVITIES, CubeFile, DataError
 from datasets.inspection import MOST_PROBLEMS, check_plot, draw, plot, report
 
 N = 64
@@ -169,6 +169,16 @@ def test_the_command_prints_and_draws(
     assert out.read_text() == "precious"
     assert run(monkeypatch, path, "--plot", out, "--force") == 0
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("value", ["5 Gpc", [1.0, 2.0], np.nan, h5py.Empty("f8")], ids=str)
+def test_attributes_that_are_no_numbers_do_no_harm(path: Path, tmp_path: Path, value: Any) -> None:
+    with h5py.File(path, "a") as file:
+        for name in ("box_size", "redshift", "strength", "mean", "std"):
+            file.attrs[name] = value
+    plot(path, tmp_path / "picture.png")
+    require_same_standardisation(CubeFile(path), CubeFile(path))
+    assert CubeFile(path).number("box_size") is None
 
 
 def test_pictures_that_cannot_be_drawn(path: Path, tmp_path: Path) -> None:

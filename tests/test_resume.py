@@ -259,6 +259,13 @@ def test_two_processes_stop_together_though_one_got_the_signal(trainer: Trainer,
     assert_equal(ending(trainer.runs / "signal-of-two"), whole_of_two.ended, "a signal")
 
 
+def test_a_process_whose_partner_is_gone_says_so(trainer: Trainer) -> None:
+    order = {"processes": 2, "rank": 1, "send": ["SIGKILL", "trainer.train_step", 6]}
+    assert trainer.start("left-alone", **order)["codes"] == [2, -signal.SIGKILL], trainer.said("left-alone")
+    assert "LaunchError: another process ended; its message says why" in trainer.said("left-alone")
+    assert "Traceback" not in trainer.said("left-alone")
+
+
 def test_the_last_bits_of_sums_over_three_processes_are_kept(trainer: Trainer) -> None:
     """DDP changes the order of its sums after its first step, and each process has buffers of its own."""
     override = "train_params.sync_batch_norm=false"
