@@ -44,8 +44,10 @@ def synthetic_file(scratch: Path, seeds: int, size: int) -> Path:
     return path
 
 
-def compete(name: str, settings: Settings, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a contestant measured, in a process of its own (or in those of a launcher).
+def compete(
+    name: str, settings: Settings, launcher: tuple[str, ...] = (), threads: int | None = None
+) -> dict[str, Any]:
+    """What a contestant measured, in a process of its own (or in those of a launcher), of so many `threads`.
 
     Raises RuntimeError with the end of what it printed if it failed.
     """
@@ -56,6 +58,8 @@ def compete(name: str, settings: Settings, launcher: tuple[str, ...] = ()) -> di
         environment = dict(os.environ)
         if settings.device == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         with said.open("w") as output:
             subprocess.run(
                 [sys.executable, *launcher, *program],

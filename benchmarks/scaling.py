@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import scaling_model
 from peers import ROOT
 from rounds import compete, machine, machine_line, scratch_folder, synthetic_file
 from watch import Settings
@@ -79,20 +80,26 @@ def seeds(settings: Settings, rounds: int) -> Measured:
 
 
 def processes(settings: Settings, rounds: int) -> Measured:
-    """The same run of one epoch on 1 and 2 processes of this host, which share its cores."""
+    """The same run of one epoch on 1 and 2 processes, a core each, and what docs/scaling.md predicts."""
     found = [{"processes": count, "rates": [], "anonymous": []} for count in (1, 2)]
-    configuration = "cpu_multi.yaml" if settings.device == "cpu" else "multi_gpu.yaml"
+    on_cpu = settings.device == "cpu"
+    configuration = str(ROOT / "accelerate_configs" / ("cpu_multi.yaml" if on_cpu else "multi_gpu.yaml"))
     for _ in range(rounds):
         for line in found:
-            launcher = (
-                *LAUNCHER,
-                str(ROOT / "accelerate_configs" / configuration),
-                "--num_processes",
-                str(line["processes"]),
-            )
-            numbers = say(compete("disk", replace(settings, epochs=1), launcher), **line)
+            launcher = (*LAUNCHER, configuration, "--num_processes", str(line["processes"]))
+            numbers = compete("disk", replace(settings, epochs=1), launcher, threads=1 if on_cpu else None)
+            say(numbers, **line)
             line["rates"].append(numbers["slices_per_second"])
             line["anonymous"].append(numbers["anonymous_bytes"])
+    if on_cpu:
+        alone, links = 1 / median(found[0]["rates"]), scaling_model.measure(2)
+        network = scaling_model.network(settings.architecture, settings.layer_param)
+        for line in found:
+            seconds = scaling_model.step_seconds(
+                network, line["processes"], settings.batch, t0=0.0, t1=alone, links=links
+            )
+            line["predicted"] = settings.batch / seconds
+        found[1]["links"] = [links.latency, links.bandwidth]
     return found
 
 
@@ -159,11 +166,20 @@ def tables(results: dict[str, Any]) -> str:
             [
                 line["processes"],
                 f"{1000 / median(line['rates']):.3f}",
+                f"{1000 / line['predicted']:.3f}" if "predicted" in line else "-",
                 f"{max(line['anonymous']) / 1e9:.2f}",
+                listed(line["rates"], 0),
             ]
             for line in results["processes"]
         ]
-        blocks.append(table(["processes", "ms a slice", "peak anonymous memory of one, GB"], rows))
+        head = [
+            "processes",
+            "ms a slice",
+            "predicted",
+            "peak anonymous memory of one, GB",
+            "slices/s, rounds",
+        ]
+        blocks.append(table(head, rows))
     if "launch" in results:
         rows = [
             [line["cache"], f"{median(line['first_step']):.2f}", listed(line["first_step"], 2)]

@@ -243,8 +243,8 @@ def print_prediction(net: Network, batch: int, t0: float, t1: float, links: Link
     print(f"\nuseful: up to {most_useful(net, batch, t0, t1, links)} devices at batch {batch}")
 
 
-def measure(processes: int) -> None:
-    """Print latency and bandwidth of sums over CPU processes of this host (gloo)."""
+def measure(processes: int) -> Links:
+    """Latency and bandwidth of sums over CPU processes of this host (gloo), each with one thread."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -265,8 +265,7 @@ def measure(processes: int) -> None:
         os._exit(0)
     hops = math.ceil(math.log2(processes))
     moved = 2 * (processes - 1) / processes * 4 * (16 << 20)
-    latency, bandwidth = seconds[2] / hops, moved / seconds[16 << 20]
-    print(f"latency {1e6 * latency:.0f} us per hop, bandwidth {bandwidth / 1e9:.2f} GB/s")
+    return Links(seconds[2] / hops, moved / seconds[16 << 20])
 
 
 def main() -> None:
@@ -284,7 +283,8 @@ def main() -> None:
     parser.add_argument("--bandwidth-gb", type=float, default=Links.bandwidth / 1e9)
     options = parser.parse_args()
     if options.processes:
-        measure(options.processes)
+        links = measure(options.processes)
+        print(f"latency {1e6 * links.latency:.0f} us per hop, bandwidth {links.bandwidth / 1e9:.2f} GB/s")
     elif options.slices_per_second:
         net = network(options.architecture, options.layer_param)
         links = Links(options.latency_us / 1e6, options.bandwidth_gb * 1e9)
