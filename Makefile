@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench verify-resume clean
+.PHONY: venv demo test lint bench verify-resume
 
 venv: .venv/installed
 

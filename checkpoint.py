@@ -18,10 +18,12 @@ import fcntl
 import json
 import logging
 import math
+import os
 import platform
 import sys
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -35,6 +37,7 @@ from state import Checkpoint, CheckpointError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LOCK = ".lock"  # held while a program trains the run; its content is of no interest
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +51,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
         self._lock: TextIO | None = None
+        self._made: list[Path] = []
         kind = accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise CheckpointError(
@@ -56,23 +60,43 @@ class Checkpoints:
             )
 
     def claim(self) -> None:
-        """Keep other programs off this run until it ends; CheckpointError if one trains it already.
+        """Keep other programs off this run until it is closed; CheckpointError if one trains it already.
 
-        Called by the main process. File systems without locks are trusted.
+        Called by the main process, before anything else of the run is read or written. Makes the run's
+        folder, which `close` removes if nothing was put there. File systems without locks are trusted.
         """
-        if self._lock is not None:
-            return
-        self._lock = (self._folder.parent / ".lock").open("a")
+        run = self._folder.parent
+        self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / LOCK).open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise CheckpointError(
-                f"{self._folder.parent}: another program is training this run\n"
-                "allowed: one at a time, or another model_params.name"
-            ) from None
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.path.samestat(os.fstat(lock.fileno()), (run / LOCK).stat())
+        except (BlockingIOError, FileNotFoundError):
+            taken = True
         except OSError:
-            logger.info("%s cannot be locked: start one program at a time", self._folder.parent)
+            logger.info("%s cannot be locked: start one program at a time", run)
+            taken = False
+        if taken:
+            lock.close()
+            raise CheckpointError(
+                f"{run}: another program is training this run\n"
+                "allowed: one at a time, or another model_params.name"
+            )
+        self._lock = lock
+
+    def _release(self) -> None:
+        """Let others train this run, and leave no empty folders behind where it never began."""
+        if self._lock is None:
+            return
+        run = self._folder.parent
+        if [path.name for path in run.iterdir()] == [LOCK]:
+            (run / LOCK).unlink()
+            with suppress(OSError):  # somebody else put something there
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()
+        self._lock = None
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint, None for a new run; CheckpointError if all there are are damaged.
@@ -109,7 +133,7 @@ class Checkpoints:
         try:
             saved = checkpoint.state
             parts = {part: checkpoint.tensors(part) for part in ("model", "optimizer", "random", "extra")}
-            lines = _differences(saved["identity"], identity)
+            lines = _differences(saved["identity"], identity, "data_params.datafile")
             lines += state.differences(parts, accelerator, model)
             if lines:
                 raise CheckpointError(
@@ -211,8 +235,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the write in the background and raise its error, on this process alone."""
         self._wait()
-        if self._lock is not None:
-            self._lock.close()
+        self._release()
         if self._error is not None:
             raise self._error
 
@@ -241,6 +264,9 @@ def _differences(saved: Any, current: Any, name: str = "") -> list[str]:
 
 def verify(run: Path) -> bool:
     """Print every checkpoint of `run`; True if there is a complete one and no damaged one."""
+    if not run.is_dir():
+        print(f"{run}: there is no such folder; allowed: LOG_DIR/NAME of a run", file=sys.stderr)
+        return False
     complete = damaged = 0
     print(f"{'checkpoint':<24}{'epoch':>6}{'MiB':>8}{'test loss':>11}  state")
     for path in sorted((run / "checkpoints").glob("step_[0-9]*")):

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Count = Annotated[int, Field(ge=1)]
 Seeds = Annotated[int, Field(ge=1, le=10**6)]
-Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -215,7 +224,10 @@ class Config(Section):
         """Write `config.yaml` into the run's folder. Raises OSError where that cannot be written."""
         self.run.mkdir(parents=True, exist_ok=True)
         temporary = self.run / "config.yaml.part"
-        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            yaml.safe_dump(self.to_dict(), file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave neither the old nor the new one
         temporary.replace(self.run / "config.yaml")
 
 

@@ -154,10 +154,11 @@ def main(arguments: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         runtime.tell(error)
         return 2
-    except RuntimeError as error:
-        if not runtime.another_ended(error):
+    except (RuntimeError, MemoryError) as error:
+        told = runtime.in_words(error)
+        if told is None:
             raise
-        runtime.tell(runtime.LaunchError("another process ended; its message says why", everywhere=False))
+        runtime.tell(told)
         return 2
     return 0
 
@@ -168,6 +169,8 @@ def evaluate(options: argparse.Namespace) -> None:
     with runtime.together():
         subject = open_subject(options)
         output = options.output or subject.run / "evaluation"
+        if output.is_file():
+            raise EvaluationError(f"--output: found the file {output}, allowed: a folder")
         output.mkdir(parents=True, exist_ok=True)
     clock, box, mine = report.Clock(subject.accelerator.print), subject.box, subject.share(subject.seeds)
     with runtime.together():
@@ -224,7 +227,11 @@ def open_subject(options: argparse.Namespace) -> Subject:
     seeds = seeds_asked(options, config.data_params)
     trained = open_network(run, options.checkpoint, config)
     given = datasets.CubeFile(options.datafile) if options.datafile else None
-    home = home_of(run, config, given)
+    complete = (one for one in reversed(state.existing(run / "checkpoints")) if one.problem() is None)
+    last = next(complete, None)
+    if last is not None:
+        experiment.require_same(run, last.config, config.to_dict())
+    home = home_of(run, config, last, given)
     cubes = given or home
     assert cubes is not None
     size = trained.settings["size"]
@@ -246,20 +253,21 @@ def open_subject(options: argparse.Namespace) -> Subject:
 
 
 def home_of(
-    run: Path, config: experiment.Config, given: datasets.CubeFile | None
+    run: Path, config: experiment.Config, last: state.Checkpoint | None, given: datasets.CubeFile | None
 ) -> datasets.CubeFile | None:
     """The file that the run was trained on where it was then; else `given`, if it holds the same cubes.
 
     EvaluationError if other cubes lie where the run's were.
     """
+    identity = last.state["identity"] if last else None
     path = Path(config.data_params.datafile)
+    if identity is not None and not path.exists():
+        path = Path(identity["path"])  # as when this is another working directory
     moved = given is not None and not path.exists()
     cubes = given if moved else datasets.CubeFile(path)
     assert cubes is not None
-    kept = state.existing(run / "checkpoints")
-    if not kept:  # nothing tells what it was trained on but the path
+    if identity is None:  # nothing tells what it was trained on but the path
         return None if moved else cubes
-    identity = kept[-1].state["identity"]
     seeds = range(*identity["seeds"])
     if (
         identity["shape"] == [cubes.size] * 3
@@ -355,7 +363,8 @@ def leave_with_network(
 ) -> None:
     """The numbers in the network's model card, and the network as ONNX where that is asked for."""
     folder = output if options.checkpoint else subject.run / "model"
-    if not options.checkpoint and not options.allow_training_seeds:
+    # Without the file of the training nothing tells whether the values mean the same.
+    if subject.home and not (options.checkpoint or options.allow_training_seeds or options.output):
         models.export.record_evaluation(folder, report.for_card(numbers))
     if options.export == "onnx":
         difference = models.export.export_onnx(subject.trained, folder / "model.onnx")

@@ -77,7 +77,10 @@ class RunLog:
                 kept.append(line + "\n")
                 logged.add((phase, at))
         temporary = self._lines.with_suffix(".jsonl.part")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self._lines)
         return logged
 

@@ -1,4 +1,4 @@
-"""Opening a run: all that the user gave is checked and every part is made before anything is written."""
+"""Opening a run: all that the user gave is checked and every part is made before the run is changed."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ def open_run(
     data, keys = config.data_params, config.train_params
     train_seeds = range(data.train_seeds)
     test_seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
-    cubes = open_cubes(config, accelerator, range(test_seeds.stop))
     with runtime.together():
-        if accelerator.is_main_process and config.run.is_dir():
+        with torch.device("meta"):  # a network that cannot be built is better known before all else
+            models.build_model(**config.network(data.synthetic.size if data.synthetic else 64))
+        if accelerator.is_main_process:
             checkpoints.claim()
+    cubes = open_cubes(config, accelerator, range(test_seeds.stop))
     last = checkpoints.latest()
     with runtime.together():
         if last is not None:
@@ -87,15 +89,21 @@ def open_run(
     runtime.settle_gradients(network, images.to(memory_format=torch.channels_last))
     set_seed(keys.seed, device_specific=True)  # dropout differs between processes
     identity = cubes.identity(range(test_seeds.stop))
+    runtime.compare({"data_params.datafile holds": identity["fingerprint"]})
     tensors: dict[str, Tensor] = {}
     if last is not None:
         tensors = checkpoints.restore(last, network, optimizer, identity=identity, seed=keys.seed)
+        accelerator.print(f"goes on from {last.folder}: {progress.step} steps, {progress.epoch} epochs done")
     if progress.finished:
         progress.ask_for(keys.epochs)
+    elif progress.target_epoch - progress.first_epoch != keys.epochs:
+        accelerator.print(
+            f"train_params.epochs {keys.epochs} counts once the {progress.target_epoch} epochs are done that "
+            "were asked for before"
+        )
     with runtime.together():
         if accelerator.is_main_process:
             config.save()
-            checkpoints.claim()
     parts = (cubes, train_set, test_set, network, optimizer, checkpoints, identity)
     return Run(config, accelerator, stop, runtime.Vote(), *parts), progress, tensors
 

@@ -58,10 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         runtime.tell(error)
         return 2
-    except RuntimeError as error:
-        if not runtime.another_ended(error):
+    except (RuntimeError, MemoryError) as error:
+        told = runtime.in_words(error)
+        if told is None:
             raise
-        runtime.tell(runtime.LaunchError("another process ended; its message says why", everywhere=False))
+        runtime.tell(told)
         return 2
     return 0
 

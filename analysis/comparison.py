@@ -20,7 +20,7 @@ COLUMNS = {
     "log_loss": "log loss",
     "calibration_error": "calibration error",
     "cube_accuracy": "accuracy of cubes",
-    "pair_accuracy": "pairs ranked rightly",
+    "pair_accuracy": "pairs ranked correctly",
     "contrast": "contrast",
 }
 

@@ -17,17 +17,19 @@ if TYPE_CHECKING:  # scikit-learn is needed by the numbers, not by their figures
     from analysis.slices import Slices
 
 Floats = NDArray[np.float64]
-Estimate = Mapping[str, float]  # value, low, high: the value and the ends of its 95 % interval
+Estimate = Mapping[str, float | None]  # value, low, high: the value and the ends of its 95 % interval
 
 Style = Mapping[str, Any]
 Figures = dict[str, Figure]
 History = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
+# axis that a slice is across -> what its columns and its rows count, as datasets.cutting cuts it
+DIRECTIONS = (("z", "y"), ("z", "x"), ("y", "x"))
 CONTEST = {  # what contestants are compared by: key -> (label, chance)
     "accuracy": ("accuracy of slices", 0.5),
     "auc": ("AUC of slices", 0.5),
     "cube_accuracy": ("accuracy of cubes", 0.5),
-    "pair_accuracy": ("pairs ranked rightly", 0.5),
+    "pair_accuracy": ("pairs ranked correctly", 0.5),
 }
 
 
@@ -102,19 +104,20 @@ def twins_plot(seeds: Sequence[int] | NDArray[np.int64], newton: Floats, gr: Flo
 
 @styled
 def reliability_diagram(rows: Sequence[Mapping[str, float]], error: float) -> Figure:
-    """Share of GR against stated probability, with the number of slices in each bin below."""
-    figure, (axes, count) = subplots(WIDTH, 3.3, rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    """Share of GR against stated probability, on the part of the square where the slices are."""
+    figure, axes = subplots()
     stated = np.array([row["probability"] for row in rows])
     value, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
-    axes.plot([0, 1], [0, 1], ":", color=GREY, label="perfectly calibrated")
     bars = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
     axes.errorbar(
-        stated, value, bars, color=GR["color"], marker="s", capsize=2, label="network, 95 % over seeds"
+        stated, value, bars, color=GR["color"], marker="s", ms=3, capsize=2, label="network, 95 % over seeds"
     )
-    axes.set(ylabel="share of GR", ylim=(-0.02, 1.02), title=f"expected calibration error = {error:.3f}")
-    axes.legend(loc="upper left")
-    count.bar(stated, [row["slices"] for row in rows], width=0.03, color="0.7", edgecolor="black", lw=0.6)
-    count.set(xlabel="stated probability of GR", ylabel="slices", xlim=(-0.02, 1.02))
+    ends = np.array([np.min([stated, value - bars[0]]), np.max([stated, value + bars[1]])]).clip(0, 1)
+    ends += np.array([-0.05, 0.05]) * max(float(np.ptp(ends)), 0.02)
+    axes.plot(ends, ends, ":", color=GREY, label="perfectly calibrated")
+    axes.set(xlabel="stated probability of GR", ylabel="share of GR", xlim=ends, ylim=ends)
+    axes.set_title(f"expected calibration error = {error:.3f}")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -135,8 +138,8 @@ def logit_histogram(newton: Floats, gr: Floats) -> Figure:
 
 @styled
 def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, accuracy and AUC by epoch from the lines of `metrics.jsonl`, with the pairs ranked rightly."""
-    figure, (loss, share) = subplots(2 * WIDTH, 2.6, columns=2)
+    """By epoch, from the lines of `metrics.jsonl`: loss, accuracy and AUC of slices; simulations."""
+    figure, (loss, share, whole) = subplots(2 * WIDTH, 2.6, columns=3)
     phases = (("train", {**NEWTON, "marker": ""}), ("test", {**GR, "marker": "s"}))
     for phase, style in phases:
         chosen = [line for line in lines if line["phase"] == phase]
@@ -144,15 +147,18 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         loss.plot(epochs, [line["loss"] for line in chosen], **style, label=phase)
         share.plot(epochs, [line["accuracy"] for line in chosen], **style, label=f"accuracy, {phase}")
     tests = [line for line in lines if line["phase"] == "test"]
-    pairs = [line["pair_accuracy"] for line in tests]
-    share.plot(
-        [line["epoch"] for line in tests], pairs, ":", marker="^", color=GREY, label="pairs ranked rightly"
+    epochs = [line["epoch"] for line in tests]
+    share.plot(epochs, [line["auc"] for line in tests], ":", marker="^", color=GREY, label="AUC, test")
+    whole.plot(epochs, [line["cube_accuracy"] for line in tests], **GR, label="cubes on the right side")
+    whole.plot(
+        epochs, [line["pair_accuracy"] for line in tests], ":", marker="^", color=GREY, label="pairs ranked"
     )
     loss.axhline(np.log(2), ls=":", color=GREY, label="chance, ln 2")
     loss.set(xlabel="epoch", ylabel="binary cross-entropy per slice [nat]")
-    share.set(xlabel="epoch", ylabel="share", ylim=(None, 1.02))
-    loss.legend()
-    share.legend()
+    share.set(xlabel="epoch", ylabel="of slices")
+    whole.set(xlabel="epoch", ylabel="of test simulations", ylim=(-0.02, 1.02))
+    for axes, place in ((loss, "best"), (share, "best"), (whole, "center right")):
+        axes.legend(loc=place)
     return figure
 
 
@@ -173,13 +179,14 @@ def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
             extent = (0, side, 0, side)
             picture = place.imshow(row[key], vmin=-limit, vmax=limit, extent=extent, origin="lower")
             figure.colorbar(picture, ax=place, label=label)
-        where = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, at {row['position']}"
+        where = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, slice {row['position']}"
         line[0].set_title(f"{row['what']}\nlogit {row['logit']:.3g}, {where}", loc="left", fontsize=7)
-        line[0].set_ylabel(f"y [{unit}]")
+        across, up = DIRECTIONS[row["axis"]]
+        line[0].set_ylabel(f"{up} [{unit}]")
+        for place in line:
+            place.set_xlabel(f"{across} [{unit}]")
     axes[0, 1].set_title("gradient")
     axes[0, 2].set_title("integrated gradients")
-    for place in axes[-1]:
-        place.set_xlabel(f"x [{unit}]")
     return figure
 
 
@@ -209,7 +216,7 @@ def scales(measured: Mapping[str, Any], box: Box) -> Figure:
         "high_pass": "only k above",
         "exchange": "band exchanged between twins",
     }
-    lines = (("accuracy", "accuracy", 0), ("auc", "AUC", 0), ("pair_accuracy", "pairs ranked rightly", 1))
+    lines = (("accuracy", "accuracy", 0), ("auc", "AUC", 0), ("pair_accuracy", "pairs ranked correctly", 1))
     for column, (kind, title) in zip(axes.T, titles.items(), strict=True):
         k = np.array(measured["centres"] if kind == "exchange" else measured["cuts"])
         for (key, label, row), style in zip(lines, LINES, strict=False):
@@ -257,7 +264,7 @@ def power_spectra(spectra: Mapping[str, Any], box: Box) -> Figure:
     ratio.plot(k, spectra["cube_ratio"], "--", color=NEWTON["color"], label="cubes")
     ratio.axhline(1, ls=":", color=GREY)
     ratio.set_ylabel("P(k) of GR / P(k) of Newton")
-    ratio.legend(loc="upper right")
+    ratio.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     saliency.loglog(k, spectra["saliency"], color=GR["color"])
     saliency.set_ylabel("share of the gradient's power")
     for place in (power, ratio, saliency):
@@ -275,9 +282,10 @@ def intervals(rows: Mapping[str, Mapping[str, Estimate]], keys: Mapping[str, tup
         for place, estimates in zip(places, rows.values(), strict=True):
             if (estimate := estimates.get(key)) is None:
                 continue
-            value = estimate["value"]
-            ends = np.nan_to_num([value - estimate["low"], estimate["high"] - value]).clip(min=0)
-            column.errorbar(value, place, xerr=ends.reshape(2, 1), color=GR["color"], marker="s", capsize=2)
+            value, low, high = (np.array([estimate[end]], float) for end in ("value", "low", "high"))
+            known = np.isfinite(low) & np.isfinite(high)  # not with one seed
+            error = np.stack([value - low, high - value]).clip(min=0) if known else None
+            column.errorbar(value, place, xerr=error, color=GR["color"], marker="s", capsize=2)
         column.set(xlabel=title, ylim=(-0.6, len(rows) - 0.4))
         column.set_yticks(places, list(rows))
     return figure

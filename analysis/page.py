@@ -26,11 +26,11 @@ NAMES = {
     "calibration_error": "expected calibration error",
     "cube_accuracy": "accuracy of cubes",
     "cube_auc": "AUC of cubes",
-    "pair_accuracy": "pairs of twins ranked rightly",
+    "pair_accuracy": "pairs of twins ranked correctly",
     "pair_p_value": "chance of as many pairs by guessing",
     "mean_difference": "mean difference of twins [logit]",
-    "separation": "that over its own scatter",
-    "contrast": "that over the scatter between simulations",
+    "separation": "mean difference / scatter of the differences",
+    "contrast": "mean difference / scatter between simulations",
 }
 # pictures of the report: title, caption
 PICTURES = {
@@ -46,31 +46,33 @@ PICTURES = {
     "confusion": ("Confusion matrix", "Slices at the threshold logit > 0."),
     "reliability": (
         "Calibration",
-        "Share of GR among the slices to which the network gives a probability. On the dotted line it can "
-        "be taken at "
-        "its word.",
+        "Share of GR among slices to which the network gives about the same probability, in bins of equally "
+        "many slices. On the dotted line it can be taken at its word.",
     ),
     "logits": ("Logits", "Distribution of the logits of slices; the outermost bins hold what lies beyond."),
-    "training": ("Training", "From metrics.jsonl, over all starts of the run."),
+    "training": (
+        "Training",
+        "From metrics.jsonl, over all starts of the run. The loss of the training is that with dropout.",
+    ),
     "scales": (
         "Scales",
         "Verdicts on slices of which only wavenumbers below or above k are left, and on twins that "
-        "exchanged one band "
-        "of k. A band on which the verdict hangs turns the AUC below 0.5 when it is exchanged. Dotted: the "
-        "slices as "
-        "they are. Shades: 95 % over seeds.",
+        "exchanged one band of k. Exchanging a band on which the verdict depends lowers the AUC, below 0.5 "
+        "if no other band tells the same. An accuracy of exactly 0.5 beside a higher AUC says that the "
+        "filter moved all logits to one side, not that nothing is left. The first low pass keeps only the "
+        "mean. Dotted: the slices as they are. Shades: 95 % over seeds.",
     ),
     "spectra": (
         "Power spectra",
         "Left: mean power spectra of slices of the standardised field. Middle: their ratio. Right: where "
-        "the gradient "
-        "of the logit has its power.",
+        "the gradient of the logit has its power: peaks at regular distances come from the stride of the "
+        "first convolution. The last wavenumber is the Nyquist frequency of the grid, where a simulation "
+        "holds little of the field.",
     ),
     "saliency": (
         "What it looks at",
         "The slices of which the network is most and least certain, the gradient of the logit by pixel, "
-        "and integrated "
-        "gradients, which add up to the logit less that of an empty slice.",
+        "and integrated gradients, which add up to the logit less that of an empty slice.",
     ),
     "yardstick": (
         "Network and yardstick",
@@ -82,10 +84,12 @@ PIXELS_PER_DOT = 2  # figures have the resolution of print, twice what a screen 
 STYLE = """
 body { font: 16px/1.5 Georgia, serif; color: #111; background: #fff; max-width: 62rem; margin: 2rem auto;
 padding: 0 1rem } h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #999 } table
-{ border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: right } th {
+{ border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: right;
+white-space: nowrap } th {
 border-bottom: 1px solid #111 } td:first-child, th:first-child { text-align: left } tr:nth-child(even) td {
 background: #f3f3f3 } figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption, .small {
-font-size: .9rem; color: #444 } .scroll { overflow-x: auto }
+font-size: .9rem; color: #444 } .small td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
 """
 
 
@@ -117,41 +121,54 @@ def findings(numbers: Mapping[str, Any]) -> list[str]:
         lines.append(
             "The network was trained on some of these seeds: the numbers say nothing about unseen ones."
         )
+    if data["newton_augmentation"] != 1:
+        lines.append(
+            f"Newtonian slices were multiplied by {data['newton_augmentation']:g}: this is a test of the "
+            "pipeline, not of gravity."
+        )
+    seeds = data["seeds"][1] - data["seeds"][0]
+    pairs = "the one pair" if seeds == 1 else f"the {seeds} pairs"
     lines += [
         f"The network gets {in_words(accuracy, True)} of the slices right; always saying the more frequent "
-        f"gravity "
-        f"gets {100 * share:.1f} %: {verdict}.",
+        f"gravity gets {100 * share:.1f} %: {verdict}.",
         f"By the mean logit of its slices it puts {in_words(cubes['cube_accuracy'], True)} of the cubes on "
-        f"the right "
-        f"side and ranks {in_words(cubes['pair_accuracy'], True)} of the "
-        f"{data['seeds'][1] - data['seeds'][0]} pairs of "
-        f"twins rightly; guessing does as well with a chance of {_number(cubes['pair_p_value']['value'])}.",
+        f"the right side and ranks {in_words(cubes['pair_accuracy'], True)} of {pairs} of twins correctly; "
+        f"guessing does as well with a chance of {_number(cubes['pair_p_value']['value'])}.",
     ]
     contrast = cubes.get("contrast", {}).get("value")
     if contrast is not None and 0 < contrast < 1:
         lines.append(
             f"Simulations of one gravity differ from each other {1 / contrast:.1f} times as much as twins "
-            f"do: twins are "
-            "told apart by comparing them, single slices hardly."
+            "do: twins are told apart by comparing them, single slices hardly."
         )
     if "yardstick" in numbers:
-        found = numbers["yardstick"]
-        gain = found["gain"]["auc"]  # the more sensitive of the two: it needs no threshold
-        beats = gain["low"] is not None and gain["low"] > 0
-        loses = gain["high"] is not None and gain["high"] < 0
-        verdict = "is above" if beats else "is below" if loses else "cannot be told from"
-        lines.append(
-            "A logistic regression on the power spectrum of slices, the yardstick, gets "
-            f"{in_words(found['slices']['accuracy'], True)} of them right. The network {verdict} it: "
-            f"the difference is {in_words(found['gain']['accuracy'], True)} in accuracy "
-            f"and {in_words(gain)} in AUC."
-        )
+        lines.append(_beside_the_yardstick(numbers["yardstick"]))
     if "scales" in numbers:
-        lines.append(_most_telling_band(numbers["scales"]))
+        lines.append(_most_telling_band(numbers))
     return lines
 
 
-def _most_telling_band(scales: Mapping[str, Any]) -> str:
+def _beside_the_yardstick(found: Mapping[str, Any]) -> str:
+    gain = found["gain"]["auc"]  # it decides: unlike the accuracy it needs no threshold
+    if gain["low"] is None:
+        verdict = "The spread over seeds is unknown"
+    else:
+        place = "is above" if gain["low"] > 0 else "is below" if gain["high"] < 0 else "cannot be told from"
+        verdict = f"By AUC the network {place} it"
+    return (
+        "A logistic regression on the power spectrum of slices, the yardstick, gets "
+        f"{in_words(found['slices']['accuracy'], True)} of them right. {verdict}: the difference is "
+        f"{in_words(gain)} in AUC and {in_words(found['gain']['accuracy'], True)} in accuracy."
+    )
+
+
+def _most_telling_band(numbers: Mapping[str, Any]) -> str:
+    slices, chance, scales = numbers["slices"], numbers["chance"], numbers["scales"]
+    lows = {key: slices[key]["low"] for key in ("accuracy", "auc")}
+    if None in lows.values():
+        return "The spread over seeds is unknown, so no scale is named."
+    if any(low <= chance[key] for key, low in lows.items()):
+        return "The network is not above chance, so no scale is named."
     areas = [estimate["value"] for estimate in scales["exchange"]["auc"]]
     whole = scales["none"]["auc"]["value"]
     band = int(np.argmax(np.abs(np.array(areas) - whole)))
@@ -160,9 +177,8 @@ def _most_telling_band(scales: Mapping[str, Any]) -> str:
         "the mean of the slice" if band == 0 else f"k from {edges[band]:.4g} to {edges[band + 1]:.4g} {unit}"
     )
     return (
-        f"The verdict on slices hangs most on {name}: exchanged between twins, it takes the AUC from "
-        f"{whole:.3f} to "
-        f"{areas[band]:.3f}."
+        f"The verdict on slices depends most on {name}: exchanged between twins, it takes the AUC from "
+        f"{whole:.3f} to {areas[band]:.3f}."
     )
 
 
@@ -197,7 +213,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    lines = line("th", head) + "".join(line("td", row) for row in rows)
+    lines = (line("th", head) if any(head) else "") + "".join(line("td", row) for row in rows)
     return f'<div class="scroll"><table>{lines}</table></div>'
 
 
@@ -236,11 +252,8 @@ def _numbers(numbers: Mapping[str, Any]) -> str:
     intro = (
         f"{sum(numbers['confusion'].values()):,} slices of {data['seeds'][1] - data['seeds'][0]} seeds, "
         f"{100 * numbers['chance']['balance']:.1f} % of them GR. GR is the positive class. Brackets hold "
-        f"95 % intervals "
-        "from a bootstrap over seeds (of cubes and pairs: exact binomial, one trial per seed). Values by "
-        "scikit-learn, calibration "
-        "error by "
-        "torchmetrics, log loss by torch."
+        "95 % intervals from a bootstrap over seeds (shares of cubes and pairs: exact binomial, one trial "
+        "per seed). Values by scikit-learn, calibration error by torchmetrics, log loss by torch."
     )
     few = data["seeds"][1] - data["seeds"][0] < 20
     warning = (
@@ -268,8 +281,8 @@ def _yardstick(numbers: Mapping[str, Any]) -> str:
     ]
     text = (
         "Logistic regression on log P(k), trained on the training seeds, its regularisation chosen by "
-        "cross-validation "
-        "over seeds. It is what the power spectrum alone can tell."
+        "cross-validation over seeds: what the power spectrum up to the Nyquist frequency can tell, without "
+        "the mean of a slice. Of several channels it sees the first."
     )
     return f"<p>{text}</p>{_table(['', *(NAMES[key] for key in keys)], table)}"
 
@@ -279,5 +292,8 @@ def _provenance(numbers: Mapping[str, Any]) -> str:
         [f"{part}: {key}", value if isinstance(value, str) else json.dumps(value)]
         for part in ("model", "data", "how")
         for key, value in numbers[part].items()
+        if (part, key) != ("data", "seeds")
     ]
+    first, end = numbers["data"]["seeds"]
+    rows.append(["data: seeds", f"{first} to {end - 1}"])
     return f'<div class="small">{_table(["", ""], rows)}</div>'

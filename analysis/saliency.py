@@ -1,4 +1,4 @@
-"""Which pixels a logit hangs on: gradients and integrated gradients."""
+"""Which pixels a logit depends on: gradients and integrated gradients."""
 
 from __future__ import annotations
 

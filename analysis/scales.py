@@ -1,4 +1,4 @@
-"""On which scales the verdicts hang: numbers by wavenumber from the tables of `passes.scales`."""
+"""On which scales the verdicts depend: numbers by wavenumber from the tables of `passes.scales`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 def by_wavenumber(
     slices: Slices, table: Floats, bands: Bands, box: Box, bootstrap: SeedBootstrap
 ) -> dict[str, Any]:
-    """Accuracy, AUC and pairs ranked rightly of `slices`, unchanged and after each intervention.
+    """Accuracy, AUC and pairs ranked correctly of `slices`, unchanged and after each intervention.
 
     `table` (slices, columns) is that of `passes.scales`. Wavenumbers are in h/Mpc, or waves per box where
     the box is not known; `edges` bound the bands, the first of which holds the mean alone.

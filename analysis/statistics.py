@@ -62,7 +62,13 @@ class SeedBootstrap:
         return float(low), float(high)
 
     def estimate(self, value: float, resampled: Floats) -> Estimate:
-        """A value with the interval of its resamples."""
+        """A value with the interval of its resamples, moved so that their mean is the value.
+
+        A seed that is drawn twice is compared with its own twin more often than it should be, so resampled
+        areas under curves are too large on average; resampled calibration errors are too.
+        """
+        if not np.isnan(resampled).all():
+            resampled = resampled - np.nanmean(resampled) + value
         low, high = self.interval(resampled)
         return {"value": float(value), "low": low, "high": high}
 
@@ -201,7 +207,7 @@ def _calibration_error(slices: Slices, bootstrap: SeedBootstrap) -> Floats:
 
 
 def verdicts(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
-    """Accuracy and AUC of slices and the share of pairs ranked rightly: enough to compare sets of slices."""
+    """Accuracy and AUC of slices and of pairs ranked correctly: enough to compare sets of slices."""
     correct, count = (bootstrap.per_seed(slices, part) for part in RATIOS["accuracy"](slices))
     newton, gr = slices.cube_logits.T
     area = float(sk.roc_auc_score(slices.label, slices.logit))
@@ -221,8 +227,9 @@ def _exact(right: float, trials: int) -> Estimate:
 
 
 def reliability(slices: Slices, bootstrap: SeedBootstrap) -> list[dict[str, float]]:
-    """Of each bin of stated probability with slices in it: mean probability, share of GR, slices."""
-    bins, rows = _calibration_bin(slices), []
+    """Of bins of stated probability with about equally many slices: mean probability, share of GR, slices."""
+    edges = np.quantile(slices.probability, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1])
+    bins, rows = np.searchsorted(edges, slices.probability, "right"), []
     for b in np.unique(bins):
         inside = bins == b
         share = bootstrap.ratio(
@@ -242,7 +249,7 @@ def confusion(slices: Slices) -> dict[str, int]:
 
 
 def cube_estimates(cube_logits: Floats, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
-    """Accuracy and AUC of cubes by their logits (seeds, 2), Newton first, and the pairs ranked rightly.
+    """Accuracy and AUC of cubes by their logits (seeds, 2), Newton first, and the pairs ranked correctly.
 
     Pairs are independent of each other, so their interval is the exact binomial one; that of the cubes is
     the same as if twins always stood or fell together. `separation` is the mean difference of twins over

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from .cubes import DataError
+from .cubes import CubeFile, DataError
 from .pack import pack, pack_difference, pack_snapshot, repack
 from .synthetic import write_synthetic
 
@@ -80,6 +80,9 @@ def _run(options: argparse.Namespace) -> None:
         pack_snapshot(options.raw, options.out, snapshot=options.snapshot, overwrite=force)
     else:
         pack_difference(options.raw, options.out, redshifts=tuple(options.difference), overwrite=force)
+    if options.command != "inspect":
+        made = CubeFile(options.out)
+        print(f"{made.path}: {len(made.seeds)} pairs of twins, {made.size}^3 cells each")
 
 
 def main() -> int:

@@ -94,6 +94,8 @@ class HostCache:
 
     def read_ahead(self, ids: Ids, first_step: int) -> None:
         """Begins to read the cubes that the first batch of `images` needs, in threads of its own."""
+        if self._busy:
+            raise RuntimeError("one loop at a time reads the batches of a data set: close the other first")
         self._settle()
         _, coming = self._prepare(ids, first_step)
         readers = ThreadPoolExecutor(READERS, "read")

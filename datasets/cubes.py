@@ -104,7 +104,7 @@ def _require_hdf5(path: Path) -> None:
     if not path.exists():
         raise DataError(
             f"{path}: there is no such file.\n"
-            "Set data_params.datafile to an HDF5 file of cubes, or make one:\n"
+            "Set data_params.datafile (evaluating: --datafile) to an HDF5 file of cubes, or make one:\n"
             f"  python -m datasets pack RAW_DIR {path} --redshift 1    from gevolution's output\n"
             f"  python -m datasets synthesize {path} --seeds 32        a synthetic universe"
         )
@@ -269,7 +269,7 @@ class CubeFile:
             return
         lines = [
             f"{self.path}: seeds {describe_seeds(seeds)} are asked for "
-            "(data_params.train_seeds and data_params.test_seeds), but"
+            "(data_params.train_seeds and data_params.test_seeds, or --seeds), but"
         ]
         for twin in GRAVITIES:
             alone = [seed for seed in missing if (seed, twin) in self.cubes]

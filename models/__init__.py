@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -34,11 +35,10 @@ SPELLINGS = {"RACCOON": "RACOON"}
 
 def __getattr__(name: str) -> Any:
     """What stands for trained networks, imported at its first use: the hub's library takes a while."""
-    if name not in ("TrainedNetwork", "load", "save"):
+    if name not in ("TrainedNetwork", "export", "load", "save"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models import export
-
-    return getattr(export, name)
+    export = importlib.import_module("models.export")  # `from models import export` would ask here again
+    return export if name == "export" else getattr(export, name)
 
 
 class ModelError(ValueError):

@@ -12,7 +12,7 @@ TITLES = {  # report key -> (Hugging Face's name of the metric, what the card ca
     "auc": ("roc_auc", "area under the ROC curve, slices"),
     "log_loss": ("log_loss", "log loss of slices"),
     "cube_accuracy": ("accuracy", "accuracy of cubes, by their mean logit"),
-    "pair_accuracy": ("accuracy", "twins ranked rightly, by their mean logit"),
+    "pair_accuracy": ("accuracy", "twins ranked correctly, by their mean logit"),
 }
 
 
@@ -60,7 +60,11 @@ def _card_text(
     if estimates:
         rows = "\n".join(f"| {TITLES[key][1]} | {_interval(numbers)} |" for key, numbers in estimates.items())
         first, after = evaluation["seeds"]
-        measured = (
+        factor = evaluation.get("newton_augmentation", 1)
+        artificial = (
+            f"**Newtonian slices were multiplied by {factor:g}: a test of the pipeline, not of gravity.**\n\n"
+        )
+        measured = (artificial if factor != 1 else "") + (
             f"Seeds {first} to {after - 1} of `{evaluation['data']}`, {evaluation['slices']} slices; "
             f"95 % intervals by bootstrap over seeds.\n\n| | value [95 % interval] |\n|---|---|\n{rows}"
         )
@@ -81,7 +85,7 @@ network = models.load("model")  # this folder, in eval mode
 logits = network(slices)
 ```
 
-`models.export.TrainedNetwork.from_pretrained("user/{name}")` loads it from the Hugging Face Hub.
+`models.TrainedNetwork.from_pretrained("user/{name}")` loads it from the Hugging Face Hub.
 
 ## Training
 

@@ -78,7 +78,9 @@ class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (input.dim() - 2)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return (input * scale.to(input.dtype).view(shape)) + shift.to(input.dtype).view(shape)
+        precise = torch.promote_types(input.dtype, torch.float32)  # bfloat16 is rounded once, at the end
+        scale, shift = (factor.to(precise).view(shape) for factor in (scale, shift))
+        return (input.to(precise) * scale + shift).to(input.dtype)
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:

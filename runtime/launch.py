@@ -53,10 +53,21 @@ def tell(error: Exception) -> None:
         sys.stderr.flush()
 
 
-def another_ended(error: RuntimeError) -> bool:
-    """Whether `error` came of another process that is no more; gloo tells that in words alone."""
-    words = ("closed by peer", "reset by peer", "Broken pipe")
-    return dist.is_initialized() and any(word in str(error) for word in words)
+def in_words(error: Exception) -> LaunchError | None:
+    """What the user can do about an error of torch, which is told in its text alone; None for any other."""
+    text = str(error)
+    if dist.is_initialized() and any(
+        word in text for word in ("closed by peer", "reset by peer", "Broken pipe")
+    ):
+        return LaunchError("another process ended; its message says why", everywhere=False)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return LaunchError(
+            f"there is not enough memory: {text.splitlines()[0] if text else 'malloc failed'}\n"
+            "allowed: a smaller model_params.layer_param or train_params.batch_size, more "
+            "train_params.gradient_accumulation_steps, or data_params.cache disk",
+            everywhere=False,
+        )
+    return None
 
 
 def outlive_launcher() -> None:
@@ -240,7 +251,7 @@ def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
     for other, seen in zip(reports, sees, strict=True):
         if not seen["mark"] and not other["trouble"]:
             other["trouble"] = f"does not see the run folder of {reports[0]['host']}: {folder} is not shared"
-    compare(reports)
+    require_equal(reports)
     processes = len(reports)
     hosts = {host: [n for n, r in enumerate(reports) if r["host"] == host] for host in hosts_of(reports)}
     places = ", ".join(f"{host}: {numbers(ranks)}" for host, ranks in hosts.items())
@@ -295,7 +306,13 @@ def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, A
     } | {f"{section}.{key}": repr(value) for section, keys in config.items() for key, value in keys.items()}
 
 
-def compare(reports: Sequence[Mapping[str, Any]]) -> None:
+def compare(mine: Mapping[str, Any]) -> None:
+    """Raise a LaunchError on all processes, naming hosts and values, unless `mine` is the same on all."""
+    report = {"host": socket.gethostname(), "trouble": "", **mine}
+    require_equal(gather(report, RUN_SECONDS))
+
+
+def require_equal(reports: Sequence[Mapping[str, Any]]) -> None:
     """Raise a LaunchError that names every trouble and every difference with its hosts."""
     lines = [
         f"process {rank} on {report['host']} {report['trouble']}"

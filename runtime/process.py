@@ -125,7 +125,7 @@ class Vote:
     """Whether any process wishes something.
 
     With one process the answer is immediate. With several it comes one call later, the same on all: each call
-    starts a sum of 4 bytes between hosts' memories and takes the result of the call before, which has long
+    starts a sum of 8 bytes between hosts' memories and takes the result of the call before, which has long
     arrived. So neither the device nor the host waits, however long a step is.
     """
 

@@ -10,9 +10,15 @@ from .folder import Checkpoint, CheckpointError, existing
 def named(folder: Path, name: str) -> Checkpoint:
     """The `best` (by test loss), the `last`, or the checkpoint of step `name` among the complete ones.
 
-    CheckpointError, naming what is there, if there is none of that name.
+    CheckpointError, naming what is there, if there is none of that name, or if it may be a damaged one.
     """
-    complete = {str(one.step): one for one in existing(folder) if one.problem() is None}
+    complete = {}
+    for one in existing(folder):
+        problem = one.problem()
+        if problem is None:
+            complete[str(one.step)] = one
+        elif name in ("best", "last", str(one.step)):
+            raise CheckpointError(f"{one.folder}: {problem}; allowed: the step of another one")
     losses = {step: one.state["test_loss"] for step, one in complete.items()}
     tested = {step: loss for step, loss in losses.items() if loss is not None}
     choices = dict(complete)

@@ -104,6 +104,22 @@ def test_intervals_draw_whole_seeds() -> None:
     assert widths[0] == widths[1] > 0.4
 
 
+def test_an_interval_leaves_a_fortieth_of_the_resamples_on_each_side() -> None:
+    resampled = np.random.default_rng(2).exponential(size=777)
+    expected = np.quantile(resampled, [0.025, 0.975])
+    assert statistics.SeedBootstrap(np.arange(3)).interval(resampled) == pytest.approx(expected, rel=1e-12)
+
+
+def test_resamples_are_moved_so_that_their_mean_is_the_value() -> None:
+    """A seed drawn twice meets its own twin more often, so here no resampled area is below the value."""
+    newton = np.arange(8.0)
+    found = statistics.cube_estimates(
+        np.stack([newton, newton + 0.01], axis=1), statistics.SeedBootstrap(np.arange(8))
+    )["cube_auc"]
+    assert found["value"] == 36 / 64
+    assert found["low"] < found["value"] < found["high"]
+
+
 def test_one_seed_has_no_interval_and_its_report_is_still_json() -> None:
     slices = judged(seeds=1)
     numbers = statistics.summary(slices, statistics.SeedBootstrap(slices.seeds))
@@ -122,6 +138,9 @@ def test_cubes_and_twins() -> None:
     assert value["cube_auc"] == sk.roc_auc_score([0, 1] * 4, cubes.ravel())
     assert value["mean_difference"] == pytest.approx(0.875)
     assert value["pair_p_value"] == pytest.approx(5 / 16)
+    # sums of squares about their means: 8.1875 of the differences, 6.6875 of Newton, 21 of GR
+    assert value["separation"] == pytest.approx(0.875 / (8.1875 / 3) ** 0.5)
+    assert value["contrast"] == pytest.approx(0.875 / ((6.6875 / 3 + 21 / 3) / 2) ** 0.5)
     assert found["pair_accuracy"]["low"] == pytest.approx(0.1941, abs=1e-4)  # tables of Clopper and Pearson
     assert found["pair_accuracy"]["high"] == pytest.approx(0.9937, abs=1e-4)
 
@@ -292,8 +311,9 @@ def test_the_intervention_finds_the_band_in_which_the_twins_differ(scanned: Any)
     # what is below the band tells nothing; once the band is in, all is there
     low = [estimate["value"] for estimate in numbers["low_pass"]["auc"]]
     assert all(area == pytest.approx(0.5, abs=0.02) for area in low[:guilty])
-    assert page._most_telling_band(report.plain(numbers)).startswith(
-        "The verdict on slices hangs most on k from 0.01043 to 0.01657 h/Mpc"
+    summary = statistics.summary(slices, statistics.SeedBootstrap(slices.seeds))
+    assert page._most_telling_band(report.plain({**summary, "scales": numbers})).startswith(
+        "The verdict on slices depends most on k from 0.01043 to 0.01657 h/Mpc"
     )
 
 
@@ -305,6 +325,33 @@ def test_the_power_ratio_shows_the_band(scanned: Any) -> None:
     np.testing.assert_allclose(found["ratio"][inside], 1.5, rtol=1e-3)
     np.testing.assert_allclose(found["ratio"][~inside], 1, rtol=1e-3)
     assert np.all(found["ratio_low"] <= found["ratio"] + 1e-9)
+
+
+def test_power_of_two_seeds_by_hand() -> None:
+    box, bands = spectra.Box(4, None), spectra.Bands((0.0, 0.5, 4.0))
+    seed, label = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    slices = Slices(np.arange(4), seed, label, seed * 0, seed * 0, np.zeros(4))
+    places = passes.columns(bands, 2)
+    table = np.zeros((4, places["saliency"].stop))
+    table[:, places["power"]] = [[1, 4], [2, 3], [3, 2], [4, 6]]
+    table[:, places["saliency"]] = [[1, 0], [5, 1], [2, 1], [4, 2]]
+    cubes = np.array([[[1, 2], [2, 2]], [[3, 2], [4, 3]]])
+    found = scales.power(slices, table, cubes, bands, box, statistics.SeedBootstrap(slices.seeds))
+    expected = {
+        "k": [1, 2],
+        "newton": [2, 3],
+        "gr": [3, 4.5],
+        "ratio": [1.5, 1.5],
+        "ratio_low": [4 / 3, 3 / 4],  # of 1000 resamples of two seeds, a quarter draws one of them twice
+        "ratio_high": [2, 3],
+        "cube_newton": [2, 2],
+        "cube_gr": [3, 2.5],
+        "cube_ratio": [1.5, 1.25],
+        "saliency": [3 / 5, 2 / 5],  # the means 3 and 1, by rings with modes in proportion to k
+    }
+    assert found.keys() == expected.keys()
+    for key, numbers in expected.items():
+        np.testing.assert_allclose(found[key], numbers, err_msg=key)
 
 
 def test_spectra_of_slices_and_of_the_cube_they_make() -> None:
@@ -409,7 +456,7 @@ def written(scanned: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     folder, slices = tmp_path_factory.mktemp("report"), judged()
     numbers = numbers_of(slices, scanned)
     curves = statistics.curves(slices, statistics.SeedBootstrap(slices.seeds))
-    line = {"epoch": 1, "loss": 0.7, "accuracy": 0.5, "pair_accuracy": 1.0}
+    line = {"loss": 0.7, "accuracy": 0.5, "auc": 0.5, "cube_accuracy": 0.5, "pair_accuracy": 1.0}
     history = [line | {"phase": phase, "epoch": epoch} for epoch in (1, 2) for phase in ("train", "test")]
     drawn = figures.of_slices(slices, curves, numbers, history) | figures.of_scales(numbers, scanned[-1])
     with pytest.MonkeyPatch.context() as patch:
@@ -439,6 +486,89 @@ def test_figures_leave_matplotlib_as_it_was_and_repeat_byte_for_byte(tmp_path: P
     assert dict(mpl.rcParams) == before
     for suffix in (".png", ".pdf"):
         assert (tmp_path / f"first{suffix}").read_bytes() == (tmp_path / f"second{suffix}").read_bytes()
+
+
+def test_an_estimate_without_an_interval_is_drawn_without_an_error_bar() -> None:
+    known = {"value": 0.7, "low": 0.6, "high": 0.75}
+    nan = float("nan")
+    unknown: Any = [{"value": 0.8, "low": end, "high": end} for end in (None, nan)]
+    rows = {"known": {"auc": known}, "read back": {"auc": unknown[0]}, "one seed": {"auc": unknown[1]}}
+    figure = figures.intervals(rows, {"auc": ("AUC", 0.5)})
+    figure.draw_without_rendering()
+    bars: Any = figure.axes[0].containers
+    assert [bar.has_xerr for bar in bars] == [True, False, False]
+    np.testing.assert_allclose(bars[0].lines[2][0].get_segments(), [[[0.6, 2], [0.75, 2]]])
+    assert [bar.lines[0].get_xdata().item() for bar in bars] == [0.7, 0.8, 0.8]
+
+
+def test_saliency_maps_name_the_directions_of_each_slice() -> None:
+    maps = {key: np.eye(4) for key in ("image", "gradient", "integrated")}
+    about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "logit": 1.0}
+    rows = [maps | about | {"axis": axis} for axis in (2, 0, 1)]
+    axes = figures.saliency_maps(rows, spectra.Box(4, 100.0)).axes[:9]
+    # rows of an image count the first direction that is left of its cube, columns the second
+    vertical = [place.get_ylabel() for place in axes[::3]]
+    assert vertical == ["x [Mpc/h]", "y [Mpc/h]", "x [Mpc/h]"]
+    horizontal = [place.get_xlabel() for place in axes]
+    assert horizontal == ["y [Mpc/h]"] * 3 + ["z [Mpc/h]"] * 6
+
+
+def told(*, seeds: int = 6, signal: float = 6.0, factor: float = 1.0, **parts: Any) -> list[str]:
+    """The findings of random slices that differ by `signal`, with `parts` of the report beside them."""
+    slices = judged(seeds=seeds, signal=signal)
+    data = {"seeds": [10, 10 + seeds], "train_seeds": 10, "newton_augmentation": factor}
+    summary = statistics.summary(slices, statistics.SeedBootstrap(slices.seeds))
+    return page.findings(report.plain({"data": data, **summary, **parts}))
+
+
+def test_the_first_finding_is_that_it_is_a_test_of_the_pipeline() -> None:
+    warning = "Newtonian slices were multiplied by 0.9: this is a test of the pipeline, not of gravity."
+    assert told(factor=0.9) == [warning, *told(factor=1.0)]
+    assert "pipeline" not in " ".join(told(factor=1.0))
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        ((0.01, 0.04), "By AUC the network is above it"),
+        ((-0.04, -0.01), "By AUC the network is below it"),
+        ((-0.01, 0.04), "By AUC the network cannot be told from it"),
+        ((None, None), "The spread over seeds is unknown"),
+    ],
+)
+def test_the_auc_decides_between_network_and_yardstick(ends: tuple[float, float], verdict: str) -> None:
+    gain = {
+        "auc": {"value": 0.02, "low": ends[0], "high": ends[1]},
+        "accuracy": {"value": 0.1, "low": 0.05, "high": 0.15},
+    }
+    found = {"slices": {"accuracy": {"value": 0.6, "low": None, "high": None}}, "gain": gain}
+    area = "0.0200" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends[0] is not None else "")
+    assert told(yardstick=found)[-1] == (
+        "A logistic regression on the power spectrum of slices, the yardstick, gets 60.0 % of them right. "
+        f"{verdict}: the difference is {area} in AUC and 10.0 % [5.0 %, 15.0 %] in accuracy."
+    )
+
+
+def test_a_scale_is_named_only_for_a_network_above_chance() -> None:
+    areas = [{"value": area} for area in (0.8, 0.3)]
+    measured = {"edges": [0, 1, 2], "unit": "h/Mpc", "none": {"auc": areas[0]}, "exchange": {"auc": areas}}
+    assert told(scales=measured)[-1] == (
+        "The verdict on slices depends most on k from 1 to 2 h/Mpc: exchanged between twins, it takes the "
+        "AUC from 0.800 to 0.300."
+    )
+    assert told(scales=measured, signal=0)[-1] == "The network is not above chance, so no scale is named."
+    assert told(scales=measured, seeds=1)[-1] == "The spread over seeds is unknown, so no scale is named."
+    # either number at chance is enough
+    fine, poor = ({"value": 0.6, "low": low, "high": 0.7} for low in (0.55, 0.5))
+    chance = {"accuracy": 0.5, "auc": 0.5}
+    for slices in ({"accuracy": fine, "auc": poor}, {"accuracy": poor, "auc": fine}):
+        sentence = page._most_telling_band({"slices": slices, "chance": chance, "scales": measured})
+        assert sentence == "The network is not above chance, so no scale is named."
+
+
+def test_one_pair_is_one_pair() -> None:
+    assert " of the one pair of twins correctly;" in told(seeds=1)[1]
+    assert " of the 6 pairs of twins correctly;" in told()[1]
 
 
 @pytest.mark.parametrize("logits", [np.zeros(12), np.full(12, 40.0)])

@@ -176,6 +176,24 @@ def test_a_checkpoint_before_the_first_step_restores(tmp_path: Path) -> None:
     resumed.train()
 
 
+def test_a_run_is_claimed_by_one_program_and_leaves_no_empty_folder(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    first, second = Training(run).checkpoints, Training(run).checkpoints
+    first.claim()
+    with pytest.raises(CheckpointError, match="another program is training this run"):
+        second.claim()
+    second.close()
+    assert run.is_dir()
+    first.close()
+    assert not run.parent.exists()
+    second.claim()
+    (run / "config.yaml").touch()
+    second.close()
+    first.claim()
+    first.close()
+    assert (run / "config.yaml").exists()
+
+
 def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
     assert Training(tmp_path / "new").checkpoints.latest() is None
 

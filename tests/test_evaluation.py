@@ -209,15 +209,17 @@ def test_the_file_of_the_training_is_known_wherever_it_lies(home: Path, run: Pat
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     loaded = evaluation.experiment.load(run / "config.yaml")
     same = datasets.CubeFile(home / "universe.h5")
-    assert evaluation.home_of(run, loaded, same) is same
+    last = evaluation.state.existing(run / "checkpoints")[-1]
+    assert evaluation.home_of(run, loaded, last, None).path == same.path  # where it was
+    last.state["identity"]["path"] = str(tmp_path / "gone.h5")
+    assert evaluation.home_of(run, loaded, last, same) is same
     write_universe(tmp_path / "fewer.h5", TRAIN)
     write_universe(tmp_path / "scaled.h5", TRAIN + TEST, scale=2)
     for name in ("fewer.h5", "scaled.h5"):
-        assert evaluation.home_of(run, loaded, datasets.CubeFile(tmp_path / name)) is None
+        assert evaluation.home_of(run, loaded, last, datasets.CubeFile(tmp_path / name)) is None
     with pytest.raises(datasets.DataError, match=r"gone\.h5"):
-        evaluation.home_of(run, loaded, None)
-    gone(run / "checkpoints")
-    assert evaluation.home_of(run, loaded, same) is None
+        evaluation.home_of(run, loaded, last, None)
+    assert evaluation.home_of(run, loaded, None, same) is None
 
 
 def test_onnx_beside_the_weights(run: Path, capsys: Any) -> None:
@@ -253,6 +255,13 @@ def cut(path: Path) -> list[str]:
     return []
 
 
+def changed(path: Path, old: str, new: str) -> list[str]:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return []
+
+
 def gone(path: Path) -> list[str]:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     return []
@@ -275,6 +284,16 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
     "no file": (lambda run, folder: ["--datafile", "nowhere.h5"], ["nowhere.h5"]),
     "a damaged model": (lambda run, folder: cut(run / "model" / "model.safetensors"), ["SHA-256"]),
     "no such step": (lambda run, folder: ["--checkpoint", "7"], ["'7'", "last", "best"]),
+    "the last checkpoint damaged": (
+        lambda run, folder: [*cut(max(run.glob("checkpoints/*/model.safetensors"))), "--checkpoint", "last"],
+        ["model.safetensors has", "another one"],
+    ),
+    "another config.yaml": (
+        lambda run, folder: changed(
+            run / "config.yaml", "newton_augmentation: 1.0", "newton_augmentation: 0.9"
+        ),
+        ["newton_augmentation", "1.0", "0.9"],
+    ),
     "all checkpoints gone": (
         lambda run, folder: [*gone(run / "checkpoints"), "--checkpoint", "best"],
         ["none is there"],

@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +86,34 @@ def test_the_card_is_hugging_faces_and_holds_the_numbers(saved: tuple[Path, torc
     assert results == {
         "accuracy of slices": 0.75,
         "area under the ROC curve, slices": 0.8,
-        "twins ranked rightly, by their mean logit": 1.0,
+        "twins ranked correctly, by their mean logit": 1.0,
     }
     assert "| accuracy of slices | 0.7500 [0.7000, 0.8000] |" in card.text
     assert "| area under the ROC curve, slices | 0.8000 |" in card.text
     assert "Seeds 24 to 31 of `z1.h5`, 3072 slices" in card.text
     models.load(folder)
+
+
+@pytest.mark.parametrize("saved", ["RACOON"], indirect=True)
+def test_the_card_says_what_was_a_test_of_the_pipeline(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+    warning = "**Newtonian slices were multiplied by 0.9: a test of the pipeline, not of gravity.**"
+    for factor in (0.9, 1.0):
+        export.record_evaluation(folder, EVALUATION | {"newton_augmentation": factor})
+        text = ModelCard.load(folder / "README.md").text
+        assert (warning in text) == ("multiplied" in text) == (factor == 0.9)
+
+
+def test_importing_models_is_enough() -> None:
+    """In a fresh interpreter: here `models.export` is imported already."""
+    program = (
+        "import models\n"
+        "assert models.export.TrainedNetwork is models.TrainedNetwork\n"
+        "assert models.load is models.export.load\n"
+        "assert not hasattr(models, 'exports')\n"
+    )
+    root = Path(models.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=120)
 
 
 def test_files_get_the_umasks_permissions(tmp_path: Path) -> None:

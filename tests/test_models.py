@@ -116,6 +116,15 @@ def test_synchronised_normalisation_of_one_process_is_torchs(process_group: None
         torch.testing.assert_close(ours.state_dict()[name], buffer, rtol=1e-5, atol=1e-6)
 
 
+def test_synchronised_normalisation_rounds_bfloat16_once(process_group: None) -> None:
+    batch = (torch.randn(64, 3, 8, 8) + 20).bfloat16()
+    exact = nn.BatchNorm2d(3).double()(batch.double())
+    plain, ours = (
+        (layer(batch) - exact).abs().max() for layer in (nn.BatchNorm2d(3), ProcessSyncBatchNorm(3))
+    )
+    assert ours <= 1.01 * plain
+
+
 def test_synchronising_keeps_names_and_weights(process_group: None) -> None:
     network = build("PENGUIN")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -276,7 +276,7 @@ def report(host: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_equal_processes_fit_together() -> None:
-    launch.compare([report("a"), report("a"), report("b")])
+    launch.require_equal([report("a"), report("a"), report("b")])
 
 
 def test_what_differs_is_named_with_its_hosts() -> None:
@@ -287,14 +287,14 @@ def test_what_differs_is_named_with_its_hosts() -> None:
         report("c", **{"train_params.lr": "0.1"}),
     ]
     with pytest.raises(runtime.LaunchError) as error:
-        launch.compare(reports)
+        launch.require_equal(reports)
     assert "torch: 2.13.0 on a, c (process 0-1, 3); 2.12.1 on b (process 2)" in str(error.value)
     assert "train_params.lr: 0.001 on a, b (process 0-2); 0.1 on c (process 3)" in str(error.value)
 
 
 def test_every_trouble_is_named_with_its_host() -> None:
     with pytest.raises(runtime.LaunchError, match=r"process 1 on b has no data file z1\.h5"):
-        launch.compare([report("a"), report("b", trouble="has no data file z1.h5")])
+        launch.require_equal([report("a"), report("b", trouble="has no data file z1.h5")])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Whole runs of the trainer, as a user starts them, in this process."""
 
+import copy
 import fcntl
 import json
 import math
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 import config
 import models
@@ -132,6 +134,31 @@ def test_options_train(experiment: Experiment, tmp_path: Path, changes: dict[str
     assert all(math.isfinite(line["loss"]) for line in found)
     if "early_stopping" in changes:
         assert found[-1]["epoch"] < 9
+
+
+def test_steps_are_those_of_plain_torch(experiment: Experiment) -> None:
+    options = {"label_smoothing": 0.2, "gradient_clipping": 0.01, "betas": [0.8, 0.95], "weight_decay": 0.1}
+    run, _, _ = open_run(experiment(dropout=0.0, **options))
+    plain = copy.deepcopy(run.network)
+    optimizer = torch.optim.Adam(plain.parameters(), betas=(0.8, 0.95), weight_decay=0.1)
+    for batch, lr in zip(run.train_set.train_batches(0), (0.01, 0.02, 0.005), strict=False):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        logits = plain(batch.images)
+        binary_cross_entropy_with_logits(logits, 0.8 * batch.labels + 0.1).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        optimizer.step()
+        torch.testing.assert_close(trainer.train_step(run, batch, lr), logits.detach())
+    for found, expected in zip(run.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_that_cannot_be_built_costs_no_universe(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic = {"size": 64, "strength": 1.0, "seed": 0}
+    path = experiment(datafile=str(tmp_path / "new.h5"), synthetic=synthetic, architecture="RACON")
+    refused(path, tmp_path, capsys, ["'RACON'", "RACOON"])
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(experiment: Experiment, tmp_path: Path) -> None:
