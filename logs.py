@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ class RunLog:
         # Imported here: it takes a second, which the other processes need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
+        # TensorBoard reads the files of a run in the order of their names, which hold the second and then the
+        # process: of two of one second the later one could come first, and purge what it should not.
+        while any(run.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
         self._events: SummaryWriter = SummaryWriter(str(run), purge_step=step + 1 if step else 0)
 
     def _drop_lines_after(self, step: int) -> set[tuple[str, int]]:

@@ -146,9 +146,14 @@ def run_trial(
     command = [*shlex.split(options.launcher), str(ROOT / "trainer.py"), options.experiment, *overrides]
     finished, losses = run / "model" / "config.json", dict[int, float]()
     if not finished.exists():  # else only the study missed its end
+        # Noted and raised below: an exception out of a signal could be lost in a callback of the database.
+        pressed: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent) as process:
             try:
                 while process.poll() is None:
+                    if pressed:
+                        raise KeyboardInterrupt
                     time.sleep(LOOK_EVERY)
                     for epoch, loss in tests(run):
                         if epoch not in losses:
@@ -158,9 +163,13 @@ def run_trial(
                         process.send_signal(signal.SIGTERM)  # the run saves and ends
                         process.wait()
                         return TrialState.PRUNED, min(losses.values())
+                if pressed:
+                    raise KeyboardInterrupt
             except BaseException:
                 process.send_signal(signal.SIGTERM)
                 raise
+            finally:
+                signal.signal(signal.SIGINT, handler)
     losses = dict(tests(run))
     if not finished.exists() or not losses:
         return TrialState.FAIL, None

@@ -283,7 +283,8 @@ def test_require_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         cubes.require(range(8))
     assert str(caught.value).splitlines() == [
-        f"{path}: seeds 0 to 7 are asked for (data_params.train_seeds and data_params.test_seeds), but",
+        f"{path}: seeds 0 to 7 are asked for "
+        "(data_params.train_seeds and data_params.test_seeds, or --seeds), but",
         "  of seeds 1 only the newton cube is there",
         "  of seeds 4 only the gr cube is there",
         "  there are no cubes of seeds 5 to 7",
