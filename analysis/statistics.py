@@ -207,7 +207,7 @@ def _calibration_error(slices: Slices, bootstrap: SeedBootstrap) -> Floats:
 
 
 def verdicts(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
-    """Accuracy and AUC of slices and of pairs ranked correctly: enough to compare sets of slices."""
+    """Accuracy and AUC of slices, share of pairs ranked correctly: enough to compare sets of slices."""
     correct, count = (bootstrap.per_seed(slices, part) for part in RATIOS["accuracy"](slices))
     newton, gr = slices.cube_logits.T
     area = float(sk.roc_auc_score(slices.label, slices.logit))
