@@ -131,12 +131,21 @@ def build_network(
     """The network on its device, with the first weights that follow from the run's seed."""
     keys = config.train_params
     set_seed(keys.seed)
-    torch.use_deterministic_algorithms(keys.deterministic)
+    if keys.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(keys.deterministic)  # takes a second, importing torch's compiler
     torch.backends.cudnn.benchmark = not keys.deterministic  # every batch has the same shape
     network = models.build_model(**config.network(cubes.size))
     network = network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
         models.synchronise_batch_norm(network)
     if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda"):
-        network.compile()
+        compile_network(network, required=keys.compile is True)
     return network
+
+
+def compile_network(network: torch.nn.Module, *, required: bool) -> None:
+    """Speed the network up by torch.compile; if it cannot, the first batch raises only where `required`."""
+    import torch._dynamo  # takes a second, which others need not wait for
+
+    torch._dynamo.config.suppress_errors = not required  # it warns, and goes on without
+    network.compile()

@@ -67,6 +67,12 @@ def in_words(error: Exception) -> LaunchError | None:
             "train_params.gradient_accumulation_steps, or data_params.cache disk",
             everywhere=False,
         )
+    if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+        return LaunchError(
+            f"the network cannot be compiled: {text.splitlines()[0]}\n"
+            "allowed: train_params.compile auto or false, or what is missing",
+            everywhere=False,
+        )
     return None
 
 

@@ -4,7 +4,7 @@ import copy
 import fcntl
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import config
 import models
+import opening
 import trainer
 
 Experiment = Callable[..., Path]
@@ -397,3 +398,47 @@ def test_a_repacked_file_is_the_same_data(experiment: Experiment, universe: Path
             target.create_dataset(name, data=cube[...], chunks=(64, 64, 1), compression="gzip")
     assert trainer.main([str(experiment(datafile=str(chunked)))]) == 0
     assert trainer.main([str(experiment(datafile=str(universe)))]) == 0
+
+
+def test_a_compiled_network_trains_to_the_same_numbers(experiment: Experiment, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    runs = {False: tmp_path / "runs" / "plain", True: tmp_path / "runs" / "compiled"}
+    for compiled, run in runs.items():
+        counters.clear()
+        path = experiment(compile=compiled, dropout=0.0)
+        assert trainer.main([str(path), f"model_params.name={run.name}"]) == 0
+        assert bool(counters["stats"]["unique_graphs"]) is compiled
+    for line, same in zip(*(lines(run) for run in runs.values()), strict=True):
+        assert same["loss"] == pytest.approx(line["loss"], rel=1e-3)
+    assert weights(runs[True]).keys() == weights(runs[False]).keys()
+
+
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    missing = {"cpp.cxx": (None, "/nonexistent/c++"), "force_disable_caches": True}
+    with torch._inductor.config.patch(missing), torch._dynamo.config.patch(suppress_errors=False):
+        yield
+    torch._dynamo.reset()
+
+
+def test_a_network_that_must_be_compiled_and_cannot_be_is_told(
+    experiment: Experiment, no_compiler: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main([str(experiment(compile=True))]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be compiled" in error
+    assert "/nonexistent/c++" in error
+    assert "train_params.compile auto or false" in error
+
+
+def test_a_network_that_need_not_be_compiled_works_without(no_compiler: None) -> None:
+    network = models.build_model(architecture="RACOON", layer_param=2, dropout=0.0, size=64)
+    slices = torch.randn(3, 1, 64, 64)
+    before = network.train()(slices)
+    opening.compile_network(network, required=False)
+    assert torch.equal(network(slices), before)
