@@ -93,13 +93,16 @@ class HostCache:
         self._busy = False
 
     def read_ahead(self, ids: Ids, first_step: int) -> None:
-        """Begins to read the cubes that the first batch of `images` needs, in threads of its own."""
+        """Begins to read, in threads of its own, the cubes without which `images` gives no batch.
+
+        They are those of two steps, as the second is cut while the first is trained on.
+        """
         if self._busy:
             raise RuntimeError("one loop at a time reads the batches of a data set: close the other first")
         self._settle()
         _, coming = self._prepare(ids, first_step)
         readers = ThreadPoolExecutor(READERS, "read")
-        self._read_on(deque(use for use in coming.uses if use[1] <= first_step), readers)
+        self._read_on(deque(use for use in coming.uses if use[1] <= first_step + 1), readers)
         readers.shutdown(wait=False)
 
     def images(self, ids: Ids, symmetries: Ids, first_step: int) -> Iterator[Tensor]:
