@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from peers import BETAS, LR, ROOT, WEIGHT_DECAY, build_network, lightning, plain, transformers
@@ -33,10 +34,13 @@ def project(settings: Settings, cache: str) -> dict[str, Any]:
     import trainer
 
     train_step, test = trainer.train_step, trainer.test
+    steps: list[float] = []
     tests: list[float] = []
 
     def watched_step(*arguments: Any) -> Any:
+        start = time.perf_counter()
         logits = train_step(*arguments)
+        steps.append(time.perf_counter() - start)
         watch.step()
         return logits
 
@@ -69,7 +73,9 @@ def project(settings: Settings, cache: str) -> dict[str, Any]:
         )
         assert status == 0, "the trainer says why"
     slices = settings.test_seeds * 6 * settings.size
-    return watch.result() | {
+    result = watch.result()
+    return result | {
+        "step_seconds": round(fmean(steps[-result["steps"] :]), 6),
         "anonymous_bytes": memory.peak,
         "test_slices_per_second": [round(slices / seconds, 2) for seconds in tests],
     }

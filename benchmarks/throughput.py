@@ -107,10 +107,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             )
             work = f"{architecture} {options.layer_param}, batch {batch}, {precision}"
             rates: dict[str, list[float]] = {name: [] for name in options.contestants}
+            inside: dict[str, list[float]] = {name: [] for name in options.contestants if name in OURS}
             results["works"][work] = rates
+            results.setdefault("step_seconds", {})[work] = inside
             for turn in range(options.rounds):
                 for name in options.contestants:
-                    rates[name].append(compete(name, settings)["slices_per_second"])
+                    numbers = compete(name, settings)
+                    rates[name].append(numbers["slices_per_second"])
+                    if name in OURS:
+                        inside[name].append(numbers["step_seconds"])
                     print(f"{work}, round {turn + 1}: {name} {rates[name][-1]:.0f} slices/s", flush=True)
                 options.output.write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -126,14 +131,16 @@ def tables(results: dict[str, Any]) -> str:
         lines += [
             f"**{work}**",
             "",
-            "| | slices/s | ms a step | of the limit | of the best peer | rounds |",
-            "|---|--:|--:|--:|--:|---|",
+            "| | slices/s | ms a step | of them computing | of the limit | of the best peer | rounds |",
+            "|---|--:|--:|--:|--:|--:|---|",
         ]
+        inside = results["step_seconds"][work]
         for name, rate in middle.items():
             cells = [
                 TITLES[name],
                 f"{rate:.0f}",
                 f"{1000 * batch / rate:.1f}",
+                f"{1000 * median(inside[name]):.1f}" if name in inside else "",
                 f"{rate / middle[LIMIT]:.2f}" if LIMIT in middle else "",
                 f"{rate / best_peer:.2f}" if best_peer else "",
                 ", ".join(f"{value:.0f}" for value in rates[name]),
