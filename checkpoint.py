@@ -214,9 +214,10 @@ class Checkpoints:
 
     def _circumstances(self) -> dict[str, Any]:
         """What the bits of a training depend on beside its settings."""
+        device = self._accelerator.device.type
         return {
             "processes": self._accelerator.num_processes,
-            "device": self._accelerator.device.type,
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "accelerate": version("accelerate"),

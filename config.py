@@ -149,7 +149,7 @@ class TrainParams(Section):
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Minutes after which the run saves and ends, to be continued."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile; auto: on a GPU."""
+    """torch.compile; auto: on a GPU, where batch normalisation is not synchronised."""
     sync_batch_norm: Literal["auto"] | bool = "auto"
     """Batch normalisation over all processes; auto: with more than one."""
     deterministic: bool = False

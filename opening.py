@@ -138,7 +138,9 @@ def build_network(
     network = network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if keys.sync_batch_norm is True or (keys.sync_batch_norm == "auto" and accelerator.num_processes > 1):
         models.synchronise_batch_norm(network)
-    if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda"):
+    # Synchronised batch normalisation breaks the graph at every layer: such a network is faster as it is.
+    whole = not any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
+    if keys.compile is True or (keys.compile == "auto" and accelerator.device.type == "cuda" and whole):
         compile_network(network, required=keys.compile is True)
     return network
 
@@ -148,4 +150,4 @@ def compile_network(network: torch.nn.Module, *, required: bool) -> None:
     import torch._dynamo  # takes a second, which others need not wait for
 
     torch._dynamo.config.suppress_errors = not required  # it warns, and goes on without
-    network.compile()
+    network.compile(dynamic=False)  # or the first batch seen would decide the kernels of all

@@ -275,6 +275,7 @@ class DeviceCache(HostCache):
         )
         self.name = "device"
         self._on_device = torch.empty(0)
+        self._cut_views: cutting.DeviceCut | None = None
         self._rank: dict[int, int] = {}  # pair -> its place on the device
         self._there: set[int] = set()
 
@@ -317,7 +318,8 @@ class DeviceCache(HostCache):
             for part in (where.start + places, where.row, where.column)
         )
         memory = self._on_device.view(-1)
-        cut_views = cutting.device_cut(memory, start[0], row[0], column[0], size)
+        cut_views = self._cut_views or cutting.device_cut(memory, start[0], row[0], column[0], size)
+        self._cut_views = cut_views
 
         def cut(step: int) -> Callable[[], Tensor]:
             images = cut_views(memory, start[step], row[step], column[step], size)

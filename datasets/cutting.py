@@ -124,15 +124,18 @@ def device_cut(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size:
 
     It is called as this function and gives images (len(start), N, N).
     """
-    if memory.is_cuda:
-        fused = _fused_gather()
-        try:
+    if not memory.is_cuda:
+        return cut_in_parts
+    import torch._dynamo
+
+    fused = _fused_gather()
+    try:
+        with torch._dynamo.config.patch(suppress_errors=False):
             fused(memory, start, row, column, size)
-        except Exception as error:  # whatever is missing: Triton, a C compiler, Python's headers
-            log.warning("slices are cut without torch.compile, which does not work here: %r", error)
-        else:
-            return fused
-    return cut_in_parts
+    except Exception as error:  # whatever is missing: Triton, a C compiler, Python's headers
+        log.warning("slices are cut without torch.compile, which does not work here: %r", error)
+        return cut_in_parts
+    return fused
 
 
 @cache

@@ -88,17 +88,15 @@ def outlive_launcher() -> None:
 def connect() -> None:
     """Meet the other processes, if there are any; to be called before the Accelerator is made.
 
-    Gloo joins the hosts' memories, and NCCL (or what the device has) the devices.
-
     Raises:
         LaunchError: on every process, after LAUNCH_SECONDS, if one is missing or cannot be reached.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
+        os.environ.pop("LOCAL_RANK", None)  # or Accelerate joins the process to itself, by its device alone
         return
     rank, limit = int(os.environ["RANK"]), timedelta(seconds=LAUNCH_SECONDS)
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
-    backend = "gloo" if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else None
     # torchrun and accelerate keep the store themselves.
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
@@ -119,7 +117,9 @@ def connect() -> None:
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
             missing = await_all(store, rank, processes)
             if not missing:
-                dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=limit)
+                dist.init_process_group(
+                    backends(), store=store, rank=rank, world_size=processes, timeout=limit
+                )
         except (RuntimeError, ValueError, OSError) as error:
             raise alone(str(error).splitlines()[0]) from error
     if missing:
@@ -129,6 +129,14 @@ def connect() -> None:
     set_timeout(timedelta(seconds=RUN_SECONDS))
     # Its threads must end before the interpreter does, or the process may abort at exit.
     atexit.register(dist.destroy_process_group)
+
+
+def backends() -> str:
+    """What joins the processes: gloo the hosts' memories, and NCCL (or what the device has) the devices."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return "cpu:gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 @contextmanager

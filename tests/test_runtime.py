@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 import runtime
 from runtime import launch, process
@@ -255,6 +256,27 @@ with launch.deadline(0.1, launch.LaunchError("no answer")):
     child = python(program)
     assert child.communicate(timeout=60)[1] == "LaunchError: no answer\n"
     assert child.returncode == 2
+
+
+def test_hosts_and_devices_are_each_joined_by_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined() -> dict[str, str]:
+        return dict(BackendConfig(Backend(launch.backends())).device_backend_map)
+
+    for device, of_device in {"cuda": "nccl", "xpu": "xccl"}.items():
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda kind=device: torch.device(kind))
+        assert joined() == {"cpu": "gloo", device: of_device}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert joined() == {"cpu": "gloo"}
+
+
+def test_one_process_of_a_launcher_is_joined_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runtime.connect()
+    assert Accelerator().distributed_type == DistributedType.NO
+    assert not torch.distributed.is_initialized()
 
 
 def test_gloo_uses_the_network_of_the_meeting_point() -> None:
