@@ -116,13 +116,14 @@ def launch(settings: Settings, rounds: int) -> Measured:
 
 
 def test(settings: Settings, rounds: int) -> Measured:
-    """Two tests after short epochs, the first of which reads the cubes, beside the forward pass alone."""
+    """Two tests of several seeds, the first of which reads the cubes, beside the forward pass alone."""
     found: Measured = [
         {"contestant": name, "rates": [], "again": []} for name in ("forward", "memory", "disk")
     ]
     for _ in range(rounds):
         for line in found:
-            chosen = replace(settings, seeds=1, epochs=0 if line["contestant"] == "forward" else 2)
+            epochs = 0 if line["contestant"] == "forward" else 2
+            chosen = replace(settings, seeds=1, test_seeds=settings.seeds, epochs=epochs)
             numbers = say(compete(line["contestant"], replace(chosen, warmup=0.5)), **line)
             first, again = numbers.get("test_slices_per_second", [numbers["slices_per_second"]] * 2)
             line["rates"].append(first)
