@@ -81,7 +81,8 @@ class Checkpoints:
             lock.close()
             raise CheckpointError(
                 f"{run}: another program is training this run\n"
-                "allowed: one at a time, or another model_params.name"
+                "allowed: one at a time, or another model_params.name\n"
+                f"(of a program whose host is lost the file system may remember it: then remove {run / LOCK})"
             )
         self._lock = lock
 

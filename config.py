@@ -75,6 +75,8 @@ class DataParams(Section):
 
     datafile: Place
     """HDF5 file of cubes."""
+    local_copy: Place | None = None
+    """A copy of `datafile` on the host's own disk, which is read as long as it is there."""
     train_seeds: Seeds
     """Seeds [0, train_seeds) train."""
     test_seeds: Seeds
@@ -234,6 +236,7 @@ class Config(Section):
 # What may differ between a run and its continuation without changing what it computes.
 FREE = {
     "data_params.datafile",  # the data's own identity is compared instead: a file may move
+    "data_params.local_copy",
     "data_params.cache",
     "data_params.synthetic",
     "train_params.epochs",

@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", metavar="A:B", help="seeds A to B-1 instead of the run's test seeds")
     parser.add_argument("--datafile", help="another file of cubes than the run's")
     parser.add_argument("--checkpoint", metavar="best|last|STEP", help="instead of the run's final network")
-    parser.add_argument("--output", type=Path, help="folder for the report; default RUN/evaluation")
+    parser.add_argument("--output", type=Path, help="folder for it; default RUN/evaluation or ./comparison")
     parser.add_argument(
         "--allow-training-seeds", action="store_true", help="evaluate on what it was trained on"
     )
@@ -145,22 +145,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.run is None) == (options.compare is None):
         parser.error("either the folder of a run or --compare with several is needed")
-    try:
+
+    def work() -> None:
         if options.compare:
             compare(options.compare, options.output or Path("comparison"))
         else:
             runtime.prepare_process()
             evaluate(options)
-    except USER_ERRORS as error:
-        runtime.tell(error)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        told = runtime.in_words(error)
-        if told is None:
-            raise
-        runtime.tell(told)
-        return 2
-    return 0
+
+    return runtime.exit_status(work, USER_ERRORS)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -36,6 +36,25 @@ class Run:
     identity: dict[str, Any]
 
 
+def check(config: experiment.Config) -> None:
+    """Raise what is wrong with the network and the data file; nothing is made or changed."""
+    data = config.data_params
+    with runtime.together():
+        require_network(config)
+        if data.synthetic is None or Path(data.datafile).exists():
+            cubes = datasets.CubeFile(data.datafile)
+            cubes.require(range(data.train_seeds + data.test_seeds))
+            config.network(cubes.size)
+
+
+def require_network(config: experiment.Config) -> None:
+    """Raise what is wrong with the network: that is better known before all else."""
+    data = config.data_params
+    smallest = -(-data.channels // 64) * 64  # side of cubes that have so many slices
+    with torch.device("meta"):
+        models.build_model(**config.network(data.synthetic.size if data.synthetic else smallest))
+
+
 def open_run(
     config: experiment.Config,
     accelerator: Accelerator,
@@ -47,8 +66,7 @@ def open_run(
     train_seeds = range(data.train_seeds)
     test_seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
     with runtime.together():
-        with torch.device("meta"):  # a network that cannot be built is better known before all else
-            models.build_model(**config.network(data.synthetic.size if data.synthetic else 64))
+        require_network(config)
         if accelerator.is_main_process:
             checkpoints.claim()
     cubes = open_cubes(config, accelerator, range(test_seeds.stop))
@@ -88,7 +106,7 @@ def open_run(
     images = torch.zeros(rows, *train_set.shape, device=accelerator.device)
     runtime.settle_gradients(network, images.to(memory_format=torch.channels_last))
     set_seed(keys.seed, device_specific=True)  # dropout differs between processes
-    identity = cubes.identity(range(test_seeds.stop))
+    identity = cubes.identity(range(test_seeds.stop)) | {"path": str(Path(data.datafile).absolute())}
     runtime.compare({"data_params.datafile holds": identity["fingerprint"]})
     tensors: dict[str, Tensor] = {}
     if last is not None:
@@ -115,7 +133,8 @@ def open_cubes(config: experiment.Config, accelerator: Accelerator, seeds: range
         if data.synthetic is not None and accelerator.is_main_process and not Path(data.datafile).exists():
             datasets.write_synthetic(data.datafile, seeds=len(seeds), **data.synthetic.model_dump())
     with runtime.together():
-        cubes = datasets.CubeFile(data.datafile)
+        copied = data.local_copy if data.local_copy and Path(data.local_copy).exists() else None
+        cubes = datasets.CubeFile(copied or data.datafile)
         cubes.require(seeds)
         cubes.require_finite(seeds)
     if data.synthetic is not None:

@@ -27,7 +27,7 @@ import logs
 import metrics
 import models
 import runtime
-from opening import Run, open_run
+from opening import Run, check, open_run
 from progress import Progress
 
 FINITE_EVERY = 20  # steps between looks at whether the logits are finite; each look waits for the device
@@ -52,19 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
     parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         runtime.prepare_process()
         train(experiment.load(options.experiment, options.overrides), preflight_only=options.preflight)
-    except USER_ERRORS as error:
-        runtime.tell(error)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        told = runtime.in_words(error)
-        if told is None:
-            raise
-        runtime.tell(told)
-        return 2
-    return 0
+
+    return runtime.exit_status(work, USER_ERRORS)
 
 
 def train(config: experiment.Config, *, preflight_only: bool) -> None:
@@ -85,6 +78,7 @@ def train(config: experiment.Config, *, preflight_only: bool) -> None:
     if preflight_only or accelerator.num_processes > 1:
         accelerator.print(runtime.preflight(accelerator, config.to_dict()))
     if preflight_only:
+        check(config)
         return
     checkpoints = checkpoint.Checkpoints(config.run, accelerator, keep=keys.keep_checkpoints)
     with runtime.StopSignals(minutes=keys.max_minutes) as stop, closing(checkpoints):
@@ -107,6 +101,7 @@ def go_on(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.Ru
                 run.train_set.read_ahead(progress.epoch)
             complete = test(run, progress, log)
         if not complete:
+            run.checkpoints.close()  # which waits until all is written
             log.say(f"stopped at step {progress.step} ({run.stop.name}); the same command goes on there")
             break
         if progress.finished:

@@ -2,7 +2,8 @@
 
 The slices of one simulation share its initial conditions, so they are not independent; the seeds are. Every
 95 % interval therefore comes from a bootstrap that draws whole seeds, both twins with all their slices,
-with replacement (a cluster bootstrap: Field & Welsh 2007, J. R. Stat. Soc. B 69, 369).
+with replacement (a cluster bootstrap: Field & Welsh 2007, J. R. Stat. Soc. B 69, 369). Those of shares of
+cubes and of twins are exact binomial ones, with one trial per seed.
 
 Values are computed by scikit-learn (the calibration error by torchmetrics, the log loss by torch). The
 resampled ones come from sums per seed, which is exact for everything that is a mean or a ratio of means;

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--parts seeds processes launch test] [--scratch FOLDER]
     python benchmarks/scaling.py --table benchmarks/scaling.json
 
-The part `seeds` needs 128 MiB of disk for each seed of 256^3, 6.5 GB in all, and reads it from the page cache
+The part `seeds` needs 128 MiB of disk for each seed of 256^3, 6.7 GB in all, and reads it from the page cache
 where the memory is large enough.
 """
 

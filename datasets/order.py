@@ -5,14 +5,15 @@ axes are cut, so an id means the same in all experiments on a file.
 
 **Lanes.** Training reads whole cubes, and holds as few at a time as a good shuffle allows. The columns of a
 batch belong to LANES lanes (column j of B to lane j * LANES // B). Each lane walks through its own
-simulations, always both twins of a seed together. Lanes are fixed for a run, so a process that trains on a
-block of columns needs only the cubes of their lanes, and the order is the same on any number of processes.
+simulations (here one is a seed with both its twins, which are always used together). Lanes are fixed for a
+run, so a process that trains on a block of columns needs only the cubes of their lanes, and the order is
+the same on any number of processes.
 
-**The walk of a lane.** It begins with a part of a simulation shared with a neighbour lane. The parts differ
-between lanes, so that these open new simulations one after the other and files are read at an even pace. Then
-come the lane's own simulations, in a new random order every epoch, and at the end what is left over, again in
-parts of simulations shared with neighbours. All lanes walk at the same time, so the parts of one simulation
-are used at the same time, and it is read once.
+**The walk of a lane.** With 16 seeds or more it begins with a part of a simulation shared with a neighbour
+lane. The parts differ between lanes, so that these open new simulations one after the other and files are
+read at an even pace. Then come the lane's own simulations, in a new random order every epoch, and at the end
+what is left over, again in parts of simulations shared with neighbours. All lanes walk at the same time, so
+the parts of one simulation are used at the same time, and it is read once.
 
 **Reads.** On W processes, W dividing LANES, an epoch reads S + (simulations shared between processes) of S
 simulations: at most W - 1 more than S for W <= 4 and 11 more for W = 8, less than 1.1 S from S = 110 on.
@@ -23,8 +24,8 @@ in all for W = 16.
 of a pair)) simulations in each lane. A lane takes the slices of an open simulation in random order, and at
 random among those of its other open ones. At 256^3 w = 1: a batch mixes 8 simulations (16 cubes), and every
 1/8 of a simulation's slices another one is replaced. At 128^3 w = 8: 64 simulations are open, and a batch of
-64 mixes 54. Up to 512 simulations of 64^3 are shuffled fully. Which simulations meet changes from epoch to
-epoch; but those of one lane never meet at w = 1.
+64 mixes 54. Some 500 pairs of 64^3 are shuffled fully within each lane. Which simulations meet changes from
+epoch to epoch; but those of one lane never meet at w = 1.
 
 **Random numbers** come from a hash (splitmix64) of run's seed, epoch, purpose and id: the same on all
 machines and for all versions of NumPy, and with no state to save.

@@ -2,14 +2,14 @@
 
     python experiments/sweep.py experiments/temp.yaml --trials 20 [section.key=value ...]
 
-Each trial is an ordinary run of trainer.py, NAME-000, NAME-001, ..., with its own folder under log_dir,
-logs and checkpoints. A trial whose test loss is above the median of the others at the same epoch is stopped
-early. The study is kept in LOG_DIR/NAME-sweep.db: the same command goes on where it was left, also after a
-kill, and a trial that was running goes on from its last checkpoint. Only one sweep at a time may use one
-study.
+Each trial is an ordinary run of trainer.py, NAME-000, NAME-001, ..., with its own folder under log_dir, logs
+and checkpoints. Once three trials are complete, one whose lowest test loss so far is above the median of the
+complete ones at the same epoch is stopped early. The study is kept in LOG_DIR/NAME-sweep.db: the same command
+goes on where it was left, also after a kill, and a trial that was running goes on from its last checkpoint.
+Only one sweep at a time may use one study.
 
-The test loss chooses here, so the test seeds of a sweep are no longer unseen: judge the winner by other seeds
-(evaluation.py --seeds).
+The lowest test loss of a trial counts: judge the winner at that checkpoint, and by other seeds, as those of
+the sweep are no longer unseen (evaluation.py --checkpoint best --seeds A:B).
 """
 
 from __future__ import annotations

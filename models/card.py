@@ -66,7 +66,8 @@ def _card_text(
         )
         measured = (artificial if factor != 1 else "") + (
             f"Seeds {first} to {after - 1} of `{evaluation['data']}`, {evaluation['slices']} slices; "
-            f"95 % intervals by bootstrap over seeds.\n\n| | value [95 % interval] |\n|---|---|\n{rows}"
+            "95 % intervals by bootstrap over seeds, of cubes and of twins exact binomial ones.\n\n"
+            f"| | value [95 % interval] |\n|---|---|\n{rows}"
         )
     else:
         measured = "Not evaluated yet: `accelerate launch evaluation.py RUN` fills this in."

@@ -1,7 +1,7 @@
 """What a run needs of the machine: one process set up well, and several that work as one or say why not."""
 
 from runtime.exchange import settle_gradients, share_buffers
-from runtime.launch import LaunchError, compare, connect, in_words, preflight, tell, together
+from runtime.launch import LaunchError, compare, connect, exit_status, preflight, together
 from runtime.process import StopSignals, Vote, prepare_process
 
 __all__ = [
@@ -10,11 +10,10 @@ __all__ = [
     "Vote",
     "compare",
     "connect",
-    "in_words",
+    "exit_status",
     "preflight",
     "prepare_process",
     "settle_gradients",
     "share_buffers",
-    "tell",
     "together",
 ]

@@ -16,11 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import accelerate
 import psutil
@@ -57,7 +58,11 @@ def in_words(error: Exception) -> LaunchError | None:
     """What the user can do about an error of torch, which is told in its text alone; None for any other."""
     text = str(error)
     if dist.is_initialized() and any(
-        word in text for word in ("closed by peer", "reset by peer", "Broken pipe")
+        word in text
+        for word in (
+            *("closed by peer", "reset by peer", "Broken pipe"),
+            *("closed by remote peer", "remote process exited"),
+        )
     ):
         return LaunchError("another process ended; its message says why", everywhere=False)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -74,6 +79,34 @@ def in_words(error: Exception) -> LaunchError | None:
             everywhere=False,
         )
     return None
+
+
+def exit_status(work: Callable[[], None], mistakes: tuple[type[Exception], ...]) -> int:
+    """Do `work`. Returns 0, or 2 after telling an error that users can mend: of `mistakes`, or `in_words`."""
+    told: Exception | None
+    try:
+        work()
+        return 0
+    except mistakes as error:
+        told = error
+    except Exception as error:
+        told = in_words(error) if isinstance(error, RuntimeError | MemoryError) else None
+        if told is None:
+            if dist.is_initialized():
+                traceback.print_exc()
+                leave(1)
+            raise
+    tell(told)
+    if dist.is_initialized() and not getattr(told, "everywhere", False):
+        leave(2)
+    return 2
+
+
+def leave(status: int) -> NoReturn:
+    """End at once. At an orderly end NCCL would wait for the others, who wait for this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def outlive_launcher() -> None:
@@ -164,13 +197,24 @@ def choose_network(host: str, port: int) -> None:
 
     By itself it takes the one that the host's own name stands for, which may reach no other host.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
-        own = probe.getsockname()[0]
+    own = address_towards(host, port)
+    processes = os.environ["WORLD_SIZE"]
+    if own.startswith("127.") and os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        # The name of the first host often means 127.0.1.1 there, where the other hosts cannot reach it.
+        with suppress(OSError):
+            own = address_towards("192.0.2.1", port)  # an address of nobody: by the default route
     for name, addresses in psutil.net_if_addrs().items():
         if own in (one.address for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address of this host on the network that leads to another. Sends nothing."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        own: str = probe.getsockname()[0]
+    return own
 
 
 def await_all(store: dist.Store, rank: int, processes: int) -> str:

@@ -42,12 +42,24 @@ def prepare_process() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     elif world_size() == 1:
         warn_of_lone_process()
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ:
+        end_with_launcher()
     if not threads_were_chosen():
         threads = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if "numba" in sys.modules:  # first, because the two may share their pool of threads
             sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets them anew
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send this process SIGTERM, by which a run is saved, when its parent ends.
+
+    `accelerate launch` passes no signal on to a single process, which would train on, unseen.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def world_size() -> int:

@@ -46,7 +46,7 @@ def experiment(tmp_path: Path, universe: Path) -> Callable[..., Path]:
         for key, value in changes.items():
             section = next((s for s, keys in sections.items() if key in keys), None) or (
                 "data_params"
-                if key in ("standardize", "cache", "channels", "symmetries", "synthetic")
+                if key in ("standardize", "cache", "channels", "symmetries", "synthetic", "local_copy")
                 else "model_params"
                 if key == "activation"
                 else "train_params"

@@ -49,6 +49,7 @@ def test_the_users_template_loads_with_the_designs_defaults(template: Path) -> N
     }
     assert loaded.data_params.model_dump() == {
         "datafile": "data_z1.h5",
+        "local_copy": None,
         "train_seeds": 150,
         "test_seeds": 100,
         "newton_augmentation": 1.0,

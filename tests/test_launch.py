@@ -131,6 +131,23 @@ def test_a_multi_cpu_launch_and_its_status(
     assert "returned non-zero exit status 2" in output
 
 
+def test_a_training_whose_launcher_is_told_to_end_saves_and_ends(
+    tmp_path: Path, launcher: Launcher, experiment: Experiment
+) -> None:
+    process = launcher(
+        *("accelerate", "launch", "--config_file", f"{CONFIGS}/cpu.yaml", "trainer.py"),
+        str(experiment(epochs=100_000)),
+    )
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    output = output_of(process, -signal.SIGTERM)  # ends when the trainer, too, has closed it
+    step = int(re.findall(r"stopped at step (\d+) \(SIGTERM\)", output)[0])
+    assert (metrics.parent / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
+
+
 def test_statuses_under_torchrun(launcher: Launcher, experiment: Experiment) -> None:
     """It makes 1 of the trainer's 2 as well, and shows the 2 of every process."""
     mistaken = str(experiment(batch_size=63))

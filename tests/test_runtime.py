@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,12 +280,28 @@ def test_one_process_of_a_launcher_is_joined_to_nobody(monkeypatch: pytest.Monke
     assert not torch.distributed.is_initialized()
 
 
-def test_gloo_uses_the_network_of_the_meeting_point() -> None:
+def test_gloo_uses_the_network_of_the_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     launch.choose_network("127.0.0.1", 29500)
     assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
     os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
     launch.choose_network("127.0.0.1", 29500)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(("local", "network"), [("2", "ib0"), ("4", "lo")])
+def test_other_hosts_are_not_sought_within_this_one(
+    local: str, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where /etc/hosts gives a host's own name the address 127.0.1.1."""
+    ways = {"node7": "127.0.0.1", "192.0.2.1": "10.0.0.7"}
+    addresses = {"lo": [SimpleNamespace(address="127.0.0.1")], "ib0": [SimpleNamespace(address="10.0.0.7")]}
+    monkeypatch.setattr(launch, "address_towards", lambda host, port: ways[host])
+    monkeypatch.setattr(launch.psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    launch.choose_network("node7", 29500)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == network
 
 
 def report(host: str, **changes: Any) -> dict[str, Any]:

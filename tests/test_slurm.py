@@ -18,7 +18,7 @@ SCRIPTS = ROOT / "accelerate_configs"
 BOTH = pytest.mark.parametrize("script", ["slurm_single.sbatch", "slurm_multi_node.sbatch"])
 JOB = 123456
 
-# Starts a program once per host, passes USR1 on to all that it started, and ends as badly as the worst.
+# Starts a program once per host, passes USR1 on as $STUB_SIGNALS says, and ends as badly as the worst.
 SRUN = """#!/bin/bash
 hosts=1
 while [[ $1 == --* ]]; do
@@ -29,7 +29,9 @@ for ((host = 0; host < hosts; host++)); do
     SLURM_NODEID=$host setsid "$@" &
     tasks+=($!)
 done
-trap 'for task in "${tasks[@]}"; do kill -USR1 -- "-$task"; done' USR1
+# SLURM signals the process that it started, or where proctrack is set up otherwise, all below it.
+if [[ $STUB_SIGNALS == all ]]; then all=-; fi
+trap 'for task in "${tasks[@]}"; do kill -USR1 -- "${all:-}$task"; done' USR1
 status=0
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2>/dev/null; do wait "$task"; done
@@ -42,18 +44,26 @@ SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then printf '%s\\n' node7 node8; else echo "$*" >>"$STUB_LOG/scontrol"; fi
 """
 
-# Instead of training: writes its arguments, then does what $STUB_TRAINING says.
+# Tells what file system lies under a folder.
+STAT = """#!/bin/bash
+if [[ $1 == -f ]]; then echo "${STUB_KIND:-xfs}"; else exec /usr/bin/stat "$@"; fi
+"""
+
+# A launcher, and instead of a training what writes its arguments and then does what $STUB_TRAINING says.
 ACCELERATE = """#!{python}
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
+if "STUB_LAUNCHED" not in os.environ:
+    sys.exit(subprocess.run([*sys.orig_argv], env=os.environ | {{"STUB_LAUNCHED": "yes"}}).returncode)
 log = pathlib.Path(os.environ["STUB_LOG"])
 stopped = []
 signal.signal(signal.SIGUSR1, lambda number, frame: stopped.append(number))
-data = next((a.split("=")[1] for a in reversed(sys.argv) if a.startswith("data_params.datafile=")), "")
+data = next((a.split("=")[1] for a in sys.argv if a.startswith("data_params.local_copy=")), "")
 found = {{"arguments": sys.argv[1:], "data": bool(data) and os.path.exists(data)}}
 (log / f"training{{os.environ['SLURM_NODEID']}}").write_text(json.dumps(found))
 what = os.environ["STUB_TRAINING"]
 while what.startswith("until signal") and not stopped:
     time.sleep(0.01)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as it was before
 if what == "until signal, then finished":
     model = pathlib.Path(os.environ["STUB_RUN"], "model", "model.safetensors")
     model.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +79,7 @@ class Cluster:
     def __init__(self, folder: Path, experiment: Path) -> None:
         self.folder, self.experiment = folder, experiment
         self.checkout, self.log, programs = folder / "checkout", folder / "log", folder / "programs"
+        self.programs = programs
         for path in (self.checkout, self.log, programs):
             path.mkdir()
         for path in ROOT.iterdir():
@@ -76,9 +87,9 @@ class Cluster:
                 (self.checkout / path.name).symlink_to(path)
         stubs = {"srun": SRUN, "scontrol": SCONTROL, "accelerate": ACCELERATE.format(python=sys.executable)}
         for name, text in stubs.items():
-            (programs / name).write_text(text)
-            (programs / name).chmod(0o755)
-        clean = {k: v for k, v in os.environ.items() if k not in ("TMPDIR", "SCRATCH", "OMP_NUM_THREADS")}
+            self.program(name, text)
+        unset = ("TMPDIR", "SLURM_TMPDIR", "OMP_NUM_THREADS")
+        clean = {name: value for name, value in os.environ.items() if name not in unset}
         self.environment = clean | {
             "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(self.checkout),
@@ -89,7 +100,13 @@ class Cluster:
             "STUB_LOG": str(self.log),
             "STUB_RUN": str(folder / "runs" / "run"),
             "STUB_TRAINING": "ends",
+            "STUB_SIGNALS": "task",
         }
+
+    def program(self, name: str, text: str) -> None:
+        """Put a program before all others of its name."""
+        (self.programs / name).write_text(text)
+        (self.programs / name).chmod(0o755)
 
     def start(self, script: str, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -169,9 +186,17 @@ def test_tasks_of_an_array_have_their_own_names(cluster: Cluster, script: str) -
 
 
 @BOTH
-def test_a_stopped_run_is_queued_again(cluster: Cluster, script: str) -> None:
-    assert cluster.signalled(script, STUB_TRAINING="until signal") == 0
+@pytest.mark.parametrize("signals", ["task", "all"])
+def test_a_stopped_run_is_queued_again(cluster: Cluster, script: str, signals: str) -> None:
+    assert cluster.signalled(script, STUB_TRAINING="until signal", STUB_SIGNALS=signals) == 0
     assert cluster.requeued() == [f"requeue {JOB}"]
+
+
+@BOTH
+def test_of_an_array_only_the_stopped_task_is_queued_again(cluster: Cluster, script: str) -> None:
+    task = {"SLURM_ARRAY_JOB_ID": str(JOB), "SLURM_ARRAY_TASK_ID": "4"}
+    assert cluster.signalled(script, STUB_TRAINING="until signal", **task) == 0
+    assert cluster.requeued() == [f"requeue {JOB}_4"]
 
 
 @BOTH
@@ -203,28 +228,34 @@ def test_several_hosts_meet_at_the_first(cluster: Cluster) -> None:
 
 
 @pytest.fixture
-def other_disk(tmp_path: Path) -> Path:
+def other_disk(cluster: Cluster, tmp_path: Path) -> Path:
+    """A second file system, which `stat` calls a disk."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("no second file system that can be written")
+    cluster.program("stat", STAT)
     return memory
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["TMPDIR", "SCRATCH"])
+def test_data_is_not_copied_to_memory(cluster: Cluster, script: str, other_disk: Path) -> None:
+    assert cluster.run(script, TMPDIR=str(other_disk), STUB_KIND="tmpfs")[0] == 0
+    assert cluster.arguments()[-1] == str(cluster.experiment)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["TMPDIR", "SLURM_TMPDIR"])
 def test_data_is_copied_to_the_hosts_disk(cluster: Cluster, script: str, name: str, other_disk: Path) -> None:
     assert cluster.run(script, **{name: str(other_disk)})[0] == 0
     copies = other_disk / f"gravity-cnn-{JOB}"
-    assert cluster.arguments()[-1] == f"data_params.datafile={copies}/universe.h5"
+    assert cluster.arguments()[-1] == f"data_params.local_copy={copies}/universe.h5"
     assert json.loads((cluster.log / "training0").read_text())["data"]
     assert not copies.exists()
 
 
 @BOTH
 def test_data_that_a_disk_does_not_take_stays(cluster: Cluster, script: str, other_disk: Path) -> None:
-    full = cluster.folder / "programs" / "cp"
-    full.write_text("#!/bin/bash\nexit 1\n")
-    full.chmod(0o755)
+    cluster.program("cp", "#!/bin/bash\nexit 1\n")
     status, output = cluster.run(script, TMPDIR=str(other_disk))
     assert status == 0
     assert f"{other_disk} does not take the data" in output

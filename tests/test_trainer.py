@@ -4,6 +4,8 @@ import copy
 import fcntl
 import json
 import math
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +20,10 @@ import yaml
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import config
+import logs
 import models
 import opening
+import state
 import trainer
 
 Experiment = Callable[..., Path]
@@ -319,6 +323,57 @@ def test_a_synthetic_universe_is_written_once(experiment: Experiment, tmp_path: 
 
 def test_preflight_does_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
     assert trainer.main([str(experiment()), "--preflight"]) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_local_copy_is_read_and_the_original_remembered(
+    experiment: Experiment, universe: Path, tmp_path: Path
+) -> None:
+    original, copied = tmp_path / "original.h5", tmp_path / "copied.h5"
+    shutil.copy(universe, copied)
+    path = str(experiment(datafile=str(original), local_copy=str(copied)))
+    assert trainer.main([path]) == 0
+    run = tmp_path / "runs" / "run"
+    saved = json.loads(max((run / "checkpoints").iterdir()).joinpath("state.json").read_text())
+    assert saved["identity"]["path"] == str(original)
+    copied.rename(original)
+    assert trainer.main([path]) == 0  # the same run goes on without the copy
+    assert [line["epoch"] for line in lines(run) if line["phase"] == "train"] == [1, 2]
+
+
+def test_a_run_is_saved_once_it_says_that_it_stopped(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, say, there = state.write, logs.RunLog.say, []
+
+    def slow_write(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write(*arguments)
+
+    def say_and_look(log: logs.RunLog, text: str) -> None:
+        say(log, text)
+        if text.startswith("stopped"):
+            there.extend((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/manifest.json"))
+
+    monkeypatch.setattr(state, "write", slow_write)
+    monkeypatch.setattr(logs.RunLog, "say", say_and_look)
+    assert trainer.main([str(experiment(max_minutes=1e-4))]) == 0
+    assert len(there) == 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("data_params.train_seeds=9", "there are no cubes of seeds 4 to 9"),
+        ("model_params.architecture=RACON", "did you mean RACOON?"),
+        ("data_params.channels=65", "allowed: at most 64, the cube's side"),
+    ],
+)
+def test_preflight_finds_what_would_stop_the_run(
+    mistake: str, told: str, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main([str(experiment()), mistake, "--preflight"]) == 2
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
