@@ -47,6 +47,7 @@ def launch(
                 os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"LOCAL_WORLD_SIZE": str(processes)}
             run(arguments[rank], Path(out, f"{rank}.json"), signal[1] if signal and signal[0] == rank else 0)
+            sys.stdout.flush()
             os._exit(0)
         children.append(child)
     for child in children:
