@@ -29,7 +29,7 @@ bench: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/throughput.py
 
-# kill a training at random moments, go on, compare the weights; CONFIG=accelerate_configs/X.yaml to try a cluster
+# kill a training at random moments, resume it, compare the weights; CONFIG=accelerate_configs/X.yaml tries a cluster
 CONFIG ?= accelerate_configs/cpu.yaml
 verify-resume: venv
-	$(BIN)/python benchmarks/verify_resume.py --config_file $(CONFIG)
+	$(BIN)/python tests/verify_resume.py --config_file $(CONFIG)

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+import files
+
 Count = Annotated[int, Field(ge=1)]
 Seeds = Annotated[int, Field(ge=1, le=10**6)]
 Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)]
@@ -182,11 +184,11 @@ class Config(Section):
     train_params: TrainParams
 
     @property
-    def run(self) -> Path:
+    def run_dir(self) -> Path:
         """Folder of the run."""
         return Path(self.train_params.log_dir) / self.model_params.name
 
-    def network(self, size: int) -> dict[str, Any]:
+    def model_arguments(self, size: int) -> dict[str, Any]:
         """What defines the network for cubes of `size` cells a side: the data knows the shape of a slice.
 
         Raises ConfigError if there are more channels than slices along an axis.
@@ -203,7 +205,7 @@ class Config(Section):
         """Every key with its resolved value, as YAML and JSON hold it."""
         return self.model_dump(mode="json")
 
-    def on_hardware(
+    def with_launch_settings(
         self, processes: int, mixed_precision: str, accumulation: int, device: str = "cpu"
     ) -> Config:
         """This experiment with what the accelerate configuration decides filled in.
@@ -224,17 +226,12 @@ class Config(Section):
 
     def save(self) -> None:
         """Write `config.yaml` into the run's folder. Raises OSError where that cannot be written."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        temporary = self.run / "config.yaml.part"
-        with temporary.open("w", encoding="utf-8") as file:
-            yaml.safe_dump(self.to_dict(), file, sort_keys=False)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave neither the old nor the new one
-        temporary.replace(self.run / "config.yaml")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 # What may differ between a run and its continuation without changing what it computes.
-FREE = {
+MAY_CHANGE = {
     "data_params.datafile",  # the data's own identity is compared instead: a file may move
     "data_params.local_copy",
     "data_params.cache",
@@ -278,7 +275,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The experiment in the YAML file `path`, with `section.key=value` overrides applied.
 
     Raises ConfigError for a file that cannot be read and for any key or value that is not allowed.
@@ -369,13 +366,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same_settings(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise ConfigError with each setting that shapes the result and differs between `old` and `new`."""
     lines = []
     for section in Config.model_fields:
         for key in sorted({*old.get(section, {}), *new.get(section, {})}):
             before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
-            if f"{section}.{key}" not in FREE and before != now:
+            if f"{section}.{key}" not in MAY_CHANGE and before != now:
                 lines.append(f"{section}.{key}: the run has {before!r}, this experiment {now!r}")
     if lines:
         raise ConfigError(

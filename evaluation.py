@@ -25,11 +25,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 import checkpoint
-import config as experiment
 import datasets
+import distributed
+import metrics
 import models
-import runtime
-import state
+from config import Config, ConfigError, DataParams, check_same_settings, load_config
 
 try:
     from analysis import (
@@ -45,7 +45,6 @@ try:
         style,
         yardstick,
     )
-    from analysis.slices import Slices
 except ModuleNotFoundError as missing:
     print(f"an evaluation needs {missing.name}: pip install -e '.[evaluation]'", file=sys.stderr)
     sys.exit(2)
@@ -63,11 +62,11 @@ class EvaluationError(ValueError):
 USER_ERRORS = (
     EvaluationError,
     comparison.ComparisonError,
-    experiment.ConfigError,
+    ConfigError,
     datasets.DataError,
     models.ModelError,
     checkpoint.CheckpointError,
-    runtime.LaunchError,
+    distributed.LaunchError,
     OSError,
 )
 
@@ -77,7 +76,7 @@ class Subject:
     """What is evaluated, and on what."""
 
     run: Path
-    config: experiment.Config
+    config: Config
     accelerator: Accelerator
     trained: models.TrainedNetwork
     network: torch.nn.Module  # the bare network on its device, for slices that are standardised already
@@ -93,7 +92,7 @@ class Subject:
     @property
     def box(self) -> spectra.Box:
         """The box of the simulations, as far as the data file tells."""
-        return spectra.Box(self.cubes.size, self.cubes.number("box_size"))
+        return spectra.Box(self.cubes.size, self.cubes.attr_float("box_size"))
 
     def share(self, seeds: range) -> range:
         """The seeds of this process."""
@@ -106,22 +105,16 @@ class Subject:
         options |= {"mean": self.trained.mean, "std": self.trained.std, "device": self.accelerator.device}
         return datasets.WholeCubeDataset(
             cubes or self.cubes, seeds, batch_size=ROWS, seed=0, cache="disk", **options
-        ).test_batches()
+        ).evaluation_batches()
 
-    def named(self, ids: Ids, logits: Floats) -> Slices:
+    def named(self, ids: Ids, logits: Floats) -> metrics.Predictions:
         """Slices with their logits and where they come from."""
-        return Slices(ids, *datasets.decode(ids, self.cubes.size), logits)
+        return metrics.Predictions(ids, *datasets.decode(ids, self.cubes.size), logits)
 
     def gathered(self, ids: Ids, values: Floats) -> tuple[Ids, Floats]:
-        """Ids, ascending, and values of all processes. Collective."""
-        columns = [torch.from_numpy(ids), torch.from_numpy(values)]
-        if self.accelerator.num_processes > 1:
-            columns = [column.to(self.accelerator.device) for column in columns]
-            columns = [self.accelerator.pad_across_processes(column, pad_index=-1) for column in columns]
-            columns = [self.accelerator.gather(column).cpu() for column in columns]
-        order = columns[0].argsort()
-        order = order[columns[0][order] >= 0]
-        return columns[0][order].numpy(), columns[1][order].numpy()
+        """Ids, ascending, and values of all ranks. Collective."""
+        columns = metrics.gather_by_id(self.accelerator, torch.from_numpy(ids), torch.from_numpy(values))
+        return columns[0].numpy(), columns[1].numpy()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,29 +143,29 @@ def main(arguments: list[str] | None = None) -> int:
         if options.compare:
             compare(options.compare, options.output or Path("comparison"))
         else:
-            runtime.prepare_process()
+            distributed.setup_process()
             evaluate(options)
 
-    return runtime.exit_status(work, USER_ERRORS)
+    return distributed.run_program(work, USER_ERRORS)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """One run from its folder to its report."""
-    runtime.connect()
-    with runtime.together():
+    distributed.init_process_group()
+    with distributed.raise_on_all_ranks():
         subject = open_subject(options)
         output = options.output or subject.run / "evaluation"
         if output.is_file():
             raise EvaluationError(f"--output: found the file {output}, allowed: a folder")
         output.mkdir(parents=True, exist_ok=True)
     clock, box, mine = report.Clock(subject.accelerator.print), subject.box, subject.share(subject.seeds)
-    with runtime.together():
+    with distributed.raise_on_all_ranks():
         judged = passes.logits(subject.network, subject.slices_of(mine))
     slices = subject.named(*subject.gathered(*judged))
     clock.lap("logits")
     if not options.quick:
         bands = spectra.Bands.logarithmic(box.size)
-        with runtime.together():
+        with distributed.raise_on_all_ranks():
             scan = passes.scales(subject.network, subject.slices_of(mine), bands, box)
         filtered, table = subject.gathered(*scan)
         clock.lap("scales")
@@ -214,16 +207,20 @@ def open_subject(options: argparse.Namespace) -> Subject:
         raise EvaluationError(
             f"{run}: found no config.yaml; allowed: a folder LOG_DIR/NAME that trainer.py wrote"
         )
-    config = experiment.load(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     if options.export == "onnx":
         models.export.require_onnx()
     seeds = seeds_asked(options, config.data_params)
     trained = open_network(run, options.checkpoint, config)
     given = datasets.CubeFile(options.datafile) if options.datafile else None
-    complete = (one for one in reversed(state.existing(run / "checkpoints")) if one.problem() is None)
+    complete = (
+        one
+        for one in reversed(checkpoint.list_checkpoints(run / "checkpoints"))
+        if one.find_problem() is None
+    )
     last = next(complete, None)
     if last is not None:
-        experiment.require_same(run, last.config, config.to_dict())
+        check_same_settings(run, last.config, config.to_dict())
     home = home_of(run, config, last, given)
     cubes = given or home
     assert cubes is not None
@@ -234,7 +231,7 @@ def open_subject(options: argparse.Namespace) -> Subject:
         )
     cubes.require(seeds)
     if home is not None:
-        datasets.require_same_standardisation(home, cubes)
+        datasets.check_normalization(home, cubes)
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
     fewest = min(len(seeds), config.data_params.train_seeds)
     if accelerator.num_processes > fewest:
@@ -246,13 +243,13 @@ def open_subject(options: argparse.Namespace) -> Subject:
 
 
 def home_of(
-    run: Path, config: experiment.Config, last: state.Checkpoint | None, given: datasets.CubeFile | None
+    run: Path, config: Config, last: checkpoint.Checkpoint | None, given: datasets.CubeFile | None
 ) -> datasets.CubeFile | None:
     """The file that the run was trained on where it was then; else `given`, if it holds the same cubes.
 
     EvaluationError if other cubes lie where the run's were.
     """
-    identity = last.state["identity"] if last else None
+    identity = last.state["data_identity"] if last else None
     path = Path(config.data_params.datafile)
     if identity is not None and not path.exists():
         path = Path(identity["path"])  # as when this is another working directory
@@ -276,7 +273,7 @@ def home_of(
     )
 
 
-def seeds_asked(options: argparse.Namespace, data: experiment.DataParams) -> range:
+def seeds_asked(options: argparse.Namespace, data: DataParams) -> range:
     """The seeds to evaluate; those that the network was trained on only where that is allowed expressly."""
     seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
     if options.seeds is not None:
@@ -292,18 +289,18 @@ def seeds_asked(options: argparse.Namespace, data: experiment.DataParams) -> ran
     return seeds
 
 
-def open_network(run: Path, choice: str | None, config: experiment.Config) -> models.TrainedNetwork:
+def open_network(run: Path, choice: str | None, config: Config) -> models.TrainedNetwork:
     """The run's final network, or that of its best (by test loss), last or given checkpoint."""
     if choice is None:
         if not (run / "model").is_dir():
             raise EvaluationError(f"{run}: not trained to its end yet; allowed: --checkpoint last")
         return models.load(run / "model")
-    chosen = state.named(run / "checkpoints", choice)
+    chosen = checkpoint.select(run / "checkpoints", choice)
     trained = models.TrainedNetwork(
-        **config.network(chosen.state["identity"]["shape"][0]),
-        mean=chosen.progress["mean"],
-        std=chosen.progress["std"],
-        training={"run": run.name, "step": chosen.step, "epoch": chosen.progress["epoch"]},
+        **config.model_arguments(chosen.state["data_identity"]["shape"][0]),
+        mean=chosen.train_state["mean"],
+        std=chosen.train_state["std"],
+        training={"run": run.name, "step": chosen.step, "epoch": chosen.train_state["epoch"]},
     )
     trained.network.load_state_dict(chosen.tensors("model"))
     return trained.eval()
@@ -311,7 +308,7 @@ def open_network(run: Path, choice: str | None, config: experiment.Config) -> mo
 
 def power_spectra(subject: Subject, seeds: range, cubes: datasets.CubeFile) -> yardstick.Spectra:
     """P(k) of all slices and cubes of `seeds`, as the network sees them. Collective."""
-    with runtime.together():
+    with distributed.raise_on_all_ranks():
         found = passes.spectra(subject.box, subject.slices_of(subject.share(seeds), cubes))
     (ids, slices), (_, solids) = (subject.gathered(*part) for part in found)
     where = datasets.decode(ids, cubes.size)
@@ -321,7 +318,7 @@ def power_spectra(subject: Subject, seeds: range, cubes: datasets.CubeFile) -> y
 def description(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """What was evaluated, on what, and how."""
     data, trained, accelerator = subject.config.data_params, subject.trained, subject.accelerator
-    attributes = {key: subject.cubes.number(key) for key in ("box_size", "redshift", "mean", "std")}
+    attributes = {key: subject.cubes.attr_float(key) for key in ("box_size", "redshift", "mean", "std")}
     settings = data.model_dump(include={"train_seeds", "newton_augmentation", "axes"})
     slices = {"seeds": [subject.seeds.start, subject.seeds.stop], "size": subject.cubes.size}
     parameters = sum(parameter.numel() for parameter in trained.parameters())
@@ -340,11 +337,11 @@ def description(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def look_closer(subject: Subject, slices: Slices) -> list[dict[str, Any]]:
+def look_closer(subject: Subject, slices: metrics.Predictions) -> list[dict[str, Any]]:
     """The slices of which the network is most and least certain: their names, and their saliency maps."""
     found = []
-    for what, place in slices.extremes.items():
-        name = slices.name(place)
+    for what, place in saliency.extremes(slices).items():
+        name = saliency.describe_slice(slices, place)
         simulation = subject.slices_of(range(name["seed"], name["seed"] + 1))
         image = passes.find(simulation, int(slices.id[place]))
         found.append({"what": what} | name | saliency.maps(subject.network, image))

@@ -1,13 +1,13 @@
-"""What is measured: logits and labels -> numbers that are the same on any number of processes.
+"""Predictions and metrics, identical on any number of ranks.
 
-Nothing is averaged over batches or processes. A phase keeps its logits on the device; at its end they are
-gathered, put in the order of sample ids and measured once, in float64.
+Nothing is averaged over batches or ranks. A phase keeps its logits on the device; at its end they are
+gathered, ordered by sample id, and every metric is computed once, in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,157 +17,248 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+
+CALIBRATION_BINS = 15
 
 
-class Diverged(ValueError):
-    """A network whose output is not finite."""
+class DivergenceError(ValueError):
+    """The network's output is not finite."""
 
 
+@dataclass(frozen=True)
 class Predictions:
-    """The logits of one phase by sample id, kept on the device until they are asked for."""
+    """Logits of slices and where each slice comes from; arrays (slices,), ordered by sample id."""
+
+    id: Integers
+    seed: Integers
+    label: Integers
+    """1 for General Relativity, 0 for Newtonian gravity."""
+    axis: Integers
+    position: Integers
+    logit: Floats
+
+    def __len__(self) -> int:
+        return len(self.logit)
+
+    def where(self, mask: NDArray[np.bool_]) -> Predictions:
+        """The slices that `mask` (slices,) selects."""
+        return Predictions(*(getattr(self, column.name)[mask] for column in fields(self)))
+
+    def with_logits(self, logit: Floats) -> Predictions:
+        """The same slices with other logits (slices,)."""
+        return replace(self, logit=logit)
+
+    @cached_property
+    def probability(self) -> Floats:
+        """Probability of General Relativity: the sigmoid of the logit."""
+        return np.exp(-np.logaddexp(0, -self.logit))
+
+    @cached_property
+    def seeds(self) -> Integers:
+        """The seeds, ascending, each once."""
+        return np.unique(self.seed)
+
+    @cached_property
+    def seed_index(self) -> Integers:
+        """Index of each slice's seed in `seeds`: (slices,)."""
+        return np.searchsorted(self.seeds, self.seed)
+
+    @cached_property
+    def cube_logits(self) -> Floats:
+        """Mean logit of the slices of each cube: (seeds, 2), Newtonian gravity first."""
+        cube, cubes = 2 * self.seed_index + self.label, 2 * len(self.seeds)
+        return (np.bincount(cube, self.logit, cubes) / np.bincount(cube, minlength=cubes)).reshape(-1, 2)
+
+    @cached_property
+    def confusion(self) -> dict[str, int]:
+        """Counts at the threshold logit > 0; General Relativity is the positive class."""
+        predicted, true = self.logit > 0, self.label == 1
+        return {
+            "tp": int(np.sum(predicted & true)),
+            "tn": int(np.sum(~predicted & ~true)),
+            "fp": int(np.sum(predicted & ~true)),
+            "fn": int(np.sum(~predicted & true)),
+        }
+
+
+def compute(
+    predictions: Predictions, *, simulations: bool = False, label_smoothing: float = 0.0
+) -> dict[str, float | int]:
+    """Every metric of a phase by name; with `simulations` also those of whole cubes."""
+    functions = SLICE_METRICS | (SIMULATION_METRICS if simulations else {})
+    values: dict[str, float | int] = {"loss": loss(predictions, label_smoothing)}
+    values |= {name: function(predictions) for name, function in functions.items()}
+    return values | predictions.confusion | {"slices": len(predictions)}
+
+
+def loss(predictions: Predictions, label_smoothing: float = 0.0) -> float:
+    """Mean binary cross-entropy, in nats per slice."""
+    target = predictions.label * (1 - label_smoothing) + label_smoothing / 2
+    return float(np.mean(np.logaddexp(0, predictions.logit) - target * predictions.logit))
+
+
+def accuracy(predictions: Predictions) -> float:
+    """Share of slices on the right side of logit 0."""
+    counts = predictions.confusion
+    return (counts["tp"] + counts["tn"]) / len(predictions)
+
+
+def f1(predictions: Predictions) -> float:
+    """Harmonic mean of precision and recall."""
+    counts = predictions.confusion
+    return 2 * counts["tp"] / max(1, 2 * counts["tp"] + counts["fp"] + counts["fn"])
+
+
+def auc(predictions: Predictions) -> float:
+    """Area under the ROC curve; 0.5 if only one gravity is present.
+
+    The Mann-Whitney statistic with mid-ranks for ties (Hanley & McNeil 1982, Radiology 143, 29).
+    """
+    positive = predictions.label == 1
+    ones, zeros = int(positive.sum()), int((~positive).sum())
+    if not ones or not zeros:
+        return 0.5
+    _, value, ties = np.unique(predictions.logit, return_inverse=True, return_counts=True)
+    ranks = (ties.cumsum() - (ties - 1) / 2)[value]
+    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+
+
+def average_precision(predictions: Predictions) -> float:
+    """Mean precision over recall, without interpolation: sum of (R_i - R_(i-1)) P_i over thresholds."""
+    thresholds, group = np.unique(predictions.logit, return_inverse=True)
+    group = len(thresholds) - 1 - group  # descending
+    true = np.bincount(group, predictions.label).cumsum()
+    predicted = np.bincount(group).cumsum()
+    return float(np.sum(np.diff(true, prepend=0) / max(1, true[-1]) * true / predicted))
+
+
+def brier_score(predictions: Predictions) -> float:
+    """Mean squared difference between probability and label."""
+    return float(np.mean((predictions.probability - predictions.label) ** 2))
+
+
+def calibration_error(predictions: Predictions) -> float:
+    """Expected calibration error: mean |probability - share of GR| over bins of equal width.
+
+    L1 over CALIBRATION_BINS bins (Guo et al. 2017, arXiv:1706.04599).
+    """
+    bins = np.minimum((predictions.probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    return float(
+        np.abs(np.bincount(bins, predictions.probability - predictions.label)).sum() / len(predictions)
+    )
+
+
+def cube_accuracy(predictions: Predictions) -> float:
+    """Share of cubes whose mean logit is on the right side of 0."""
+    return float(np.mean((predictions.cube_logits > 0) == [False, True]))
+
+
+def pair_accuracy(predictions: Predictions) -> float:
+    """Share of seeds whose GR cube has a higher mean logit than its Newtonian twin."""
+    newton, gr = predictions.cube_logits.T
+    return float(np.mean(gr > newton))
+
+
+def _share(count: str, other: str) -> Callable[[Predictions], float]:
+    """`count` over `count` + `other` of the confusion matrix; 0 where both are 0."""
+
+    def share(predictions: Predictions) -> float:
+        total = predictions.confusion[count] + predictions.confusion[other]
+        return predictions.confusion[count] / total if total else 0.0
+
+    return share
+
+
+# What metrics.jsonl holds of each phase, beside the loss. A new metric is a function and an entry.
+SLICE_METRICS: dict[str, Callable[[Predictions], float]] = {
+    "accuracy": accuracy,
+    "precision": _share("tp", "fp"),
+    "recall": _share("tp", "fn"),
+    "f1": f1,
+    "tpr": _share("tp", "fn"),
+    "fpr": _share("fp", "tn"),
+    "auc": auc,
+}
+SIMULATION_METRICS: dict[str, Callable[[Predictions], float]] = {
+    "cube_accuracy": cube_accuracy,
+    "pair_accuracy": pair_accuracy,
+}
+
+
+def gather_by_id(accelerator: Accelerator, ids: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """Ids (n,), ascending, and the rows of `columns` (n, ...) from all ranks, on the host. Collective.
+
+    Ranks may hold different numbers of rows. Rows with a negative id are dropped.
+    """
+    gathered = (ids, *columns)
+    if accelerator.num_processes > 1:
+        rows = [column.to(accelerator.device) for column in gathered]
+        rows = [accelerator.pad_across_processes(column, pad_index=-1) for column in rows]
+        gathered = tuple(accelerator.gather(column) for column in rows)
+    gathered = tuple(column.cpu() for column in gathered)
+    order = gathered[0].argsort()
+    order = order[gathered[0][order] >= 0]
+    return tuple(column[order] for column in gathered)
+
+
+class PredictionBuffer:
+    """Sample ids and logits of one phase, kept on the device until they are gathered."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop everything."""
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._looked_at = 0
-        self._earlier = (torch.empty(0, dtype=torch.int64), torch.empty(0))
+        self._checked = 0
+        self._restored = (torch.empty(0, dtype=torch.int64), torch.empty(0))
 
-    def add(self, ids: Tensor, logits: Tensor, weights: Tensor) -> None:
-        """Keep the logits (rows,) of this process's part of a batch; those of weight 0 count for nothing.
+    def add(self, ids: Tensor, logits: Tensor, mask: Tensor) -> None:
+        """Keep the ids and logits (rows,) of this rank's part of a batch; rows with mask 0 do not count.
 
-        Does not wait for the device.
+        Does not synchronize with the device.
         """
-        self._batches.append((ids, logits.detach().clone(), weights))
+        self._batches.append((ids, logits.detach().clone(), mask))
 
     def gather(self) -> tuple[Tensor, Tensor]:
-        """Sample ids (ascending, each once) and logits of all processes so far, on the host. Collective."""
-        ids, logits = self._earlier
+        """Sample ids, ascending, each once, and float32 logits of all ranks, on the host. Collective."""
+        ids, logits = self._restored
         if self._batches:
-            columns = [torch.cat(column) for column in zip(*self._batches, strict=True)]
-            columns = [
-                self._accelerator.gather(column.to(self._accelerator.device)).cpu() for column in columns
-            ]
-            real = columns[2] > 0
-            ids, logits = torch.cat([ids, columns[0][real]]), torch.cat([logits, columns[1][real].float()])
+            new_ids, new_logits, mask = (torch.cat(column) for column in zip(*self._batches, strict=True))
+            new_ids = torch.where(mask > 0, new_ids.to(mask.device), -1)
+            new_ids, new_logits = gather_by_id(self._accelerator, new_ids, new_logits)
+            ids, logits = torch.cat([ids, new_ids]), torch.cat([logits, new_logits.float()])
         order = ids.argsort()
         return ids[order], logits[order]
 
     def restore(self, ids: Tensor, logits: Tensor) -> None:
-        """Start from what `gather` returned earlier, on any number of processes."""
-        self._earlier = (ids, logits)
+        """Start from what `gather` returned earlier, on any number of ranks."""
+        self.reset()
+        self._restored = (ids, logits)
 
-    def require_finite(self, step: int, *, test: bool = False) -> None:
-        """Raise Diverged if a logit added since the last look, by any process, is not finite. Collective.
+    def require_finite(self, step: int, *, phase: str = "train") -> None:
+        """Raise DivergenceError if any rank added a logit since the last call that is not finite. Collective.
 
         `step` is the number of optimizer steps taken; in training the last batch added is that step's.
         """
-        recent = self._batches[self._looked_at :]
-        self._looked_at = len(self._batches)
+        recent = self._batches[self._checked :]
+        self._checked = len(self._batches)
         if not recent:
             return
         finite = torch.isfinite(
             self._accelerator.gather(torch.stack([logits for _, logits, _ in recent])[None])
         )
-        finite = finite.transpose(0, 1).flatten(1).cpu()  # (batches, rows of all processes)
+        finite = finite.transpose(0, 1).flatten(1).cpu()  # (batches, rows of all ranks)
         if not finite.all():
             first = int((~finite).any(1).nonzero()[0])
             ids = self._accelerator.gather(recent[first][0].to(self._accelerator.device)).cpu()
-            where = f"test after step {step}" if test else f"step {step - len(recent) + 1 + first}"
-            raise Diverged(
-                f"{where}: the network's output is not finite for sample ids "
-                f"{ids[~finite[first]].tolist()}\nwhat was saved before is kept; allowed: a smaller "
-                "train_params.lr, or train_params.gradient_clipping"
+            where = (
+                f"{phase} after step {step}" if phase != "train" else f"step {step - len(recent) + 1 + first}"
             )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a network said of slices: logits, labels (1 = GR) and seeds, each (slices,)."""
-
-    logits: Floats
-    labels: NDArray[np.int64]
-    seeds: NDArray[np.int64]
-    label_smoothing: float = field(default=0.0)
-
-    @cached_property
-    def confusion(self) -> dict[str, int]:
-        """Integer counts at the threshold logit > 0; GR is the positive class."""
-        said, true = self.logits > 0, self.labels == 1
-        return {
-            "tp": int(np.sum(said & true)),
-            "tn": int(np.sum(~said & ~true)),
-            "fp": int(np.sum(said & ~true)),
-            "fn": int(np.sum(~said & true)),
-        }
-
-    @cached_property
-    def cubes(self) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
-        """Of each cube: its seed, the mean logit of its slices, its label; ordered by seed, then label."""
-        names, inverse = np.unique(self.seeds * 2 + self.labels, return_inverse=True)
-        means = np.bincount(inverse, self.logits) / np.bincount(inverse)
-        return names // 2, means, names % 2
-
-    def numbers(self, *, simulations: bool = False) -> dict[str, float | int]:
-        """Every metric by name; those per simulation only where `simulations` are seen whole."""
-        functions = SLICE_METRICS | (SIMULATION_METRICS if simulations else {})
-        measured: dict[str, float | int] = {name: function(self) for name, function in functions.items()}
-        return measured | self.confusion | {"slices": len(self.logits)}
-
-    def share(self, count: str, *others: str) -> float:
-        """`count` over `count` and the others together; 0 where there is nothing to share."""
-        total = self.confusion[count] + sum(self.confusion[other] for other in others)
-        return self.confusion[count] / total if total else 0.0
-
-
-def loss(outcome: Outcome) -> float:
-    """Mean binary cross-entropy, in nats per slice."""
-    smooth = outcome.label_smoothing
-    target = outcome.labels * (1 - smooth) + smooth / 2
-    return float(np.mean(np.logaddexp(0, outcome.logits) - target * outcome.logits))
-
-
-def auc(outcome: Outcome) -> float:
-    """Area under the ROC curve: the chance that a GR slice has a higher logit than a Newtonian one.
-
-    The Mann-Whitney statistic with mid-ranks for ties (Hanley & McNeil 1982, Radiology 143, 29).
-    """
-    positive = outcome.labels == 1
-    ones, zeros = int(positive.sum()), int((~positive).sum())
-    if not ones or not zeros:
-        return 0.5
-    _, value, ties = np.unique(outcome.logits, return_inverse=True, return_counts=True)
-    ranks = (ties.cumsum() - (ties - 1) / 2)[value]
-    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
-
-
-def cube_accuracy(outcome: Outcome) -> float:
-    """Share of cubes on the right side of zero by the mean logit of their slices."""
-    _, means, labels = outcome.cubes
-    return float(np.mean((means > 0) == (labels == 1)))
-
-
-def pair_accuracy(outcome: Outcome) -> float:
-    """Share of seeds whose GR cube has a higher mean logit than its Newtonian twin."""
-    seeds, means, labels = outcome.cubes
-    newton, gr = means[labels == 0], means[labels == 1]
-    assert np.array_equal(seeds[labels == 0], seeds[labels == 1]), "twins stay on the same side of a split"
-    return float(np.mean(gr > newton))
-
-
-SLICE_METRICS: dict[str, Callable[[Outcome], float]] = {
-    "loss": loss,
-    "accuracy": lambda o: (o.confusion["tp"] + o.confusion["tn"]) / len(o.logits),
-    "precision": lambda o: o.share("tp", "fp"),
-    "recall": lambda o: o.share("tp", "fn"),
-    "f1": lambda o: (
-        2 * o.confusion["tp"] / max(1, 2 * o.confusion["tp"] + o.confusion["fp"] + o.confusion["fn"])
-    ),
-    "tpr": lambda o: o.share("tp", "fn"),
-    "fpr": lambda o: o.share("fp", "tn"),
-    "auc": auc,
-}
-SIMULATION_METRICS: dict[str, Callable[[Outcome], float]] = {
-    "cube_accuracy": cube_accuracy,
-    "pair_accuracy": pair_accuracy,
-}
+            raise DivergenceError(
+                f"{where}: the network's output is not finite for sample ids "
+                f"{ids[~finite[first]].tolist()}.\nEarlier checkpoints are kept. Reduce train_params.lr, or set "
+                "train_params.gradient_clipping."
+            )

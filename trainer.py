@@ -2,8 +2,8 @@
 
     accelerate launch trainer.py experiments/temp.yaml [section.key=value ...]
 
-The story of a run, top to bottom: read the experiment, open the run (opening.py), go on from its last
-checkpoint, train and test epoch by epoch, and leave the trained network in the run's folder.
+The program, top to bottom: read the experiment, set up the run (run.py), resume from its last checkpoint, train
+and evaluate epoch by epoch, and export the trained network.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,24 +20,23 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import checkpoint
-import config as experiment
 import datasets
-import logs
+import distributed
 import metrics
 import models
-import runtime
-from opening import Run, check, open_run
-from progress import Progress
+from config import Config, ConfigError, load_config
+from logger import RunLogger, setup_logging
+from run import Run, TrainState, check_setup, setup_run
 
-FINITE_EVERY = 20  # steps between looks at whether the logits are finite; each look waits for the device
+CHECK_FINITE_EVERY = 20  # steps between checks of the logits; each check synchronizes with the device
 
 USER_ERRORS = (
-    experiment.ConfigError,
+    ConfigError,
     datasets.DataError,
     models.ModelError,
     checkpoint.CheckpointError,
-    runtime.LaunchError,
-    metrics.Diverged,
+    distributed.LaunchError,
+    metrics.DivergenceError,
     OSError,
 )
 
@@ -53,189 +51,193 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
     options = parser.parse_args(arguments)
 
-    def work() -> None:
-        runtime.prepare_process()
-        train(experiment.load(options.experiment, options.overrides), preflight_only=options.preflight)
+    def program() -> None:
+        distributed.setup_process()
+        train(load_config(options.experiment, options.overrides), preflight_only=options.preflight)
 
-    return runtime.exit_status(work, USER_ERRORS)
+    return distributed.run_program(program, USER_ERRORS)
 
 
-def train(config: experiment.Config, *, preflight_only: bool) -> None:
-    """One run from its start, or from where it was left, to its end."""
-    keys = config.train_params
-    runtime.connect()
-    accelerator = Accelerator(mixed_precision=keys.mixed_precision)
-    if keys.gradient_accumulation_steps is not None:
-        accelerator.gradient_accumulation_steps = keys.gradient_accumulation_steps
-    with runtime.together():
-        config = config.on_hardware(
+def train(config: Config, *, preflight_only: bool) -> None:
+    """Train one run, from its start or from its last checkpoint."""
+    params = config.train_params
+    distributed.init_process_group()
+    accelerator = Accelerator(mixed_precision=params.mixed_precision)
+    if params.gradient_accumulation_steps is not None:
+        accelerator.gradient_accumulation_steps = params.gradient_accumulation_steps
+    with distributed.raise_on_all_ranks():
+        config = config.with_launch_settings(
             accelerator.num_processes,
             accelerator.mixed_precision,
             accelerator.gradient_accumulation_steps,
             accelerator.device.type,
         )
-    logs.listen(main=accelerator.is_main_process)
+    setup_logging(main=accelerator.is_main_process)
     if preflight_only or accelerator.num_processes > 1:
-        accelerator.print(runtime.preflight(accelerator, config.to_dict()))
+        accelerator.print(distributed.preflight(accelerator, config.to_dict()))
     if preflight_only:
-        check(config)
+        check_setup(config)
         return
-    checkpoints = checkpoint.Checkpoints(config.run, accelerator, keep=keys.keep_checkpoints)
-    with runtime.StopSignals(minutes=keys.max_minutes) as stop, closing(checkpoints):
-        run, progress, tensors = open_run(config, accelerator, stop, checkpoints)
-        with runtime.together():
-            log = logs.RunLog(config.run, main=accelerator.is_main_process, step=progress.step)
-        with closing(log):
-            if progress.step == 0:
-                log.hyperparameters(config.to_dict())
-            go_on(run, progress, tensors, log)
+    checkpoints = checkpoint.CheckpointManager(config.run_dir, accelerator, keep=params.keep_checkpoints)
+    with distributed.StopSignals(minutes=params.max_minutes) as stop, closing(checkpoints):
+        run, state = setup_run(config, accelerator, stop, checkpoints)
+        with distributed.raise_on_all_ranks():
+            logger = RunLogger(config.run_dir, main=accelerator.is_main_process, step=state.step)
+        with closing(logger):
+            if state.step == 0:
+                logger.log_hyperparameters(config.to_dict())
+            fit(run, state, logger)
 
 
-def go_on(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.RunLog) -> None:
-    """Train and test until all that was asked for is done, or until a stop comes."""
-    while not progress.finished:
-        complete = progress.awaiting_test or train_epoch(run, progress, tensors, log)
-        tensors = {}
-        if complete and progress.awaiting_test:
-            if progress.epoch < progress.target_epoch:
-                run.train_set.read_ahead(progress.epoch)
-            complete = test(run, progress, log)
-        if not complete:
-            run.checkpoints.close()  # which waits until all is written
-            log.say(f"stopped at step {progress.step} ({run.stop.name}); the same command goes on there")
+def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
+    """Train and evaluate until the target epoch, or until a stop is requested."""
+    while not state.finished:
+        completed = state.evaluation_pending or train_epoch(run, state, logger)
+        if completed and state.evaluation_pending:
+            if state.epoch < state.target_epoch:
+                run.train_set.prefetch(state.epoch)
+            completed = evaluate(run, state, logger)
+        if not completed:
+            run.checkpoints.close()  # waits until the checkpoint is written
+            logger.print(
+                f"stopped at step {state.step} ({run.stop.reason or 'requested by another rank'}); "
+                "the same command resumes from there"
+            )
             break
-        if progress.finished:
-            export(run, progress)
-        # Last of all: a run that is killed before is not finished, one that is killed after is.
-        save(run, progress)
+        if state.finished:
+            export(run, state)
+        # Saved last: a run that is killed before this is not finished, a run that is killed after it is.
+        save(run, state)
 
 
-def train_epoch(run: Run, progress: Progress, tensors: dict[str, Tensor], log: logs.RunLog) -> bool:
-    """Train to the end of the epoch that is running; False if a stop came first (the state is then saved)."""
-    keys, train_set = run.config.train_params, run.train_set
-    said = metrics.Predictions(run.accelerator)
-    if tensors:
-        said.restore(**tensors)
-    started = time.perf_counter() - progress.seconds
+def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
+    """Train to the end of the running epoch; False if a stop was requested (the state is then saved)."""
+    params, train_set = run.config.train_params, run.train_set
+    started = time.perf_counter() - state.seconds
     run.network.train()
-    log.begin_epoch(progress.epoch + 1, train_set.steps, progress.step_in_epoch)
-    for batch in train_set.train_batches(progress.epoch, progress.step_in_epoch):
-        if progress.step == 0:
-            log.slices(batch.images[:4, 0], batch.labels[:4])
-        lr = progress.learning_rate(keys.lr, keys.schedule, keys.warmup_epochs, train_set.steps)
-        said.add(batch.ids, train_step(run, batch, lr), batch.weights)
-        progress.end_step()
-        log.advance()
-        run.checkpoints.check()
-        if progress.step_in_epoch == train_set.steps:
+    logger.start_epoch(state.epoch + 1, train_set.steps, state.step_in_epoch)
+    for batch in train_set.train_batches(state.epoch, state.step_in_epoch):
+        if state.step == 0:
+            logger.log_images(batch.images[:4, 0], batch.labels[:4])
+        lr = state.learning_rate(params.lr, params.schedule, params.warmup_epochs, train_set.steps)
+        state.predictions.add(batch.ids, train_step(run, batch, lr), batch.mask)
+        state.end_step()
+        logger.update_progress()
+        run.checkpoints.raise_write_error()
+        if state.step_in_epoch == train_set.steps:
             break
-        if progress.step % FINITE_EVERY == 0:
-            said.require_finite(progress.step)
-        due = keys.save_every_steps is not None and progress.step % keys.save_every_steps == 0
-        late = run.late(run.checkpoints.minutes >= keys.save_every_minutes)
-        stop = run.stop.agreed()
-        if stop or due or late:
-            progress.seconds = time.perf_counter() - started
-            said.require_finite(progress.step)
-            save(run, progress, said)
+        if state.step % CHECK_FINITE_EVERY == 0:
+            state.predictions.require_finite(state.step)
+        stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
+        if stop or save_due:
+            state.seconds = time.perf_counter() - started
+            state.predictions.require_finite(state.step)
+            save(run, state)
         if stop:
             return False
-    said.require_finite(progress.step)
-    progress.end_epoch(keys.test_every)
-    numbers = progress.where | outcome_of(run, said).numbers()
-    log.scalar("lr", lr, progress.step)
-    log.phase("train", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
+    state.predictions.require_finite(state.step)
+    state.end_epoch(params.test_every)
+    values = state.step_info | metrics.compute(
+        label_predictions(run, state.predictions), label_smoothing=params.label_smoothing
+    )
+    state.predictions.reset()
+    logger.log_scalar("lr", lr, state.step)
+    seconds = time.perf_counter() - started
+    logger.log_metrics("train", values, seconds=seconds, target_epoch=state.target_epoch)
     return True
 
 
 def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
-    """One optimizer step on this process's part of a batch; returns its logits on the device."""
-    keys, accelerator = run.config.train_params, run.accelerator
+    """One optimizer step on this rank's part of a batch; returns its logits (b,) on the device."""
+    params, accelerator = run.config.train_params, run.accelerator
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    parts = accelerator.gradient_accumulation_steps
-    # DDP averages over processes and Accelerate over parts: undone, so that every slice weighs the same.
-    scale = accelerator.num_processes * parts / batch.slices
+    micro_batches = accelerator.gradient_accumulation_steps
+    # DDP averages over ranks and Accelerate over micro-batches: undone, so that every slice weighs the same.
+    scale = accelerator.num_processes * micro_batches / batch.num_valid
     logits = []
-    for part in batch.split(parts):
+    for part in batch.split(micro_batches):
         with accelerator.accumulate(run.network):
             output = run.network(part.images).float()
-            target = part.labels * (1 - keys.label_smoothing) + keys.label_smoothing / 2
-            loss = binary_cross_entropy_with_logits(output, target, part.weights, reduction="sum")
+            target = part.labels * (1 - params.label_smoothing) + params.label_smoothing / 2
+            loss = binary_cross_entropy_with_logits(output, target, part.mask, reduction="sum")
             accelerator.backward(loss * scale)
-            if accelerator.sync_gradients and keys.gradient_clipping is not None:
-                accelerator.clip_grad_norm_(run.network.parameters(), keys.gradient_clipping)
+            if accelerator.sync_gradients and params.gradient_clipping is not None:
+                accelerator.clip_grad_norm_(run.network.parameters(), params.gradient_clipping)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            logits.append(output.detach().clone())  # a compiled network may write into its output again
+            logits.append(output.detach().clone())  # a compiled network may overwrite its output
     return torch.cat(logits)
 
 
-def test(run: Run, progress: Progress, log: logs.RunLog) -> bool:
-    """Test the network on the seeds it has not seen; False if a stop came first (the state is then saved)."""
+def evaluate(run: Run, state: TrainState, logger: RunLogger) -> bool:
+    """Evaluate the network on the test seeds; False if a stop was requested (the state is then saved)."""
     started = time.perf_counter()
     network = run.accelerator.unwrap_model(run.network).eval()
-    runtime.share_buffers(network)
-    said = metrics.Predictions(run.accelerator)
+    distributed.broadcast_buffers(network)
+    buffer = metrics.PredictionBuffer(run.accelerator)
     with torch.inference_mode():
-        for batch in run.test_set.test_batches():
-            said.add(batch.ids, network(batch.images), batch.weights)
-            if run.stop.agreed():
-                save(run, progress)
+        for batch in run.test_set.evaluation_batches():
+            buffer.add(batch.ids, network(batch.images), batch.mask)
+            stop, _ = run.flags(run.stop.requested, False)
+            if stop:
+                save(run, state)
                 return False
-    said.require_finite(progress.step, test=True)
-    outcome = outcome_of(run, said)
-    numbers = progress.where | outcome.numbers(simulations=True)
-    log.test_curves(outcome.labels, outcome.logits, figures_of(outcome, run.accelerator), progress.step)
-    log.phase("test", numbers, seconds=time.perf_counter() - started, target_epoch=progress.target_epoch)
-    progress.end_test(metrics.loss(outcome), run.config.train_params.early_stopping)
+    buffer.require_finite(state.step, phase="test")
+    predictions = label_predictions(run, buffer)
+    smoothing = run.config.train_params.label_smoothing
+    values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
+    logger.log_figures("test", predictions, figures(predictions, run.accelerator), state.step)
+    seconds = time.perf_counter() - started
+    logger.log_metrics("test", values, seconds=seconds, target_epoch=state.target_epoch)
+    state.end_evaluation(values["loss"], run.config.train_params.early_stopping)
     return True
 
 
-def figures_of(outcome: metrics.Outcome, accelerator: Accelerator) -> dict[str, Any]:
-    """The confusion matrix and the mean logits of the twins, for the main process to show."""
+def label_predictions(run: Run, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
+    """The gathered logits with the seed, label and place of each slice. Collective."""
+    ids, logits = buffer.gather()
+    index = datasets.decode(ids.numpy(), run.cubes.size)
+    return metrics.Predictions(ids.numpy(), *index, logits.double().numpy())
+
+
+def figures(predictions: metrics.Predictions, accelerator: Accelerator) -> dict[str, Any]:
+    """Confusion matrix and mean logits of twins, on the main process."""
     if not accelerator.is_main_process:
         return {}
-    from analysis import figures  # takes a second, which the first step need not wait for
+    from analysis import figures  # imports matplotlib, which takes a second that the first step need not wait
 
-    seeds, means, labels = outcome.cubes
-    twins = figures.twins_plot(seeds[labels == 0], means[labels == 0], means[labels == 1])
-    return {"confusion": figures.confusion_matrix(outcome.confusion), "twins": twins}
-
-
-def outcome_of(run: Run, said: metrics.Predictions) -> metrics.Outcome:
-    """What the network said in a phase, with what is true."""
-    ids, logits = said.gather()
-    where = datasets.decode(ids.numpy(), run.cubes.size)
-    smoothing = run.config.train_params.label_smoothing
-    return metrics.Outcome(logits.double().numpy(), where.gravity, where.seed, smoothing)
+    return {
+        "confusion": figures.confusion_matrix(predictions.confusion),
+        "twins": figures.twins_plot(predictions.seeds, *predictions.cube_logits.T),
+    }
 
 
-def save(run: Run, progress: Progress, said: metrics.Predictions | None = None) -> None:
-    """A checkpoint of where the run stands, with what was said so far in an epoch that is running."""
-    tensors = dict(zip(("ids", "logits"), said.gather(), strict=True)) if said else {}
+def save(run: Run, state: TrainState) -> None:
+    """Write a checkpoint; within an epoch it includes the predictions so far. Collective."""
+    in_epoch = state.step_in_epoch > 0
     run.checkpoints.save(
         run.network,
         run.optimizer,
-        progress=asdict(progress),
-        tensors=tensors,
+        train_state=state.counters(),
+        tensors=dict(zip(("ids", "logits"), state.predictions.gather(), strict=True)) if in_epoch else {},
         config=run.config.to_dict(),
-        identity=run.identity,
-        test_loss=progress.test_loss if progress.step_in_epoch == 0 else None,
+        data_identity=run.data_identity,
+        test_loss=None if in_epoch else state.test_loss,
     )
 
 
-def export(run: Run, progress: Progress) -> None:
-    """The trained network on its own, for use anywhere."""
+def export(run: Run, state: TrainState) -> None:
+    """Write the trained network to RUN/model, for use anywhere. Collective."""
     weights = run.accelerator.get_state_dict(run.network)
     if run.accelerator.is_main_process:
         models.save(
-            run.config.run / "model",
+            run.config.run_dir / "model",
             weights,
-            settings=run.config.network(run.cubes.size),
-            mean=progress.mean,
-            std=progress.std,
-            extra={"run": run.config.model_params.name, "step": progress.step, "epoch": progress.epoch},
+            settings=run.config.model_arguments(run.cubes.size),
+            mean=state.mean,
+            std=state.std,
+            training={"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
         )
 
 

@@ -14,7 +14,7 @@ from analysis.spectra import Box
 from analysis.style import GR, GREY, LINES, NEWTON, WIDTH, styled, subplots
 
 if TYPE_CHECKING:  # scikit-learn is needed by the numbers, not by their figures
-    from analysis.slices import Slices
+    from metrics import Predictions
 
 Floats = NDArray[np.float64]
 Estimate = Mapping[str, float | None]  # value, low, high: the value and the ends of its 95 % interval
@@ -164,7 +164,7 @@ def training_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 @styled
 def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
-    """Slices beside their saliency. Rows: those of `saliency.maps` with the slices' names."""
+    """Predictions beside their saliency. Rows: those of `saliency.maps` with the slices' names."""
     figure, axes = subplots(
         2 * WIDTH, 1.75 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
     )
@@ -292,7 +292,7 @@ def intervals(rows: Mapping[str, Mapping[str, Estimate]], keys: Mapping[str, tup
 
 
 def of_slices(
-    slices: Slices, curves: Mapping[str, Any], numbers: Mapping[str, Any], history: History
+    slices: Predictions, curves: Mapping[str, Any], numbers: Mapping[str, Any], history: History
 ) -> Figures:
     """The figures of what the network said of slices, by name."""
     newton, gr = (slices.logit[slices.label == label] for label in (0, 1))

@@ -43,7 +43,7 @@ PICTURES = {
         "ROC and precision-recall",
         "Curves of single slices. The shade holds 95 % of the ROC curves of resampled seeds.",
     ),
-    "confusion": ("Confusion matrix", "Slices at the threshold logit > 0."),
+    "confusion": ("Confusion matrix", "Predictions at the threshold logit > 0."),
     "reliability": (
         "Calibration",
         "Share of GR among slices to which the network gives about the same probability, in bins of equally "
@@ -260,7 +260,7 @@ def _numbers(numbers: Mapping[str, Any]) -> str:
         "<p><b>Fewer than 20 seeds: the intervals are rough and rather too narrow.</b></p>" if few else ""
     )
     return (
-        f"<p>{escape(intro)}</p>{warning}<h3>Slices</h3>{_table(['', 'chance', *columns], rows)}"
+        f"<p>{escape(intro)}</p>{warning}<h3>Predictions</h3>{_table(['', 'chance', *columns], rows)}"
         f"<h3>Cubes and twins, by mean logit</h3>{_table(['', 'chance', ''], cubes)}"
     )
 

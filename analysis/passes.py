@@ -26,7 +26,7 @@ PAIRS_AT_ONCE = 16  # bounds the memory of the interventions
 
 
 class Batch(Protocol):
-    """Slices with their names."""
+    """Predictions with their names."""
 
     @property
     def ids(self) -> Tensor:
@@ -34,7 +34,7 @@ class Batch(Protocol):
 
     @property
     def images(self) -> Tensor:
-        """Slices (b, C, N, N), on the device."""
+        """Predictions (b, C, N, N), on the device."""
 
 
 def logits(network: Network, batches: Iterable[Batch]) -> tuple[Ids, Floats]:

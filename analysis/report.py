@@ -17,7 +17,7 @@ import numpy as np
 from analysis import page
 
 if TYPE_CHECKING:
-    from analysis.slices import Slices
+    from metrics import Predictions
 
 MAPS = ("image", "gradient", "integrated")  # shown as figures, too many numbers to list
 
@@ -72,7 +72,7 @@ def history(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_predictions(path: Path, slices: Slices) -> None:
+def write_predictions(path: Path, slices: Predictions) -> None:
     """Logit, label and place of each slice, and under `cubes` the mean logit of each cube, as HDF5."""
     temporary = path.with_name(f"{path.name}.part")
     gravities = np.array(["newton", "gr"], dtype="S6")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from metrics import Predictions
 
 Network = Callable[[Tensor], Tensor]
 
@@ -45,4 +48,26 @@ def maps(network: Network, slices: Tensor) -> dict[str, Any]:
         "gradient": gradient(network, slices)[0, 0].cpu().numpy(),
         "integrated": shares[0, 0].cpu().numpy(),
         "residual": float(shares.sum() - whole),
+    }
+
+
+def extremes(predictions: Predictions) -> dict[str, int]:
+    """Index of the slices with the highest, the lowest and the two smallest absolute logits."""
+    by_magnitude = np.argsort(np.abs(predictions.logit), kind="stable")
+    return {
+        "most certain of GR": int(np.argmax(predictions.logit)),
+        "most certain of Newton": int(np.argmin(predictions.logit)),
+        "least certain": int(by_magnitude[0]),
+        "second least certain": int(by_magnitude[1]),
+    }
+
+
+def describe_slice(predictions: Predictions, index: int) -> dict[str, Any]:
+    """Seed, gravity, axis, position and logit of one slice."""
+    return {
+        "seed": int(predictions.seed[index]),
+        "gravity": "GR" if predictions.label[index] else "Newton",
+        "axis": int(predictions.axis[index]),
+        "position": int(predictions.position[index]),
+        "logit": float(predictions.logit[index]),
     }

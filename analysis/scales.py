@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.passes import columns
-from analysis.slices import Slices
 from analysis.spectra import INTERVENTIONS, Bands, Box
 from analysis.statistics import LEVEL, SeedBootstrap, verdicts
+from metrics import Predictions
 
 Floats = NDArray[np.float64]
 
 
 def by_wavenumber(
-    slices: Slices, table: Floats, bands: Bands, box: Box, bootstrap: SeedBootstrap
+    slices: Predictions, table: Floats, bands: Bands, box: Box, bootstrap: SeedBootstrap
 ) -> dict[str, Any]:
     """Accuracy, AUC and pairs ranked correctly of `slices`, unchanged and after each intervention.
 
@@ -30,16 +30,16 @@ def by_wavenumber(
         "edges": np.array(bands.edges) * box.fundamental,
         "cuts": bands.cuts(box),
         "centres": bands.centres(box),
-        "none": verdicts(slices.saying(table[:, 0]), bootstrap),
+        "none": verdicts(slices.with_logits(table[:, 0]), bootstrap),
     }
     for kind in INTERVENTIONS:
-        found = [verdicts(slices.saying(logits), bootstrap) for logits in table[:, places[kind]].T]
+        found = [verdicts(slices.with_logits(logits), bootstrap) for logits in table[:, places[kind]].T]
         numbers[kind] = {key: [verdict[key] for verdict in found] for key in found[0]}
     return numbers
 
 
 def power(
-    slices: Slices, table: Floats, cubes: Floats, bands: Bands, box: Box, bootstrap: SeedBootstrap
+    slices: Predictions, table: Floats, cubes: Floats, bands: Bands, box: Box, bootstrap: SeedBootstrap
 ) -> dict[str, Any]:
     """Mean P(k) of the slices of both gravities, their ratio, and the gradient's share of power in each
     shell.
@@ -67,6 +67,6 @@ def power(
     }
 
 
-def _sums(slices: Slices, values: Floats, bootstrap: SeedBootstrap) -> Floats:
+def _sums(slices: Predictions, values: Floats, bootstrap: SeedBootstrap) -> Floats:
     """Sums of `values` (slices, shells) over the slices of each seed: (seeds, shells)."""
     return np.stack([bootstrap.per_seed(slices, column) for column in values.T], axis=1)

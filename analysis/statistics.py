@@ -24,7 +24,7 @@ from sklearn import metrics as sk
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_calibration_error
 
-from analysis.slices import Slices
+from metrics import Predictions
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -46,7 +46,7 @@ class SeedBootstrap:
         equal = np.full(len(seeds), 1 / len(seeds))
         self.draws = rng.multinomial(len(seeds), equal, size=resamples).astype(np.float64)
 
-    def per_seed(self, slices: Slices, values: NDArray[Any]) -> Floats:
+    def per_seed(self, slices: Predictions, values: NDArray[Any]) -> Floats:
         """Sums of `values` (slices,) over the slices of each seed; the slices must hold all seeds."""
         return np.bincount(slices.seed_index, values, len(self.seeds)).astype(np.float64)
 
@@ -83,7 +83,7 @@ class Curves:
     precision: Floats
 
     @classmethod
-    def of(cls, slices: Slices, bootstrap: SeedBootstrap) -> Curves:
+    def of(cls, slices: Predictions, bootstrap: SeedBootstrap) -> Curves:
         """The resampled curves, on thresholds at quantiles of the logits."""
         thresholds = np.unique(slices.logit)[::-1]
         if len(thresholds) > THRESHOLDS:
@@ -121,7 +121,7 @@ class Curves:
         return low, high
 
 
-def curves(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Any]:
+def curves(slices: Predictions, bootstrap: SeedBootstrap) -> dict[str, Any]:
     """The ROC and the precision-recall curve, the band of the first, and what chance would give."""
     fpr, tpr, _ = sk.roc_curve(slices.label, slices.logit)
     precision, recall, _ = sk.precision_recall_curve(slices.label, slices.logit)
@@ -143,7 +143,7 @@ def curves(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Any]:
 
 # name -> (sums per slice of the numerator, of the denominator): every metric that is a ratio of sums. A slice
 # said to be GR is one with a positive logit.
-Terms = Callable[[Slices], tuple[NDArray[Any], NDArray[Any]]]
+Terms = Callable[[Predictions], tuple[NDArray[Any], NDArray[Any]]]
 RATIOS: dict[str, Terms] = {
     "accuracy": lambda s: ((s.logit > 0) == (s.label == 1), np.ones(len(s))),
     "precision": lambda s: ((s.logit > 0) & (s.label == 1), s.logit > 0),
@@ -156,7 +156,7 @@ RATIOS: dict[str, Terms] = {
 }
 
 
-def values(slices: Slices) -> dict[str, float]:
+def values(slices: Predictions) -> dict[str, float]:
     """Every number of a set of slices, by scikit-learn and torchmetrics."""
     said, true, logits = slices.logit > 0, slices.label, slices.logit
     # scikit-learn's log loss takes probabilities, which saturate beyond logits of 36; torch's takes logits
@@ -182,7 +182,7 @@ def values(slices: Slices) -> dict[str, float]:
     }
 
 
-def slice_estimates(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
+def slice_estimates(slices: Predictions, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
     """Every number of the slices with its interval."""
     estimates = {}
     curves = Curves.of(slices, bootstrap)
@@ -196,18 +196,18 @@ def slice_estimates(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Estim
     return estimates
 
 
-def _calibration_bin(slices: Slices) -> Integers:
+def _calibration_bin(slices: Predictions) -> Integers:
     return np.clip((slices.probability * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
 
 
-def _calibration_error(slices: Slices, bootstrap: SeedBootstrap) -> Floats:
+def _calibration_error(slices: Predictions, bootstrap: SeedBootstrap) -> Floats:
     """Resampled expected calibration error: mean |stated probability - share of GR| over bins."""
     bins, gap = _calibration_bin(slices), slices.probability - slices.label
     sums = [bootstrap.draws @ bootstrap.per_seed(slices, gap * (bins == b)) for b in range(CALIBRATION_BINS)]
     return np.abs(sums).sum(0) / (bootstrap.draws @ bootstrap.per_seed(slices, np.ones(len(slices))))
 
 
-def verdicts(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
+def verdicts(slices: Predictions, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
     """Accuracy and AUC of slices, share of pairs ranked correctly: enough to compare sets of slices."""
     correct, count = (bootstrap.per_seed(slices, part) for part in RATIOS["accuracy"](slices))
     newton, gr = slices.cube_logits.T
@@ -227,7 +227,7 @@ def _exact(right: float, trials: int) -> Estimate:
     return {"value": right / trials, "low": low, "high": high}
 
 
-def reliability(slices: Slices, bootstrap: SeedBootstrap) -> list[dict[str, float]]:
+def reliability(slices: Predictions, bootstrap: SeedBootstrap) -> list[dict[str, float]]:
     """Of bins of stated probability with about equally many slices: mean probability, share of GR, slices."""
     edges = np.quantile(slices.probability, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1])
     bins, rows = np.searchsorted(edges, slices.probability, "right"), []
@@ -243,7 +243,7 @@ def reliability(slices: Slices, bootstrap: SeedBootstrap) -> list[dict[str, floa
     return rows
 
 
-def confusion(slices: Slices) -> dict[str, int]:
+def confusion(slices: Predictions) -> dict[str, int]:
     """Counts at the threshold logit > 0; GR is the positive class."""
     tn, fp, fn, tp = sk.confusion_matrix(slices.label, slices.logit > 0, labels=[0, 1]).ravel()
     return {"tp": int(tp), "tn": int(tn), "fp": int(fp), "fn": int(fn)}
@@ -281,7 +281,7 @@ def cube_estimates(cube_logits: Floats, bootstrap: SeedBootstrap) -> dict[str, E
     return estimates
 
 
-def difference(first: Slices, second: Slices, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
+def difference(first: Predictions, second: Predictions, bootstrap: SeedBootstrap) -> dict[str, Estimate]:
     """What `first` has over `second` on the same slices, resampled together: accuracy, AUC, cube accuracy."""
     ones = np.ones(len(bootstrap.seeds))
     correct = [bootstrap.per_seed(s, (s.logit > 0) == (s.label == 1)) for s in (first, second)]
@@ -299,7 +299,7 @@ def difference(first: Slices, second: Slices, bootstrap: SeedBootstrap) -> dict[
     }
 
 
-def summary(slices: Slices, bootstrap: SeedBootstrap) -> dict[str, Any]:
+def summary(slices: Predictions, bootstrap: SeedBootstrap) -> dict[str, Any]:
     """Every number of the slices and their cubes, as the report holds them."""
     balance = float(slices.label.mean())
     frequent = max(balance, 1 - balance)

@@ -18,8 +18,8 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis.slices import Slices
 from analysis.statistics import SeedBootstrap, cube_estimates, difference, slice_estimates
+from metrics import Predictions
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -70,13 +70,15 @@ def logits(regression: Pipeline, spectra: Floats) -> Floats:
     return regression.decision_function(np.log(spectra))
 
 
-def compare(network: Slices, known: Spectra, unknown: Spectra, bootstrap: SeedBootstrap) -> dict[str, Any]:
+def compare(
+    network: Predictions, known: Spectra, unknown: Spectra, bootstrap: SeedBootstrap
+) -> dict[str, Any]:
     """How the yardsticks, trained on `known`, do on `unknown`, and what the network gains over the first.
 
     `network` holds the same slices as `unknown`, in the same order.
     """
     by_slices, strength = fit(known.slices, known.label, known.seed)
-    slices = network.saying(logits(by_slices, unknown.slices))
+    slices = network.with_logits(logits(by_slices, unknown.slices))
     seeds, _, shells = known.cubes.shape
     twins = np.tile([0, 1], seeds), np.repeat(np.arange(seeds), 2)
     by_cubes, cube_strength = fit(known.cubes.reshape(-1, shells), *twins)

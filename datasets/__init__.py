@@ -1,21 +1,21 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
-from .cubes import GRAVITIES, CubeFile, DataError
-from .likeness import require_same_standardisation
-from .order import Slices, decode
-from .synthetic import require_synthetic, write_synthetic
-from .whole_cube import Batch, WholeCubeDataset, statistics
+from .cube_file import GRAVITIES, CubeFile, DataError
+from .dataset import Batch, WholeCubeDataset, measure_normalization
+from .normalization import check_normalization
+from .preparation.synthetic import check_synthetic, write_synthetic
+from .sampler import SliceIndex, decode
 
 __all__ = [
     "GRAVITIES",
     "Batch",
     "CubeFile",
     "DataError",
-    "Slices",
+    "SliceIndex",
     "WholeCubeDataset",
+    "check_normalization",
+    "check_synthetic",
     "decode",
-    "require_same_standardisation",
-    "require_synthetic",
-    "statistics",
+    "measure_normalization",
     "write_synthetic",
 ]

@@ -5,9 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
-from .cubes import CubeFile, DataError
-from .pack import pack, pack_difference, pack_snapshot, repack
-from .synthetic import write_synthetic
+from .cube_file import CubeFile, DataError
+from .preparation.pack import pack, pack_difference, pack_snapshot, repack
+from .preparation.synthetic import write_synthetic
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .inspection import check_plot, plot, report  # here, because matplotlib takes long to import
+    from .preparation.inspect import check_plot, plot, report  # here, because matplotlib takes long to import
 
     if options.plot:
         check_plot(options.plot, options.force)

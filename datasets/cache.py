@@ -29,10 +29,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import cutting
-from .cubes import GRAVITIES, CubeFile, DataError
-from .cutting import Views
-from .order import Ids
+from . import slicing
+from .cube_file import GRAVITIES, CubeFile, DataError
+from .sampler import Ids
+from .slicing import Views
 
 AHEAD = 2  # pairs that are read before they are needed
 READERS = 2  # threads that read, so that both twins of a seed come at the same time
@@ -92,7 +92,7 @@ class HostCache:
         self._resize(0)
         self._busy = False
 
-    def read_ahead(self, ids: Ids, first_step: int) -> None:
+    def prefetch(self, ids: Ids, first_step: int) -> None:
         """Begins to read, in threads of its own, the cubes without which `images` gives no batch.
 
         They are those of two steps, as the second is cut while the first is trained on.
@@ -117,7 +117,7 @@ class HostCache:
         pairs, coming = self._prepare(ids, first_step)
         self._busy = True
         try:
-            where = cutting.views(
+            where = slicing.views(
                 ids, symmetries, self.cubes.size, channels=self.channels, rotated=self.rotated
             )
             with (
@@ -219,9 +219,9 @@ class HostCache:
         mean, std, newton = self.preparation
         factor = 1 / std * (newton if GRAVITIES[gravity] == "newton" else 1)
         if (mean, factor) != (0, 1):
-            cutting.standardise(copies[0], mean, factor)
+            slicing.standardise(copies[0], mean, factor)
         if self.rotated:
-            cutting.rotate(copies[0], copies[1])
+            slicing.rotate(copies[0], copies[1])
 
     def _arrived(self, pair: int) -> bool:
         """Called when a pair is first needed and lies in host memory; True if that made room there."""
@@ -251,7 +251,7 @@ class HostCache:
             arrays = (start, row[step], column[step], images.view(-1, size, size).numpy())
             parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
             memory = self._memory.reshape(-1)
-            pieces = [cutters.submit(cutting.cut, memory, *part) for part in parts]
+            pieces = [cutters.submit(slicing.copy_slices, memory, *part) for part in parts]
 
             def finish() -> Tensor:
                 for piece in pieces:
@@ -275,7 +275,7 @@ class DeviceCache(HostCache):
         )
         self.name = "device"
         self._on_device = torch.empty(0)
-        self._cut_views: cutting.DeviceCut | None = None
+        self._cut_views: slicing.Gather | None = None
         self._rank: dict[int, int] = {}  # pair -> its place on the device
         self._there: set[int] = set()
 
@@ -318,7 +318,7 @@ class DeviceCache(HostCache):
             for part in (where.start + places, where.row, where.column)
         )
         memory = self._on_device.view(-1)
-        cut_views = self._cut_views or cutting.device_cut(memory, start[0], row[0], column[0], size)
+        cut_views = self._cut_views or slicing.choose_gather(memory, start[0], row[0], column[0], size)
         self._cut_views = cut_views
 
         def cut(step: int) -> Callable[[], Tensor]:

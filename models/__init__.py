@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from models.layers import ACTIVATIONS, synchronise_batch_norm
+from models.batch_norm import synchronize_batch_norm
+from models.layers import ACTIVATIONS
 from models.penguin import Penguin
 from models.racoon import Racoon
 
@@ -23,7 +24,7 @@ __all__ = [
     "build_model",
     "load",
     "save",
-    "synchronise_batch_norm",
+    "synchronize_batch_norm",
 ]
 
 REGISTRY: dict[str, type[nn.Module]] = {

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import models
-from models.card import model_card
+from models.model_card import model_card
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HASH = "weights_sha256"
@@ -80,7 +80,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
             settings=self.settings,
             mean=self.mean,
             std=self.std,
-            extra=self.training_record,
+            training=self.training_record,
         )
         if self.evaluation_record:
             record_evaluation(save_directory, self.evaluation_record)
@@ -104,18 +104,18 @@ def save(
     settings: dict[str, Any],
     mean: float,
     std: float,
-    extra: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Write a network to `folder`; each file appears whole or not at all.
 
-    `settings` are the arguments of `build_model`, `extra` whatever else (JSON-able) says how it was trained.
+    `settings` are the arguments of `build_model`, `training` whatever else (JSON-able) says how it was trained.
     Raises OSError where the folder cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     weights = safetensors.torch.save(tensors, {"format": "pt"})
-    config = {**settings, "mean": mean, "std": std, "training": extra or {}}
+    config = {**settings, "mean": mean, "std": std, "training": training or {}}
     config[HASH] = hashlib.sha256(weights).hexdigest()
     _write(folder / WEIGHTS, weights)
     _write_description(folder, config)

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import state.folder
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 import checkpoint as program
-import state.folder
-from checkpoint import Checkpoint, CheckpointError, Checkpoints
+from checkpoint import Checkpoint, CheckpointError, CheckpointManager
 
 ROOT = Path(program.__file__).parent
 FILES = ["extra.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors"]
@@ -64,7 +64,7 @@ class Training:
         random.seed(30 + process)
         self.draw()  # after an even number of steps, normal numbers lie in store
         self.step = 0
-        self.checkpoints = Checkpoints(run, self.accelerator, keep=keep)
+        self.checkpoints = CheckpointManager(run, self.accelerator, keep=keep)
 
     def draw(self) -> list[float]:
         return [torch.rand(1).item(), np.random.standard_normal(), random.gauss(0, 1), random.random()]
@@ -179,17 +179,17 @@ def test_a_checkpoint_before_the_first_step_restores(tmp_path: Path) -> None:
 def test_a_run_is_claimed_by_one_program_and_leaves_no_empty_folder(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     first, second = Training(run).checkpoints, Training(run).checkpoints
-    first.claim()
+    first.acquire_lock()
     with pytest.raises(CheckpointError, match="another program is training this run"):
-        second.claim()
+        second.acquire_lock()
     second.close()
     assert run.is_dir()
     first.close()
     assert not run.parent.exists()
-    second.claim()
+    second.acquire_lock()
     (run / "config.yaml").touch()
     second.close()
-    first.claim()
+    first.acquire_lock()
     first.close()
     assert (run / "config.yaml").exists()
 
@@ -469,7 +469,7 @@ def test_a_state_split_over_processes_is_refused(tmp_path: Path) -> None:
         distributed_type = type("Kind", (), {"value": "FSDP"})
 
     with pytest.raises(CheckpointError, match="distributed_type FSDP"):
-        Checkpoints(tmp_path, Sharded(), keep=1)
+        CheckpointManager(tmp_path, Sharded(), keep=1)
 
 
 def test_the_gradient_scaler_goes_on(tmp_path: Path) -> None:
@@ -720,7 +720,9 @@ def test_a_kill_at_every_write_boundary_leaves_a_complete_checkpoint(tmp_path: P
     for fatal in range(1000):
         run = Path(shutil.copytree(start, tmp_path / str(fatal)))
         [code] = in_children(save_and_die, str(run), fatal, again)
-        complete = [path for path in run.glob("checkpoints/step_*") if Checkpoint(path).problem() is None]
+        complete = [
+            path for path in run.glob("checkpoints/step_*") if Checkpoint(path).find_problem() is None
+        ]
         assert complete, f"no complete checkpoint after a kill at boundary {fatal}"
         resumed = Training(run, keep=1)
         resumed.restore()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from datasets.cosmology import HUBBLE_LENGTH, Cosmology
+from datasets.preparation.cosmology import HUBBLE_LENGTH, Cosmology
 
 UNIVERSE = Cosmology()
 

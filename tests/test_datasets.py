@@ -67,7 +67,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One open simulation in each lane, as with cubes of 256^3."""
+    """One open simulation in each stream, as with cubes of 256^3."""
     monkeypatch.setattr(order, "WINDOW_BYTES", 1)
 
 
@@ -136,7 +136,7 @@ def test_batches_hold_the_slices_that_their_ids_name(
     assert len(batches) == data.steps
     assert data.shape == batches[0].images.shape[1:]
     for batch in batches:  # all are kept and compared at the end: none is overwritten by one that follows
-        turns = order.symmetries_of(3, 2, batch.ids.numpy())
+        turns = order.random_symmetries(3, 2, batch.ids.numpy())
         turns = turns if options.get("symmetries", True) else np.zeros_like(turns)
         np.testing.assert_array_equal(batch.images, expected(cubes, batch.ids, turns, **preparation))
         np.testing.assert_array_equal(batch.labels, decode(batch.ids.numpy(), N).gravity)
@@ -158,7 +158,7 @@ def test_threads_share_the_cutting(threads: int, path: Path, monkeypatch: pytest
 
 def test_all_symmetries_of_all_axes_are_seen(path: Path) -> None:
     ids = torch.cat([batch.ids for batch in make(path).train_batches(0)]).numpy()
-    seen = set(zip(decode(ids, N).axis.tolist(), order.symmetries_of(3, 0, ids).tolist(), strict=True))
+    seen = set(zip(decode(ids, N).axis.tolist(), order.random_symmetries(3, 0, ids).tolist(), strict=True))
     assert len(seen) == 24
 
 
@@ -202,7 +202,7 @@ def test_a_test_sees_each_slice_as_it_lies_in_its_cube(
         for r in range(processes)
     ]
     with torch.inference_mode():
-        batches = [list(part.test_batches()) for part in parts]
+        batches = [list(part.evaluation_batches()) for part in parts]
     assert len({len(part) for part in batches}) == 1
     seen = torch.cat([batch.ids[batch.weights == 1] for part in batches for batch in part])
     np.testing.assert_array_equal(seen, order.sample_ids(SEEDS, (0, 1, 2), N).ravel())
@@ -211,7 +211,7 @@ def test_a_test_sees_each_slice_as_it_lies_in_its_cube(
         np.testing.assert_array_equal(batch.images, expected(cubes, batch.ids, np.zeros(len(batch.ids), int)))
     # What was made in inference mode, and for another share of the cubes, serves training too.
     for batch in parts[0].train_batches(0):
-        turns = order.symmetries_of(3, 0, batch.ids.numpy())
+        turns = order.random_symmetries(3, 0, batch.ids.numpy())
         np.testing.assert_array_equal(batch.images, expected(cubes, batch.ids, turns))
         torch.ones_like(batch.images, requires_grad=True).mul(batch.images).sum().backward()
 
@@ -225,7 +225,7 @@ def test_cubes_are_read_once_per_epoch_and_memory_is_bounded(many: Path, small_w
     for _ in data.train_batches(1):
         pass
     assert whole < data.cubes.bytes_read <= 2 * whole  # what still lay in memory is not read again
-    assert data._cache._memory.nbytes == (order.LANES + AHEAD) * 2 * 2 * 4 * N**3
+    assert data._cache._memory.nbytes == (order.STREAMS + AHEAD) * 2 * 2 * 4 * N**3
 
 
 def test_no_more_is_read_than_was_ahead(many: Path, small_window: None) -> None:
@@ -233,7 +233,7 @@ def test_no_more_is_read_than_was_ahead(many: Path, small_window: None) -> None:
     batches = data.train_batches(0)
     next(batches)
     batches.close()
-    assert data.cubes.bytes_read <= (order.LANES + AHEAD) * 2 * 4 * N**3
+    assert data.cubes.bytes_read <= (order.STREAMS + AHEAD) * 2 * 4 * N**3
 
 
 def test_reading_ahead_ends_with_the_iteration(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +257,8 @@ def test_the_first_cubes_can_be_read_before_they_are_asked_for(
 ) -> None:
     ahead, plain = (make(many, range(20), axes=(0, 2), cache=cache) for _ in range(2))
     for epoch, first_step in ((0, 0), (1, 3)):
-        ahead.read_ahead(epoch + 5, first_step)  # what is then not asked for does no harm
-        ahead.read_ahead(epoch, first_step)
+        ahead.prefetch(epoch + 5, first_step)  # what is then not asked for does no harm
+        ahead.prefetch(epoch, first_step)
         for thread in threading.enumerate():
             if thread.name.startswith("read"):
                 thread.join()
@@ -267,12 +267,12 @@ def test_the_first_cubes_can_be_read_before_they_are_asked_for(
         batches = ahead.train_batches(epoch, first_step)
         one = next(batches)
         assert all_same([one, *batches], list(plain.train_batches(epoch, first_step)))
-    assert ahead.cubes.bytes_read <= plain.cubes.bytes_read + 4 * order.LANES * 2 * 4 * N**3
+    assert ahead.cubes.bytes_read <= plain.cubes.bytes_read + 4 * order.STREAMS * 2 * 4 * N**3
 
 
 def test_cubes_read_ahead_are_not_read_again(many: Path, small_window: None) -> None:
     data = make(many, range(20), cache="disk", axes=(0,))
-    data.read_ahead(0)
+    data.prefetch(0)
     for _ in data.train_batches(0):
         pass
     assert data.cubes.bytes_read == 20 * 2 * 4 * N**3
@@ -299,7 +299,7 @@ def test_processes_read_their_share(processes: int, shared: int, many: Path, sma
         data = make(many, range(20), axes=(1,), batch_size=8, cache="disk", **share)
         for _ in data.train_batches(0):
             pass
-        assert len(data._cache._memory) <= order.LANES // processes + AHEAD
+        assert len(data._cache._memory) <= order.STREAMS // processes + AHEAD
         read += data.cubes.bytes_read
     assert 20 * pair <= read <= (20 + shared) * pair
 
@@ -382,7 +382,7 @@ def test_cubes_without_a_field_cannot_standardise(tmp_path: Path) -> None:
 def test_a_batch_larger_than_the_training_set_is_an_error(path: Path) -> None:
     assert make(path, batch_size=len(SEEDS) * 6 * N).steps == 1
     data = make(path, batch_size=len(SEEDS) * 6 * N + 1)
-    assert len(list(data.test_batches())) == 1  # only training needs full batches
+    assert len(list(data.evaluation_batches())) == 1  # only training needs full batches
     with pytest.raises(DataError, match=r"(?s)train_params.batch_size 1537 .*data_params.train_seeds 4"):
         _ = data.steps
 
@@ -453,7 +453,7 @@ def test_free_memory_heeds_control_groups(
     free: int, limits: dict[str, str], expected_free: int, machine: Machine
 ) -> None:
     machine(free, limits)
-    assert fitting.free_memory() == expected_free
+    assert fitting.available_memory() == expected_free
 
 
 @pytest.mark.parametrize(("local_processes", "chosen"), [(1, "memory"), (2, "disk")])

@@ -24,11 +24,11 @@ PROGRAMS = Path(sys.executable).parent
 PROGRAM = """
 import json, os, sys, torch
 from accelerate import Accelerator
-import runtime
-runtime.prepare_process()
-runtime.connect()
+import distributed
+distributed.setup_process()
+distributed.init_process_group()
 accelerator = Accelerator()
-line = runtime.preflight(accelerator, json.loads(sys.argv[2]))
+line = distributed.preflight(accelerator, json.loads(sys.argv[2]))
 found = {"processes": accelerator.num_processes, "device": accelerator.device.type, "line": line}
 found |= {"sees_gpus": torch.cuda.is_available(), "threads": torch.get_num_threads()}
 open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w").write(json.dumps(found))

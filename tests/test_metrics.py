@@ -99,5 +99,5 @@ def test_the_first_step_that_is_not_finite_is_named_with_its_slices() -> None:
     said.require_finite(step=11)
     for ids, logits in [([3, 4], [0.0, 1.0]), ([5, 6], [math.inf, 1.0]), ([7, 8], [math.nan, math.nan])]:
         said.add(torch.tensor(ids), torch.tensor(logits), torch.ones(2))
-    with pytest.raises(metrics.Diverged, match=r"step 13: .* sample ids \[5\]"):
+    with pytest.raises(metrics.DivergenceError, match=r"step 13: .* sample ids \[5\]"):
         said.require_finite(step=14)

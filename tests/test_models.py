@@ -128,7 +128,7 @@ def test_synchronised_normalisation_rounds_bfloat16_once(process_group: None) ->
 def test_synchronising_keeps_names_and_weights(process_group: None) -> None:
     network = build("PENGUIN")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    models.synchronise_batch_norm(network)
+    models.synchronize_batch_norm(network)
     after = network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

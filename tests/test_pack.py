@@ -16,10 +16,10 @@ import pytest
 
 from datasets import __main__ as commands
 from datasets import pack as pack_module
-from datasets.cosmology import Cosmology
-from datasets.cubes import GRAVITIES, CubeFile, DataError
-from datasets.gevolution import cosmology
-from datasets.pack import SLAB_BYTES, Moments, pack, pack_difference, pack_snapshot, repack
+from datasets.cube_file import GRAVITIES, CubeFile, DataError
+from datasets.preparation.cosmology import Cosmology
+from datasets.preparation.gevolution import cosmology
+from datasets.preparation.pack import SLAB_BYTES, Moments, pack, pack_difference, pack_snapshot, repack
 
 N = 64
 CHECKOUT = Path(__file__).parents[1]

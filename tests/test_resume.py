@@ -94,7 +94,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Iterato
 def complete(run: Path) -> list[Checkpoint]:
     """The complete checkpoints, oldest first; nothing is tidied up."""
     found = [Checkpoint(path) for path in sorted(run.glob("checkpoints/step_????????"))]
-    return [checkpoint for checkpoint in found if checkpoint.problem() is None]
+    return [checkpoint for checkpoint in found if checkpoint.find_problem() is None]
 
 
 def shown_by_tensorboard(run: Path) -> dict[str, list[tuple[int, bytes]]]:
@@ -165,7 +165,7 @@ def whole_of_two(trainer: Trainer) -> Whole:
 
 def finished(run: Path, epochs: int = 3) -> bool:
     progress = complete(run)[-1].progress if complete(run) else {"epoch": 0}
-    return progress["epoch"] == epochs and not progress["awaiting_test"]
+    return progress["epoch"] == epochs and not progress["evaluation_pending"]
 
 
 def until_finished(

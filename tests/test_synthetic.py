@@ -7,9 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from datasets.cosmology import Cosmology
-from datasets.cubes import GRAVITIES, CubeFile, DataError
-from datasets.synthetic import BOX_SIZE, REDSHIFT, Universe, write_synthetic
+from datasets.cube_file import GRAVITIES, CubeFile, DataError
+from datasets.preparation.cosmology import Cosmology
+from datasets.preparation.synthetic import BOX_SIZE, REDSHIFT, Universe, write_synthetic
 
 N = 64
 

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import logs
 import numpy as np
 import pytest
 import safetensors.torch
+import state
 import torch
 import yaml
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import config
-import logs
 import models
-import opening
-import state
+import run
 import trainer
 
 Experiment = Callable[..., Path]
@@ -143,7 +143,7 @@ def test_options_train(experiment: Experiment, tmp_path: Path, changes: dict[str
 
 def test_steps_are_those_of_plain_torch(experiment: Experiment) -> None:
     options = {"label_smoothing": 0.2, "gradient_clipping": 0.01, "betas": [0.8, 0.95], "weight_decay": 0.1}
-    run, _, _ = open_run(experiment(dropout=0.0, **options))
+    run, _, _ = setup_run(experiment(dropout=0.0, **options))
     plain = copy.deepcopy(run.network)
     optimizer = torch.optim.Adam(plain.parameters(), betas=(0.8, 0.95), weight_decay=0.1)
     for batch, lr in zip(run.train_set.train_batches(0), (0.01, 0.02, 0.005), strict=False):
@@ -171,7 +171,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(experiment: Experime
     gradients = []
     for parts in (1, 4):
         path = experiment(dropout=0.0, gradient_accumulation_steps=parts)
-        run, _, _ = open_run(path)
+        run, _, _ = setup_run(path)
         for module in run.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
@@ -182,19 +182,19 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(experiment: Experime
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def open_run(path: Path) -> tuple[trainer.Run, trainer.Progress, dict[str, torch.Tensor]]:
+def setup_run(path: Path) -> tuple[trainer.Run, trainer.TrainState, dict[str, torch.Tensor]]:
     from accelerate import Accelerator
 
-    import opening
+    import run
 
     loaded = config.load(path)
     accelerator = Accelerator()
     parts = loaded.train_params.gradient_accumulation_steps or 1
     accelerator.gradient_accumulation_steps = parts
     loaded = loaded.on_hardware(1, "no", parts)
-    checkpoints = trainer.checkpoint.Checkpoints(loaded.run, accelerator, keep=1)
+    checkpoints = trainer.checkpoint.CheckpointManager(loaded.run, accelerator, keep=1)
     with closing(checkpoints):
-        return opening.open_run(loaded, accelerator, trainer.runtime.StopSignals(), checkpoints)
+        return run.setup_run(loaded, accelerator, trainer.distributed.StopSignals(), checkpoints)
 
 
 def test_a_training_that_diverges_stops_and_names_the_step(
@@ -459,10 +459,10 @@ def test_a_compiled_network_trains_to_the_same_numbers(experiment: Experiment, t
     from torch._dynamo.utils import counters
 
     runs = {False: tmp_path / "runs" / "plain", True: tmp_path / "runs" / "compiled"}
-    for compiled, run in runs.items():
+    for compiled, folder in runs.items():
         counters.clear()
         path = experiment(compile=compiled, dropout=0.0)
-        assert trainer.main([str(path), f"model_params.name={run.name}"]) == 0
+        assert trainer.main([str(path), f"model_params.name={folder.name}"]) == 0
         assert bool(counters["stats"]["unique_graphs"]) is compiled
     for line, same in zip(*(lines(run) for run in runs.values()), strict=True):
         assert same["loss"] == pytest.approx(line["loss"], rel=1e-3)
@@ -495,5 +495,5 @@ def test_a_network_that_need_not_be_compiled_works_without(no_compiler: None) ->
     network = models.build_model(architecture="RACOON", layer_param=2, dropout=0.0, size=64)
     slices = torch.randn(3, 1, 64, 64)
     before = network.train()(slices)
-    opening.compile_network(network, required=False)
+    run.compile_network(network, required=False)
     assert torch.equal(network(slices), before)

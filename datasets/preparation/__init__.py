@@ -1,0 +1,1 @@
+"""Programs that create and examine cube files; training never imports them."""

@@ -1,0 +1,236 @@
+"""What a cube file holds and what is wrong with it, be it incomplete or damaged; and a picture of it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import system
+
+from ..cube_file import (
+    GRAVITIES,
+    H5PY_ERRORS,
+    Cube,
+    Cubes,
+    DataError,
+    attr_float,
+    find_cubes,
+    open_cubes,
+    problems,
+    python_attributes,
+    slow_chunks,
+)
+from .pack import SLAB_BYTES, Moments
+
+MOST_PROBLEMS = 20  # more lines of one kind would hide the others
+FIELD_COLOURS = "RdBu_r"  # both diverging maps keep their order for colour-blind readers
+DIFFERENCE_COLOURS = "PuOr_r"
+
+
+@dataclass
+class _Findings:
+    """What reading all values told."""
+
+    moments: dict[str, Moments] = field(default_factory=lambda: {gravity: Moments() for gravity in GRAVITIES})
+    not_finite: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def report(path: Path) -> str:
+    """A text that says what a file holds and lists its problems; reads all values, in bounded memory.
+
+    Raises DataError if the file cannot be opened as HDF5 at all, or has no cubes.
+    """
+    with open_cubes(path) as file:
+        layout, cubes = find_cubes(file)
+        findings = _read_all(file, cubes)
+        attributes = python_attributes(file.attrs)
+    seeds = {gravity: {seed for seed, g in cubes if g == gravity} for gravity in GRAVITIES}
+    pairs = seeds["newton"] & seeds["gr"]
+    rows = [
+        ("file", f"{path}, {path.stat().st_size / 1e6:,.1f} MB"),
+        ("layout", f"{layout} (/{next(iter(cubes.values())).name}, ...)"),
+        ("seeds", f"{len(pairs)} with both twins: {system.format_ranges(pairs)}"),
+        ("gravities", ", ".join(f"{gravity} ({len(seeds[gravity])} cubes)" for gravity in GRAVITIES)),
+        ("shape", _distinct(str(cube.shape) for cube in cubes.values())),
+        ("type", _distinct(str(cube.dtype) for cube in cubes.values())),
+        ("storage", _distinct(_storage(cube) for cube in cubes.values())),
+    ]
+    for gravity in GRAVITIES:
+        moments = findings.moments[gravity]
+        if moments.count:
+            rows.append((gravity, f"mean {moments.mean:.6g}, std {np.sqrt(moments.variance):.6g}"))
+    together = Moments()
+    for moments in findings.moments.values():
+        together.include(moments)
+    if together.count:
+        rows.append(("all values", f"mean {together.mean:.6g}, std {np.sqrt(together.variance):.6g}"))
+    rows.append(("attributes", "" if attributes else "none"))
+    rows += [(f"  {key}", str(value)) for key, value in attributes.items()]
+    wrong = _problems(path, cubes, seeds, findings)
+    rows.append(("problems", "" if wrong else "none"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
+    return "\n".join(lines + [f"  {problem}" for problem in wrong])
+
+
+def _distinct(texts: Iterator[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _storage(cube: Cube) -> str:
+    if cube.chunks is None:
+        return "contiguous"
+    return f"chunks {cube.chunks}" + (f", {' and '.join(cube.filters)}" if cube.filters else ", uncompressed")
+
+
+def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
+    findings = _Findings()
+    for (_, gravity), cube in tqdm(cubes.items(), desc="reading", unit="cube", disable=None):
+        if cube.dtype.kind not in "fiu" or not cube.written:
+            continue  # named by problems()
+        bad = 0
+        try:
+            for slab in _slabs(file[cube.name]):
+                finite = slab[np.isfinite(slab)]
+                bad += slab.size - finite.size
+                if finite.size:
+                    findings.moments[gravity].add(finite)
+        except H5PY_ERRORS as error:
+            findings.unreadable.append(f"/{cube.name} cannot be read: {error}")
+        if bad:
+            findings.not_finite.append(f"/{cube.name} holds {bad} values that are NaN or infinite")
+    return findings
+
+
+def _slabs(data: h5py.Dataset) -> Iterator[NDArray[np.float64]]:
+    if data.ndim == 0:
+        yield np.asarray(data[()], dtype=np.float64).reshape(1)
+        return
+    rows = max(1, SLAB_BYTES // max(1, 8 * int(np.prod(data.shape[1:]))))
+    for start in range(0, data.shape[0], rows):
+        yield np.asarray(data[start : start + rows], dtype=np.float64)
+
+
+def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _Findings) -> list[str]:
+    found = []
+    for gravity, twin in zip(GRAVITIES, reversed(GRAVITIES), strict=True):
+        if alone := seeds[twin] - seeds[gravity]:
+            found.append(f"missing twins: no {gravity} cube of seeds {system.format_ranges(alone)}")
+    together = seeds["newton"] | seeds["gr"]
+    # Of a file with far too large a seed the first gaps tell enough.
+    if gaps := set(range(min(max(together), 2 * len(together)))) - together:
+        found.append(f"missing seeds: {system.format_ranges(gaps)}; training takes seeds from 0 without gaps")
+    found += [*problems(cubes), *findings.not_finite, *findings.unreadable]
+    if slow := slow_chunks(path, cubes):
+        found += slow.removeprefix(f"{path}: ").splitlines()
+    if len(found) > MOST_PROBLEMS:
+        found[MOST_PROBLEMS:] = [f"... and {len(found) - MOST_PROBLEMS} more"]
+    return found
+
+
+def check_plot(out: Path, overwrite: bool) -> None:
+    """Raises DataError unless a picture can be written to `out`; asked before the file is read."""
+    kinds = FigureCanvasAgg.filetypes
+    if out.suffix.removeprefix(".") not in kinds:
+        raise DataError(f"{out}: a picture's name must end in one of {', '.join(sorted(kinds))}.")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.absolute().parent}.")
+    if out.exists() and not overwrite:
+        raise DataError(f"{out}: exists already. Choose another name, or allow overwriting it with --force.")
+
+
+def plot(path: Path, out: Path) -> None:
+    """Draws one slice of the first seed that has both twins: GR, Newton, and GR - Newton.
+
+    Raises DataError if no seed has two cubes of one shape, or if the picture cannot be written.
+    """
+    with open_cubes(path) as file:
+        _, cubes = find_cubes(file)
+        seed = _seed_to_draw(path, cubes)
+        position = cubes[seed, "gr"].shape[0] // 2
+        slices = {g: np.asarray(file[cubes[seed, g].name][position], dtype=np.float64) for g in GRAVITIES}
+        attributes = python_attributes(file.attrs)
+    standardised = "std" in attributes
+    redshift, strength, box_size = (
+        attr_float(attributes, key) for key in ("redshift", "strength", "box_size")
+    )
+    title = f"{path.name}: seed {seed}" + (f", z = {redshift:g}" if redshift is not None else "")
+    figure = draw(
+        slices["gr"],
+        slices["newton"],
+        box_size=box_size,
+        label=f"{attributes.get('field', 'value')} [standard deviations]" if standardised else "value",
+        title=f"{title}, slice x = {position} of {len(slices['gr'])}"
+        + (f", synthetic, strength {strength:g}" if strength is not None else ""),
+    )
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        figure.savefig(partial, dpi=160, format=out.suffix.removeprefix("."))
+        os.replace(partial, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _seed_to_draw(path: Path, cubes: Cubes) -> int:
+    for seed, gravity in cubes:
+        if gravity != "gr" or (seed, "newton") not in cubes:
+            continue
+        pair = cubes[seed, "gr"], cubes[seed, "newton"]
+        if pair[0].shape == pair[1].shape and all(len(c.shape) == 3 and c.dtype.kind in "fiu" for c in pair):
+            return seed
+    raise DataError(f"{path}: there is nothing to draw: no seed has two cubes of one shape.")
+
+
+def draw(
+    gr: NDArray[np.float64], newton: NDArray[np.float64], *, box_size: float | None, label: str, title: str
+) -> Figure:
+    """Three panels: a GR slice (N, N), its Newtonian twin, and GR - Newton on a scale of its own.
+
+    `box_size` is in Mpc/h; without it the axes count cells. `label` names the values, with their unit.
+    """
+    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    difference = gr - newton
+    _panel(panels[0], gr, "General Relativity", FIELD_COLOURS, (gr, newton), box_size)
+    image = _panel(panels[1], newton, "Newtonian twin", FIELD_COLOURS, (gr, newton), box_size)
+    figure.colorbar(image, ax=panels[:2], label=label, shrink=0.87, pad=0.01)
+    image = _panel(panels[2], difference, "GR \u2212 Newton", DIFFERENCE_COLOURS, (difference,), box_size)
+    figure.colorbar(image, ax=panels[2], label="GR \u2212 Newton, same unit", shrink=0.87, pad=0.02)
+    panels[0].set_ylabel("z  [Mpc/h]" if box_size else "z  [cells]")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _panel(
+    axes: Axes,
+    values: NDArray[np.float64],
+    title: str,
+    colours: str,
+    scale: tuple[NDArray[np.float64], ...],
+    box_size: float | None,
+) -> AxesImage:
+    finite = np.concatenate([np.abs(array[np.isfinite(array)]) for array in scale])
+    limit = (finite.max() if finite.size else 0) or 1  # white is zero
+    side = box_size or values.shape[0]
+    image = axes.imshow(
+        values.T, origin="lower", extent=(0, side, 0, side), cmap=colours, vmin=-limit, vmax=limit
+    )
+    axes.set_title(title, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("y  [Mpc/h]" if box_size else "y  [cells]")
+    return image

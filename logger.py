@@ -1,0 +1,171 @@
+"""Logging of a run: console lines, TensorBoard events and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
+
+    from metrics import Predictions
+
+
+# Scalars that TensorBoard shows as NAME/PHASE.
+SCALARS = (
+    "loss",
+    "accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "tpr",
+    "fpr",
+    "auc",
+    "cube_accuracy",
+    "pair_accuracy",
+    "slices_per_second",
+)
+# Metrics on the console and in TensorBoard's comparison of runs.
+HEADLINE_METRICS = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
+METRICS_FILE = "metrics.jsonl"
+MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models", "run")
+log = logging.getLogger(__name__)
+
+
+def setup_logging(*, main: bool) -> None:
+    """Show log messages of this project: info on the main process, warnings on all."""
+    logging.basicConfig(format="%(message)s")
+    for module in MODULES:
+        logging.getLogger(module).setLevel(logging.INFO if main else logging.WARNING)
+
+
+class RunLogger:
+    """The log of one run. Only the main process writes; on other ranks every method does nothing."""
+
+    def __init__(self, run_dir: Path, *, main: bool, step: int) -> None:
+        """Open the log to resume at `step`: records of later steps are dropped."""
+        self._main = main
+        self._bar: tqdm[Any] | None = None
+        if not main:
+            return
+        self._lines = run_dir / METRICS_FILE
+        self._logged = self._drop_records_after(step)
+        # Imported here: it takes a second, which the other ranks need not spend.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard reads event files in the order of their names: the second, then the process id. Of two
+        # files of one second the later could come first, and purge steps that it should not.
+        while any(run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
+        self._events: SummaryWriter = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
+
+    def _drop_records_after(self, step: int) -> set[tuple[str, int]]:
+        """Keep the records up to `step`; returns their phases and steps."""
+        if not self._lines.exists():
+            return set()
+        kept = []
+        for record in files.read_json_lines(self._lines):
+            if not isinstance(record.get("phase"), str) or not isinstance(record.get("step"), int):
+                log.warning("%s: a record without phase or step is dropped", self._lines)
+            elif record["step"] <= step:
+                kept.append(record)
+        files.write_json_lines(self._lines, kept)
+        return {(record["phase"], record["step"]) for record in kept}
+
+    def print(self, text: str) -> None:
+        """Print one line from the main process."""
+        if self._main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def log_metrics(self, phase: str, values: dict[str, Any], *, seconds: float, target_epoch: int) -> None:
+        """Record the metrics of a phase that took `seconds`, once.
+
+        They are on disk when this returns: the next checkpoint relies on them.
+        """
+        if not self._main or (phase, values["step"]) in self._logged:
+            return  # logged before a kill between an evaluation and its checkpoint
+        speed = values["slices"] / seconds
+        record = {
+            "phase": phase,
+            **values,
+            "seconds": round(seconds, 3),
+            "slices_per_second": round(speed, 1),
+        }
+        for name in SCALARS:
+            if name in record:
+                self._events.add_scalar(f"{name}/{phase}", record[name], record["step"])
+        self._events.flush()
+        files.append_json_line(self._lines, record)
+        shown = "  ".join(f"{name} {record[name]:.4f}" for name in HEADLINE_METRICS if name in record)
+        self.print(f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s)")
+
+    def start_epoch(self, epoch: int, steps: int, completed: int) -> None:
+        """Show a progress bar for `epoch`, `completed` of whose `steps` steps are done, on a terminal."""
+        if self._main and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=completed, desc=f"epoch {epoch}", unit="step", leave=False)
+
+    def update_progress(self) -> None:
+        """Advance the progress bar by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def end_progress(self) -> None:
+        """Remove the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def log_hyperparameters(self, config: dict[str, Any]) -> None:
+        """Log the parameters of the experiment with the tags of the metrics by which runs are compared."""
+        if not self._main:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = {
+            f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for section, keys in config.items()
+            for key, value in keys.items()
+        }
+        for summary in hparams(flat, dict.fromkeys((f"{name}/test" for name in HEADLINE_METRICS), 0.0)):
+            self._events._get_file_writer().add_summary(summary)
+
+    def log_scalar(self, name: str, value: float, step: int) -> None:
+        """Log one scalar to TensorBoard alone."""
+        if self._main:
+            self._events.add_scalar(name, value, step)
+
+    def log_images(self, images: Tensor, labels: Tensor) -> None:
+        """Log slices (b, N, N), in standard deviations, as images that map -3..3 to black..white."""
+        if self._main:
+            for index, (image, label) in enumerate(zip(images.cpu(), labels.cpu(), strict=True)):
+                name = f"slices/{index}_{'gr' if label else 'newton'}"
+                self._events.add_image(name, ((image + 3) / 6).clamp(0, 1), 0, dataformats="HW")
+            self._events.flush()  # a resumed run does not log them again
+
+    def log_figures(
+        self, phase: str, predictions: Predictions, figures: dict[str, Figure], step: int
+    ) -> None:
+        """Log the precision-recall curve and the figures of an evaluation to TensorBoard."""
+        if self._main and (phase, step) not in self._logged:
+            self._events.add_pr_curve(
+                f"precision_recall/{phase}", predictions.label, predictions.probability, step
+            )
+            for name, figure in figures.items():
+                self._events.add_figure(f"{name}/{phase}", figure, step)
+
+    def close(self) -> None:
+        """Write pending events."""
+        self.end_progress()
+        if self._main:
+            self._events.close()

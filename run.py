@@ -1,0 +1,312 @@
+"""The parts of a run, its training state, and its set-up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+import checkpoint
+import datasets
+import distributed
+import metrics
+import models
+from config import Config, check_same_settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run."""
+
+    config: Config
+    accelerator: Accelerator
+    stop: distributed.StopSignals
+    flags: distributed.AnyRankFlags
+    cubes: datasets.CubeFile
+    train_set: datasets.WholeCubeDataset
+    test_set: datasets.WholeCubeDataset
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    checkpoints: checkpoint.CheckpointManager
+    data_identity: dict[str, Any]
+
+    def save_due(self, step: int) -> bool:
+        """Whether this rank's clock or the step count asks for a checkpoint after `step`."""
+        params = self.config.train_params
+        every_steps = params.save_every_steps is not None and step % params.save_every_steps == 0
+        return every_steps or self.checkpoints.minutes_since_save >= params.save_every_minutes
+
+
+@dataclass
+class TrainState:
+    """Progress of a run: the counters that every checkpoint holds, and the predictions of the running epoch."""
+
+    predictions: metrics.PredictionBuffer
+    mean: float
+    std: float
+    """The cubes are standardized by these."""
+    epoch: int = 0
+    """Epochs completed."""
+    step: int = 0
+    """Optimizer steps taken."""
+    step_in_epoch: int = 0
+    seconds: float = 0.0
+    """Time spent on the running epoch."""
+    evaluation_pending: bool = False
+    """The last epoch is complete, its evaluation is not."""
+    first_epoch: int = 0
+    target_epoch: int = 0
+    """The schedule of the learning rate runs from first_epoch to target_epoch."""
+    test_loss: float | None = None
+    """Loss of the last evaluation; None if the last epoch was not evaluated."""
+    best_loss: float | None = None
+    evaluations_without_improvement: int = 0
+    stopped_early: bool = False
+
+    def counters(self) -> dict[str, Any]:
+        """Everything but the predictions, as JSON-able values."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "predictions"}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target epoch is trained and evaluated, or training stopped early."""
+        return not self.evaluation_pending and (self.epoch >= self.target_epoch or self.stopped_early)
+
+    @property
+    def step_info(self) -> dict[str, int]:
+        """The first entries of a line of metrics.jsonl."""
+        return {"epoch": self.epoch, "step": self.step}
+
+    def extend(self, epochs: int) -> None:
+        """Train `epochs` more."""
+        self.first_epoch, self.target_epoch = self.epoch, self.epoch + epochs
+        self.evaluations_without_improvement, self.stopped_early = 0, False
+
+    def learning_rate(self, lr: float, schedule: str, warmup_epochs: float, steps: int) -> float:
+        """The learning rate of the next step, with `steps` steps per epoch.
+
+        A linear warm-up from zero, then constant or half a cosine down to zero (Loshchilov & Hutter 2017,
+        arXiv:1608.03983). It depends on steps alone, so it is the same on any number of ranks.
+        """
+        epochs = self.epoch - self.first_epoch + self.step_in_epoch / steps
+        if epochs < warmup_epochs:
+            return lr * min(1.0, (epochs + 1 / steps) / warmup_epochs)
+        if schedule == "none":
+            return lr
+        annealing_epochs = self.target_epoch - self.first_epoch - warmup_epochs
+        return lr * 0.5 * (1 + math.cos(math.pi * (epochs - warmup_epochs) / annealing_epochs))
+
+    def end_step(self) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.step_in_epoch += 1
+
+    def end_epoch(self, test_every: int) -> None:
+        """Count one epoch; the last one and every `test_every`-th must be evaluated."""
+        self.epoch += 1
+        self.step_in_epoch, self.seconds = 0, 0.0
+        self.evaluation_pending = self.epoch == self.target_epoch or self.epoch % test_every == 0
+        self.test_loss = None
+
+    def end_evaluation(self, loss: float, patience: int | None) -> None:
+        """Record the evaluation's loss; training stops after `patience` evaluations without improvement."""
+        self.evaluation_pending = False
+        self.test_loss = loss
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.evaluations_without_improvement = loss, 0
+        else:
+            self.evaluations_without_improvement += 1
+        self.stopped_early = patience is not None and self.evaluations_without_improvement >= patience
+
+
+def check_setup(config: Config) -> None:
+    """Raise if the network or the data file cannot be used as configured; changes nothing. Collective."""
+    data = config.data_params
+    with distributed.raise_on_all_ranks():
+        check_network(config)
+        if data.synthetic is None or Path(data.datafile).exists():
+            cubes = datasets.CubeFile(data.datafile)
+            cubes.require(range(data.train_seeds + data.test_seeds))
+            config.model_arguments(cubes.size)
+
+
+def check_network(config: Config) -> None:
+    """Raise ModelError if the network cannot be built, before anything expensive starts."""
+    data = config.data_params
+    smallest = -(-data.channels // 64) * 64  # smallest cubes with so many slices
+    with torch.device("meta"):
+        models.build_model(**config.model_arguments(data.synthetic.size if data.synthetic else smallest))
+
+
+def setup_run(
+    config: Config,
+    accelerator: Accelerator,
+    stop: distributed.StopSignals,
+    checkpoints: checkpoint.CheckpointManager,
+) -> tuple[Run, TrainState]:
+    """Build the parts of a run and restore its last checkpoint. Collective.
+
+    Everything the user gave is checked before anything of the run is changed.
+    """
+    with distributed.raise_on_all_ranks():
+        check_network(config)
+        if accelerator.is_main_process:
+            checkpoints.acquire_lock()
+    data = config.data_params
+    seeds = range(data.train_seeds + data.test_seeds)
+    cubes = open_cubes(config, accelerator, seeds)
+    last = checkpoints.latest_complete()
+    with distributed.raise_on_all_ranks():
+        state = initial_state(config, accelerator, cubes, last)
+        train_set, test_set = build_datasets(config, accelerator, cubes, state)
+        train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
+        network = build_network(config, accelerator, cubes)
+        accelerator.print(
+            f"{len(train_set)} training slices, {train_set.steps} steps per epoch; {len(test_set)} test slices"
+        )
+    network, optimizer = prepare(config, accelerator, network, train_set.shape)
+    identity = cubes.identity(seeds) | {"path": str(Path(data.datafile).absolute())}
+    distributed.require_equal({"fingerprint of data_params.datafile": identity["fingerprint"]})
+    if last is not None:
+        tensors = checkpoints.restore(
+            last, network, optimizer, data_identity=identity, seed=config.train_params.seed
+        )
+        if tensors:
+            state.predictions.restore(**tensors)
+        accelerator.print(f"resumed from {last.folder}: {state.step} steps, {state.epoch} epochs completed")
+    extend_training(config, accelerator, state)
+    with distributed.raise_on_all_ranks():
+        if accelerator.is_main_process:
+            config.save()
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        stop=stop,
+        flags=distributed.AnyRankFlags(),
+        cubes=cubes,
+        train_set=train_set,
+        test_set=test_set,
+        network=network,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        data_identity=identity,
+    )
+    return run, state
+
+
+def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datasets.CubeFile:
+    """The data file, checked to hold `seeds`; a synthetic universe is written first if configured. Collective."""
+    data = config.data_params
+    with distributed.raise_on_all_ranks():
+        if data.synthetic is not None and accelerator.is_main_process and not Path(data.datafile).exists():
+            datasets.write_synthetic(data.datafile, seeds=len(seeds), **data.synthetic.model_dump())
+    with distributed.raise_on_all_ranks():
+        local_copy = data.local_copy if data.local_copy and Path(data.local_copy).exists() else None
+        cubes = datasets.CubeFile(local_copy or data.datafile)
+        cubes.require(seeds)
+        cubes.require_finite(seeds)
+    if data.synthetic is not None:
+        datasets.check_synthetic(cubes, **data.synthetic.model_dump())
+    if (warning := cubes.slow_chunks()) is not None:
+        accelerator.print(warning)
+    return cubes
+
+
+def initial_state(
+    config: Config,
+    accelerator: Accelerator,
+    cubes: datasets.CubeFile,
+    last: checkpoint.Checkpoint | None,
+) -> TrainState:
+    """The state of the last checkpoint, without its predictions, or that of a new run."""
+    predictions = metrics.PredictionBuffer(accelerator)
+    if last is not None:
+        check_same_settings(config.run_dir, last.config, config.to_dict())
+        return TrainState(predictions, **last.train_state)
+    if config.data_params.standardize == "train":
+        train_seeds = range(config.data_params.train_seeds)
+        return TrainState(predictions, *datasets.measure_normalization(cubes, train_seeds))
+    return TrainState(predictions, mean=0.0, std=1.0)
+
+
+def build_datasets(
+    config: Config, accelerator: Accelerator, cubes: datasets.CubeFile, state: TrainState
+) -> tuple[datasets.WholeCubeDataset, datasets.WholeCubeDataset]:
+    """The training and the test set."""
+    data, params = config.data_params, config.train_params
+    train_set, test_set = (
+        datasets.WholeCubeDataset(
+            cubes,
+            seeds,
+            batch_size=params.batch_size,
+            seed=params.seed,
+            device=accelerator.device,
+            mean=state.mean,
+            std=state.std,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            **data.slicing,
+        )
+        for seeds in (range(data.train_seeds), range(data.train_seeds, data.train_seeds + data.test_seeds))
+    )
+    return train_set, test_set
+
+
+def build_network(config: Config, accelerator: Accelerator, cubes: datasets.CubeFile) -> torch.nn.Module:
+    """The network on its device; its initial weights depend on train_params.seed alone."""
+    params = config.train_params
+    set_seed(params.seed)
+    if params.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(params.deterministic)  # imports torch's compiler, which takes 1 s
+    torch.backends.cudnn.benchmark = not params.deterministic  # every batch has the same shape
+    network = models.build_model(**config.model_arguments(cubes.size))
+    network = network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):
+        models.synchronize_batch_norm(network)
+    # Synchronized batch normalization breaks the graph at every layer: compiling would not pay.
+    unbroken = not any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
+    if params.compile is True or (
+        params.compile == "auto" and accelerator.device.type == "cuda" and unbroken
+    ):
+        compile_network(network, required=params.compile is True)
+    return network
+
+
+def compile_network(network: torch.nn.Module, *, required: bool) -> None:
+    """Compile the network; if that fails, the first batch raises if `required` and otherwise runs eagerly."""
+    import torch._dynamo  # takes a second
+
+    torch._dynamo.config.suppress_errors = not required  # warns and runs eagerly
+    network.compile(dynamic=False)  # or the shape of the first batch would decide for all
+
+
+def prepare(
+    config: Config, accelerator: Accelerator, network: torch.nn.Module, shape: tuple[int, int, int]
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The network and its optimizer, wrapped by Accelerate and ready for the first step. Collective."""
+    params = config.train_params
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=params.lr, betas=params.betas, weight_decay=params.weight_decay, fused=True
+    )
+    network, optimizer = accelerator.prepare(network, optimizer)
+    rows = params.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+    images = torch.zeros(rows, *shape, device=accelerator.device)
+    distributed.warm_up_ddp(network, images.to(memory_format=torch.channels_last))
+    set_seed(params.seed, device_specific=True)  # dropout differs between ranks
+    return network, optimizer
+
+
+def extend_training(config: Config, accelerator: Accelerator, state: TrainState) -> None:
+    """Set the target epoch of a new or finished run; an interrupted run keeps its target."""
+    epochs = config.train_params.epochs
+    if state.finished:
+        state.extend(epochs)
+    elif state.target_epoch - state.first_epoch != epochs:
+        accelerator.print(
+            f"train_params.epochs {epochs} applies after the {state.target_epoch} epochs of the interrupted run"
+        )
