@@ -22,19 +22,25 @@ from pydantic import (
 
 import files
 
-Count = Annotated[int, Field(ge=1)]
+# Upper bounds keep every product of two settings far inside 64-bit integers.
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Seeds = Annotated[int, Field(ge=1, le=10**6)]
-Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PathText = Annotated[
+    str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)
+]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+MAX_ERROR_LINES = 20
+MAX_VALUE_LENGTH = 80  # characters of a value that an error message shows
 
 
 class ConfigError(ValueError):
-    """An experiment file that cannot be used: which key, what was found and what is allowed."""
+    """An experiment file that cannot be used; names the key, what was found and how to fix it."""
 
 
 class Section(BaseModel):
-    """One section of the experiment file: strict types, no unknown keys, unchangeable."""
+    """One section of the experiment file: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -42,16 +48,18 @@ class Section(BaseModel):
 class ModelParams(Section):
     """The network."""
 
-    architecture: str
-    """RACOON (RACCOON is the same network), PENGUIN or another registered network, in any case."""
+    architecture: Annotated[str, Field(max_length=64)]
+    """RACOON (RACCOON is the same network), PENGUIN or LYNX, case-insensitive"""
     layer_param: Annotated[int, Field(ge=1, le=4096)]
-    """Width L of the network."""
-    dropout: Fraction
-    """Probability of dropout on the fully connected layers."""
-    name: str
-    """Name of the run, and of its folder under log_dir."""
+    """width of the network"""
+    dropout: Probability
+    """dropout probability on the fully connected layers"""
+    name: Annotated[str, Field(max_length=200)]
+    """name of the run and of its folder under log_dir; letters, digits, `.`, `_`, `-`"""
     activation: str = "relu"
-    """Activation after every hidden layer."""
+    """activation of the hidden layers: `relu`, `leaky_relu`, `elu`, `gelu`, `silu`"""
+    padding: Literal["zeros", "circular"] = "zeros"
+    """padding of the convolutions; `circular` for the periodic box"""
 
     @field_validator("name")
     @classmethod
@@ -64,104 +72,140 @@ class ModelParams(Section):
 class Synthetic(Section):
     """A synthetic universe, written to `datafile` once if that file is absent."""
 
-    size: int = Field(64, ge=64, multiple_of=64)
-    """Cells along each side of a cube."""
+    size: int = Field(64, ge=64, le=4096, multiple_of=64)
+    """cells along each side of a cube"""
     strength: float = Field(1.0, ge=0)
-    """Factor on the relativistic term by which the twins differ; 1 is physical."""
-    seed: int = Field(0, ge=0)
-    """The universe's own seed."""
+    """factor on the relativistic term by which the twins differ; 1 is physical"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of the universe"""
 
 
 class DataParams(Section):
     """The simulations."""
 
-    datafile: Place
-    """HDF5 file of cubes."""
-    local_copy: Place | None = None
-    """A copy of `datafile` on the host's own disk, which is read as long as it is there."""
+    datafile: PathText
+    """HDF5 file of cubes"""
+    local_copy: PathText | None = None
+    """copy of `datafile` on a disk of the host; read if it exists"""
     train_seeds: Seeds
-    """Seeds [0, train_seeds) train."""
+    """seeds 0 to `train_seeds` - 1 train"""
     test_seeds: Seeds
-    """Seeds [train_seeds, train_seeds + test_seeds) test."""
+    """the next `test_seeds` seeds test"""
+    validation_seeds: Annotated[int, Field(ge=0, le=10**6)] = 0
+    """training seeds, the last ones, held out for every selection; test seeds are then evaluated once"""
     newton_augmentation: Annotated[float, Field(gt=0, le=1e6)]
-    """Factor on the Newtonian slices after standardisation; other than 1 only to test the pipeline."""
+    """factor on the Newtonian slices after standardization; other than 1 only to test the pipeline"""
     standardize: Literal["none", "train"] = "none"
-    """`none`: the file is standardised. `train`: by mean and variance of the training cubes."""
+    """`none`: the file is standardized; `train`: by mean and standard deviation of the training cubes"""
+    whiten: Literal["none", "isotropic"] = "none"
+    """`isotropic`: divide slices by the square root of the training slices' power spectrum, up to n = N/2"""
     cache: Literal["auto", "disk", "memory", "device"] = "auto"
-    """Where cubes live while training; the result is the same."""
+    """where cubes are held during training; the result is the same"""
     channels: Count = 1
-    """Adjacent slices stacked as channels."""
+    """adjacent slices stacked as channels"""
     axes: list[Annotated[int, Field(ge=0, le=2)]] = Field([0, 1, 2], min_length=1)
-    """Which of the cube's axes are cut."""
+    """axes of the cube that are sliced"""
     symmetries: bool = True
-    """Random flips and quarter-turns while training."""
+    """random flips and quarter-turns in training"""
+    shifts: bool = False
+    """random periodic shifts along both axes of a slice in training"""
+    pairs: bool = False
+    """both twins of a slice in the same batch, with the same symmetry and shift"""
     synthetic: Synthetic | None = None
-    """If given and `datafile` is absent, a synthetic universe is written there once."""
+    """`size`, `strength`, `seed` of a synthetic universe, written if `datafile` is absent"""
 
     @property
     def slicing(self) -> dict[str, Any]:
-        """How slices are cut from cubes, and from where."""
-        return self.model_dump(include={"axes", "channels", "newton_augmentation", "symmetries", "cache"})
+        """How slices are taken from cubes: keyword arguments of WholeCubeDataset."""
+        keys = {"axes", "channels", "newton_augmentation", "symmetries", "shifts", "pairs", "cache"}
+        return self.model_dump(include=keys)
+
+    @property
+    def train_range(self) -> range:
+        """Seeds that train."""
+        return range(self.train_seeds - self.validation_seeds)
+
+    @property
+    def validation_range(self) -> range:
+        """Seeds that select; may be empty."""
+        return range(self.train_seeds - self.validation_seeds, self.train_seeds)
+
+    @property
+    def test_range(self) -> range:
+        """Seeds that test."""
+        return range(self.train_seeds, self.train_seeds + self.test_seeds)
 
     @field_validator("axes")
     @classmethod
-    def _each_axis_once(cls, axes: list[int]) -> list[int]:
+    def _no_axis_twice(cls, axes: list[int]) -> list[int]:
         if len(set(axes)) != len(axes):
             raise ValueError("each axis at most once")
         return sorted(axes)
+
+    @model_validator(mode="after")
+    def _leaves_training_seeds(self) -> DataParams:
+        if self.validation_seeds >= self.train_seeds:
+            raise ValueError(
+                f"validation_seeds {self.validation_seeds} leaves none of train_seeds {self.train_seeds}"
+            )
+        return self
 
 
 class TrainParams(Section):
     """The training."""
 
     epochs: Count
-    """Epochs to train now; a finished run trains this many more, an interrupted one only what is left."""
+    """epochs to train; a finished run trains this many more, an interrupted run the remaining ones"""
     lr: Positive
-    """Learning rate of Adam."""
-    log_dir: Place
-    """Folder of runs; TensorBoard reads it."""
-    batch_size: Annotated[int, Field(ge=2)] = 64
-    """Slices per optimizer step, over all processes together."""
+    """learning rate of Adam"""
+    log_dir: PathText
+    """folder of runs; TensorBoard reads it"""
+    batch_size: Annotated[int, Field(ge=2, le=10**6)] = 64
+    """slices per optimizer step, over all processes"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
-    """Adam's decay rates."""
+    """decay rates of Adam"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-11
-    """Adam's weight decay."""
+    """weight decay of Adam"""
     schedule: Literal["none", "cosine"] = "none"
-    """Learning rate over the epochs asked for: constant, or half a cosine down to zero."""
+    """learning-rate schedule: `none` (constant) or `cosine` (half a cosine down to zero)"""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs over which the learning rate first rises linearly from zero."""
+    """epochs of linear warm-up"""
     gradient_clipping: Positive | None = None
-    """Largest norm of the gradient."""
+    """maximum norm of the gradient"""
     gradient_accumulation_steps: Count | None = None
-    """Parts in which a batch is computed, to save memory; unset: as the accelerate configuration says."""
+    """micro-batches per batch, to save memory; batch normalization sees each alone; unset: Accelerate's"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast; unset: as the accelerate configuration says."""
+    """`no`, `fp16` or `bf16`; unset: Accelerate's"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Labels become label * (1 - s) + s / 2."""
+    """labels become label * (1 - s) + s / 2"""
     test_every: Count = 2
-    """Epochs between tests; the last epoch is always tested."""
+    """epochs between evaluations; the last epoch is always evaluated"""
     early_stopping: Count | None = None
-    """Tests without a better test loss after which training ends."""
+    """evaluations without a lower loss after which training stops"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    """Every random choice follows from it."""
+    """determines every random choice"""
+    trackers: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+    """Accelerate trackers beside TensorBoard: `wandb`, `mlflow`, `trackio`"""
+    log_every_steps: Count | None = None
+    """steps between log lines and scalars within an epoch; unset: a line per minute, 200 points per epoch"""
     save_every_steps: Count | None = None
-    """Steps between checkpoints, beside those at every epoch and test."""
+    """steps between checkpoints, beside those after every epoch"""
     save_every_minutes: Positive = 10.0
-    """Minutes after which a checkpoint is due at the latest."""
+    """maximum minutes between checkpoints"""
     keep_checkpoints: Count = 3
-    """Newest checkpoints to keep, beside the best by test loss."""
+    """newest checkpoints to keep, beside the best one"""
     max_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Minutes after which the run saves and ends, to be continued."""
+    """minutes after which the run saves and stops, to be resumed; longer than an evaluation takes"""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile; auto: on a GPU, where batch normalisation is not synchronised."""
+    """torch.compile: `auto` (on a GPU, if it works there), true, false"""
     sync_batch_norm: Literal["auto"] | bool = "auto"
-    """Batch normalisation over all processes; auto: with more than one."""
+    """batch normalization over all processes: `auto` (more than one), true, false"""
     deterministic: bool = False
-    """Only deterministic GPU kernels, so that a restart there is exact too; slower."""
+    """deterministic GPU kernels only, for an exact resume there; slower"""
 
     @field_validator("betas", mode="before")
     @classmethod
-    def _pair(cls, betas: object) -> object:
+    def _as_tuple(cls, betas: object) -> object:
         return tuple(betas) if isinstance(betas, list) else betas
 
     @field_validator("mixed_precision", mode="before")
@@ -189,17 +233,19 @@ class Config(Section):
         return Path(self.train_params.log_dir) / self.model_params.name
 
     def model_arguments(self, size: int) -> dict[str, Any]:
-        """What defines the network for cubes of `size` cells a side: the data knows the shape of a slice.
+        """Arguments of `build_model` for cubes of `size` cells a side.
 
         Raises ConfigError if there are more channels than slices along an axis.
         """
-        if self.data_params.channels > size:
-            found = self.data_params.channels
+        channels = self.data_params.channels
+        if channels > size:
             raise ConfigError(
-                f"data_params.channels: found {found}, allowed: at most {size}, the cube's side"
+                f"data_params.channels: found {channels}, allowed: at most {size}, the cube's side"
             )
-        shape = {"channels": self.data_params.channels, "size": size}
-        return self.model_params.model_dump(exclude={"name"}) | shape
+        return self.model_params.model_dump(exclude={"name", "padding"}) | {
+            "channels": channels,
+            "size": size,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as YAML and JSON hold it."""
@@ -208,31 +254,33 @@ class Config(Section):
     def with_launch_settings(
         self, processes: int, mixed_precision: str, accumulation: int, device: str = "cpu"
     ) -> Config:
-        """This experiment with what the accelerate configuration decides filled in.
+        """This experiment with the settings of the accelerate configuration filled in.
 
-        Raises ConfigError where a batch cannot be shared out in equal parts of at least two slices, or the
-        device has no such precision.
+        Raises ConfigError if a batch cannot be split into equal parts of at least two slices (two pairs, with
+        data_params.pairs), or if the device lacks the precision.
         """
         if device == "cpu" and mixed_precision == "fp16":
             raise ConfigError("train_params.mixed_precision: found fp16, allowed on a CPU: no, bf16")
         batch, parts = self.train_params.batch_size, processes * accumulation
-        if batch % parts or batch // parts < 2:
+        multiple = parts * (2 if self.data_params.pairs else 1)
+        if batch % multiple or batch // parts < 2:
             raise ConfigError(
-                f"train_params.batch_size: found {batch}, allowed: a multiple of {parts} and at least "
-                f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation})"
+                f"train_params.batch_size: found {batch}, allowed: a multiple of {multiple}, at least "
+                f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation}"
+                f"{', pairs' if self.data_params.pairs else ''})"
             )
-        decided = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulation}
-        return self.model_copy(update={"train_params": self.train_params.model_copy(update=decided)})
+        resolved = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulation}
+        return self.model_copy(update={"train_params": self.train_params.model_copy(update=resolved)})
 
     def save(self) -> None:
-        """Write `config.yaml` into the run's folder. Raises OSError where that cannot be written."""
+        """Write `config.yaml` into the run's folder. Raises OSError."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         files.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
-# What may differ between a run and its continuation without changing what it computes.
+# Keys that may change when a run resumes, since they do not change what it computes.
 MAY_CHANGE = {
-    "data_params.datafile",  # the data's own identity is compared instead: a file may move
+    "data_params.datafile",  # a file may move: the fingerprint of its cubes is compared instead
     "data_params.local_copy",
     "data_params.cache",
     "data_params.synthetic",
@@ -240,6 +288,8 @@ MAY_CHANGE = {
     "train_params.log_dir",
     "train_params.test_every",
     "train_params.early_stopping",
+    "train_params.trackers",
+    "train_params.log_every_steps",
     "train_params.save_every_steps",
     "train_params.save_every_minutes",
     "train_params.keep_checkpoints",
@@ -248,22 +298,22 @@ MAY_CHANGE = {
 }
 
 
-# PyYAML lets some malformed dates, numbers, keys and nestings through to Python.
-YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+# PyYAML passes the errors of Python for some malformed dates, numbers, keys, tags and nestings.
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError, KeyError, AttributeError)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, 010 is ten, and a key that stands twice is an error."""
+    """YAML in which `1e-3` is a number, 010 is ten, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice, of which YAML would silently take the last."""
+        """Reject duplicate keys, of which YAML would silently take the last."""
         self.flatten_mapping(node)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' stands twice", key_node.start_mark
+                    None, None, f"duplicate key '{key}'", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -278,14 +328,16 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The experiment in the YAML file `path`, with `section.key=value` overrides applied.
 
-    Raises ConfigError for a file that cannot be read and for any key or value that is not allowed.
+    Raises ConfigError for a file that cannot be read and for any invalid key or value.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the experiment file cannot be read: {error}") from error
+        raise ConfigError(
+            f"{_shorten(path)}: the experiment file cannot be read: {_shorten(error)}"
+        ) from error
     except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {_shorten(error)}") from error
     sections = ", ".join(Config.model_fields)
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
@@ -295,8 +347,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(one, raw) for one in error.errors()]
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from None
+        lines = list(dict.fromkeys(_explain(one) for one in error.errors()))
+        if len(lines) > MAX_ERROR_LINES:
+            lines[MAX_ERROR_LINES - 1 :] = [f"... and {len(lines) - MAX_ERROR_LINES + 1} more errors"]
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -304,61 +358,74 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
     if not equals or not sections or not all([*sections, last]):
-        raise ConfigError(f"override: found '{override}', allowed: section.key=value")
+        raise ConfigError(f"override: found '{_shorten(override)}', allowed: section.key=value")
     try:
         value = yaml.load(text, _Loader)
     except YAML_ERRORS as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from error
-    place = raw
+        raise ConfigError(
+            f"override '{_shorten(override)}': the value is not valid YAML: {_shorten(error)}"
+        ) from error
+    mapping = raw
     for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
-            raise ConfigError(f"override '{override}': '{section}' is not a section")
-    place[last] = value
+        if mapping.get(section) is None:
+            mapping[section] = {}
+        mapping = mapping[section]
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"override '{_shorten(override)}': '{_shorten(section)}' is not a section")
+    mapping[last] = value
 
 
-def _explain(error: Any, raw: dict[str, Any]) -> str:
+def _shorten(value: object) -> str:
+    """A value as text of at most MAX_VALUE_LENGTH characters."""
+    try:
+        text = str(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = f"an integer of {int(math.log10(abs(value)))} digits" if isinstance(value, int) else "a value"
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 3]}..."
+
+
+def _explain(error: Any) -> str:
     """One line for one of pydantic's errors: the key, what was found, what is allowed."""
     location = [str(part) for part in error["loc"]]
-    # pydantic adds the member of a union that it tried; keys of ours are all that a user typed or may type
-    known = [part for part in location if part.isidentifier() and part not in {"bool", "float", "int", "str"}]
-    key = ".".join(part for part in known if not part.startswith(("literal", "constrained", "function")))
+    # pydantic appends the member of a union that it tried
+    parts = [part for part in location if part.isidentifier() and part not in {"bool", "float", "int", "str"}]
+    parts = [part for part in parts if not part.startswith(("literal", "constrained", "function"))]
+    key = _shorten(".".join(parts))
     found = error["input"]
+    shown = _shorten(repr(found) if not isinstance(found, int) else found)
     if error["type"] == "string_type" and isinstance(found, bool | int | float):
-        return f"{key}: found {found!r} ({type(found).__name__}), allowed: text; put it in quotes"
-    if key == "train_params.compile" or key == "train_params.sync_batch_norm":
-        return f"{key}: found {found!r}, allowed: 'auto', true or false"
+        return f"{key}: found {shown} ({type(found).__name__}), allowed: text; put it in quotes"
+    if key in ("train_params.compile", "train_params.sync_batch_norm"):
+        return f"{key}: found {shown}, allowed: 'auto', true or false"
     if key == "train_params.betas":
         return f"{key}: allowed: two numbers from 0 to below 1"
     if error["type"] == "extra_forbidden":
         allowed = _keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], allowed, 1, 0.5)
+        near = difflib.get_close_matches(location[-1][:MAX_VALUE_LENGTH], allowed, 1, 0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(allowed)}"
-        return f"{key}: unknown {'key' if len(location) > 1 else 'section'}{hint}"
+        return f"{key or _shorten(location[-1])}: unknown {'key' if len(location) > 1 else 'section'}{hint}"
     if error["type"] == "missing":
         return f"{key}: missing; it is required"
     if isinstance(found, float) and not math.isfinite(found):
         return f"{key}: found {found}, allowed: a finite number"
     allowed_text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] == "model_type" or error["type"] == "model_attributes_type":
+    if error["type"] in ("model_type", "model_attributes_type"):
         allowed_text = "a mapping of keys to values"
-    shown = "an empty value" if found is None else f"{found!r} ({type(found).__name__})"
+    described = "an empty value" if found is None else f"{shown} ({type(found).__name__})"
     if isinstance(found, dict):
-        shown = "these values together"
-    return f"{key}: found {shown}, allowed: {allowed_text}"
+        described = "this combination"
+    return f"{key}: found {described}, allowed: {allowed_text}"
 
 
 def _keys(section: list[str]) -> list[str]:
-    """The keys that may stand in `section` (a path of names; empty: the top level)."""
+    """The keys of `section` (a path of names; empty: the top level)."""
     model: type[BaseModel] = Config
     for name in section:
-        model = {**_SECTIONS}.get(name, model)
+        model = SECTIONS.get(name, model)
     return list(model.model_fields)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
+SECTIONS: dict[str, type[BaseModel]] = {
     "model_params": ModelParams,
     "data_params": DataParams,
     "train_params": TrainParams,
@@ -366,17 +433,22 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def check_same_settings(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise ConfigError with each setting that shapes the result and differs between `old` and `new`."""
+def check_same_settings(run_dir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise ConfigError that lists each setting by which `current` would change the result of a saved run.
+
+    A key that did not exist when the run was saved had its default.
+    """
     lines = []
     for section in Config.model_fields:
-        for key in sorted({*old.get(section, {}), *new.get(section, {})}):
-            before, now = old.get(section, {}).get(key), new.get(section, {}).get(key)
+        fields = SECTIONS[section].model_fields
+        for key in sorted({*saved.get(section, {}), *current.get(section, {})}):
+            default = fields[key].get_default(call_default_factory=True) if key in fields else None
+            before, now = saved.get(section, {}).get(key, default), current.get(section, {}).get(key, default)
             if f"{section}.{key}" not in MAY_CHANGE and before != now:
                 lines.append(f"{section}.{key}: the run has {before!r}, this experiment {now!r}")
     if lines:
         raise ConfigError(
-            f"{run}: this run was started with other settings:\n  "
+            f"{run_dir}: this run was started with other settings:\n  "
             + "\n  ".join(lines)
-            + "\nallowed: the same settings, or another model_params.name"
+            + "\nUse the same settings, or another model_params.name."
         )

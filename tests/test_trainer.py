@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import logs
 import numpy as np
 import pytest
 import safetensors.torch
-import state
 import torch
 import yaml
+from accelerate import Accelerator
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+import checkpoint
 import config
+import distributed
+import logger
 import models
 import run
 import trainer
@@ -29,12 +31,12 @@ import trainer
 Experiment = Callable[..., Path]
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run / "model" / "model.safetensors")
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run_dir / "model" / "model.safetensors")
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -45,13 +47,13 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 SLICES = 3 * 2 * 2 * 64  # seeds, gravities, axes, positions
 
 
-def test_a_run_leaves_what_the_design_promises(
+def test_a_run_writes_its_files(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment(epochs=3, test_every=2, batch_size=100)
     assert trainer.main([str(path)]) == 0
-    run = tmp_path / "runs" / "run"
-    found = lines(run)
+    run_dir = tmp_path / "runs" / "run"
+    found = lines(run_dir)
     steps = math.ceil(SLICES / 100)
     assert [(line["phase"], line["epoch"], line["step"]) for line in found] == [
         ("train", 1, steps),
@@ -67,10 +69,10 @@ def test_a_run_leaves_what_the_design_promises(
         assert set(line) == common | ({"cube_accuracy", "pair_accuracy"} if test else set())
         assert line["slices"] == (SLICES // 3 if test else SLICES)
         assert line["tp"] + line["fn"] == line["tn"] + line["fp"] == line["slices"] // 2
-    assert yaml.safe_load((run / "config.yaml").read_text())["train_params"]["batch_size"] == 100
-    assert [p.name for p in (run / "checkpoints").iterdir()]
-    network = models.load(run / "model")
-    with h5py.File(config.load(path).data_params.datafile) as file:
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["train_params"]["batch_size"] == 100
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()]
+    network = models.load(run_dir / "model")
+    with h5py.File(config.load_config(path).data_params.datafile) as file:
         slices = torch.from_numpy(file["gr_seed0003"][:4])[:, None]
     assert network(slices).shape == (4,)
     shown = capsys.readouterr().out.splitlines()
@@ -89,23 +91,23 @@ def test_the_same_experiment_gives_the_same_numbers(experiment: Experiment, tmp_
     pairs = zip(weights(first).values(), weights(second).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     timeless = [
-        [{k: v for k, v in line.items() if "second" not in k} for line in lines(run)]
-        for run in (first, second)
+        [{k: v for k, v in line.items() if "second" not in k} for line in lines(run_dir)]
+        for run_dir in (first, second)
     ]
     assert timeless[0] == timeless[1]
 
 
-def test_a_finished_run_trains_as_many_epochs_more(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_finished_run_trains_as_many_epochs_again(experiment: Experiment, tmp_path: Path) -> None:
     path = experiment(epochs=2)
     assert [trainer.main([str(path)]) for _ in range(2)] == [0, 0]
     assert trainer.main([str(path), "model_params.name=whole", "train_params.epochs=4"]) == 0
-    run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
-    assert [line["epoch"] for line in lines(run) if line["phase"] == "train"] == [1, 2, 3, 4]
-    pairs = zip(weights(run).values(), weights(whole).values(), strict=True)
+    run_dir, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
+    assert [line["epoch"] for line in lines(run_dir) if line["phase"] == "train"] == [1, 2, 3, 4]
+    pairs = zip(weights(run_dir).values(), weights(whole).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_settings_that_shape_the_result_may_not_change(
+def test_settings_that_change_the_result_are_refused_on_resume(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment()
@@ -113,9 +115,9 @@ def test_settings_that_shape_the_result_may_not_change(
     before = tree(tmp_path)
     capsys.readouterr()
     assert trainer.main([str(path), "train_params.lr=0.5", "model_params.dropout=0.1"]) == 2
-    told = capsys.readouterr().err
-    assert "train_params.lr: the run has 0.001, this experiment 0.5" in told
-    assert "model_params.dropout: the run has 0.5, this experiment 0.1" in told
+    error = capsys.readouterr().err
+    assert "train_params.lr: the run has 0.001, this experiment 0.5" in error
+    assert "model_params.dropout: the run has 0.5, this experiment 0.1" in error
     assert tree(tmp_path) == before
 
 
@@ -143,18 +145,18 @@ def test_options_train(experiment: Experiment, tmp_path: Path, changes: dict[str
 
 def test_steps_are_those_of_plain_torch(experiment: Experiment) -> None:
     options = {"label_smoothing": 0.2, "gradient_clipping": 0.01, "betas": [0.8, 0.95], "weight_decay": 0.1}
-    run, _, _ = setup_run(experiment(dropout=0.0, **options))
-    plain = copy.deepcopy(run.network)
+    parts, _ = setup_run(experiment(dropout=0.0, **options))
+    plain = copy.deepcopy(parts.network)
     optimizer = torch.optim.Adam(plain.parameters(), betas=(0.8, 0.95), weight_decay=0.1)
-    for batch, lr in zip(run.train_set.train_batches(0), (0.01, 0.02, 0.005), strict=False):
+    for batch, lr in zip(parts.train_set.train_batches(0), (0.01, 0.02, 0.005), strict=False):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         logits = plain(batch.images)
         binary_cross_entropy_with_logits(logits, 0.8 * batch.labels + 0.1).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
         optimizer.step()
-        torch.testing.assert_close(trainer.train_step(run, batch, lr), logits.detach())
-    for found, expected in zip(run.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trainer.train_step(parts, batch, lr), logits.detach())
+    for found, expected in zip(parts.network.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -163,38 +165,34 @@ def test_a_network_that_cannot_be_built_costs_no_universe(
 ) -> None:
     synthetic = {"size": 64, "strength": 1.0, "seed": 0}
     path = experiment(datafile=str(tmp_path / "new.h5"), synthetic=synthetic, architecture="RACON")
-    refused(path, tmp_path, capsys, ["'RACON'", "RACOON"])
+    check_refused(path, tmp_path, capsys, ["'RACON'", "RACOON"])
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(experiment: Experiment, tmp_path: Path) -> None:
     """Without batch statistics and dropout the parts of a batch add up to the batch."""
     gradients = []
-    for parts in (1, 4):
-        path = experiment(dropout=0.0, gradient_accumulation_steps=parts)
-        run, _, _ = setup_run(path)
-        for module in run.network.modules():
+    for micro_batches in (1, 4):
+        path = experiment(dropout=0.0, gradient_accumulation_steps=micro_batches)
+        parts, _ = setup_run(path)
+        for module in parts.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
-        run.optimizer.zero_grad = lambda: None  # type: ignore[method-assign]
-        trainer.train_step(run, next(run.train_set.train_batches(0)), 0.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in run.network.parameters()]))
-        (tmp_path / "runs").rename(tmp_path / f"runs{parts}")
+        parts.optimizer.zero_grad = lambda: None  # type: ignore[method-assign]
+        trainer.train_step(parts, next(parts.train_set.train_batches(0)), 0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.network.parameters()]))
+        (tmp_path / "runs").rename(tmp_path / f"runs{micro_batches}")
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def setup_run(path: Path) -> tuple[trainer.Run, trainer.TrainState, dict[str, torch.Tensor]]:
-    from accelerate import Accelerator
-
-    import run
-
-    loaded = config.load(path)
+def setup_run(path: Path) -> tuple[run.Run, run.TrainState]:
+    loaded = config.load_config(path)
     accelerator = Accelerator()
-    parts = loaded.train_params.gradient_accumulation_steps or 1
-    accelerator.gradient_accumulation_steps = parts
-    loaded = loaded.on_hardware(1, "no", parts)
-    checkpoints = trainer.checkpoint.CheckpointManager(loaded.run, accelerator, keep=1)
+    micro_batches = loaded.train_params.gradient_accumulation_steps or 1
+    accelerator.gradient_accumulation_steps = micro_batches
+    loaded = loaded.with_launch_settings(1, "no", micro_batches)
+    checkpoints = checkpoint.CheckpointManager(loaded.run_dir, accelerator, keep=1)
     with closing(checkpoints):
-        return run.setup_run(loaded, accelerator, trainer.distributed.StopSignals(), checkpoints)
+        return run.setup_run(loaded, accelerator, distributed.StopSignals(), checkpoints)
 
 
 def test_a_training_that_diverges_stops_and_names_the_step(
@@ -202,39 +200,39 @@ def test_a_training_that_diverges_stops_and_names_the_step(
 ) -> None:
     path = experiment(lr=1e38, epochs=9, architecture="PENGUIN", layer_param=1)
     assert trainer.main([str(path)]) == 2
-    told = capsys.readouterr().err
-    assert "not finite" in told
-    assert "step " in told
-    assert "Traceback" not in told
+    error = capsys.readouterr().err
+    assert "not finite" in error
+    assert "step " in error
+    assert "Traceback" not in error
 
 
-def spoil_with(value: float) -> Callable[[h5py.File], None]:
-    def spoil(file: h5py.File) -> None:
+def damage_with(value: float) -> Callable[[h5py.File], None]:
+    def damage(file: h5py.File) -> None:
         file["gr_seed0001"][3, 4, 5] = value
 
-    return spoil
+    return damage
 
 
 def replace(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
-    def spoil(file: h5py.File) -> None:
+    def damage(file: h5py.File) -> None:
         del file[name]
         file[name] = values
 
-    return spoil
+    return damage
 
 
 def remove(name: str) -> Callable[[h5py.File], None]:
-    def spoil(file: h5py.File) -> None:
+    def damage(file: h5py.File) -> None:
         del file[name]
 
-    return spoil
+    return damage
 
 
 @pytest.mark.parametrize(
-    ("spoil", "expected"),
+    ("damage", "expected"),
     [
-        (spoil_with(np.nan), ["gr_seed0001"]),
-        (spoil_with(np.inf), ["gr_seed0001"]),
+        (damage_with(np.nan), ["gr_seed0001"]),
+        (damage_with(np.inf), ["gr_seed0001"]),
         (remove("newton_seed0002"), ["of seeds 2 only the gr cube"]),
         (replace("gr_seed0000", np.zeros((64, 64, 32), "f4")), ["gr_seed0000", "(64, 64, 32)"]),
         (replace("gr_seed0000", np.zeros((128,) * 3, "f4")), ["128", "64"]),
@@ -247,25 +245,25 @@ def test_bad_data_is_named_and_nothing_is_created(
     universe: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[h5py.File], None],
+    damage: Callable[[h5py.File], None],
     expected: list[str],
 ) -> None:
     bad = tmp_path / "bad.h5"
     bad.write_bytes(universe.read_bytes())
     with h5py.File(bad, "r+") as file:
-        spoil(file)
+        damage(file)
     path = experiment(datafile=str(bad))
-    refused(path, tmp_path, capsys, [str(bad), *expected])
+    check_refused(path, tmp_path, capsys, [str(bad), *expected])
 
 
-def refused(
+def check_refused(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], expected: list[str], *overrides: str
 ) -> None:
     before = tree(tmp_path)
     assert trainer.main([str(path), *overrides]) == 2
-    told = capsys.readouterr().err
-    assert [text for text in expected if text not in told] == [], told
-    assert "Traceback" not in told
+    error = capsys.readouterr().err
+    assert [text for text in expected if text not in error] == [], error
+    assert "Traceback" not in error
     assert tree(tmp_path) == before
 
 
@@ -273,7 +271,7 @@ def refused(
     ("changes", "expected"),
     [
         ({"datafile": "absent.h5"}, ["absent.h5"]),
-        ({"train_seeds": 9}, ["universe.h5", "seeds: 0 to 3"]),
+        ({"train_seeds": 9}, ["universe.h5", "seeds: 0-3"]),
         ({"batch_size": 4000}, ["train_params.batch_size", "4000"]),
         ({"architecture": "PENGIUN"}, ["model_params.architecture", "PENGUIN"]),
         ({"activation": "tanhh"}, ["model_params.activation", "tanhh", "relu"]),
@@ -289,7 +287,7 @@ def test_bad_settings_are_named_and_nothing_is_created(
     changes: dict[str, Any],
     expected: list[str],
 ) -> None:
-    refused(experiment(**changes), tmp_path, capsys, expected)
+    check_refused(experiment(**changes), tmp_path, capsys, expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"no HDF5", None], ids=["empty", "text", "truncated"])
@@ -302,14 +300,14 @@ def test_a_file_that_is_no_cube_file(
 ) -> None:
     bad = tmp_path / "bad.h5"
     bad.write_bytes(universe.read_bytes()[:-1000] if content is None else content)
-    refused(experiment(datafile=str(bad)), tmp_path, capsys, [str(bad)])
+    check_refused(experiment(datafile=str(bad)), tmp_path, capsys, [str(bad)])
 
 
 def test_a_run_folder_that_cannot_be_written(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
-    refused(experiment(), tmp_path, capsys, ["runs"])
+    check_refused(experiment(), tmp_path, capsys, ["runs"])
 
 
 def test_a_synthetic_universe_is_written_once(experiment: Experiment, tmp_path: Path) -> None:
@@ -321,59 +319,59 @@ def test_a_synthetic_universe_is_written_once(experiment: Experiment, tmp_path: 
     assert data.stat().st_mtime_ns == made
 
 
-def test_preflight_does_nothing_else(experiment: Experiment, tmp_path: Path) -> None:
+def test_preflight_creates_nothing(experiment: Experiment, tmp_path: Path) -> None:
     assert trainer.main([str(experiment()), "--preflight"]) == 0
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_local_copy_is_read_and_the_original_remembered(
+def test_a_local_copy_is_read_and_the_original_recorded(
     experiment: Experiment, universe: Path, tmp_path: Path
 ) -> None:
     original, copied = tmp_path / "original.h5", tmp_path / "copied.h5"
     shutil.copy(universe, copied)
     path = str(experiment(datafile=str(original), local_copy=str(copied)))
     assert trainer.main([path]) == 0
-    run = tmp_path / "runs" / "run"
-    saved = json.loads(max((run / "checkpoints").iterdir()).joinpath("state.json").read_text())
-    assert saved["identity"]["path"] == str(original)
+    run_dir = tmp_path / "runs" / "run"
+    saved = json.loads(max((run_dir / "checkpoints").iterdir()).joinpath("state.json").read_text())
+    assert saved["data_identity"]["path"] == str(original)
     copied.rename(original)
-    assert trainer.main([path]) == 0  # the same run goes on without the copy
-    assert [line["epoch"] for line in lines(run) if line["phase"] == "train"] == [1, 2]
+    assert trainer.main([path]) == 0  # the same run resumes without the copy
+    assert [line["epoch"] for line in lines(run_dir) if line["phase"] == "train"] == [1, 2]
 
 
-def test_a_run_is_saved_once_it_says_that_it_stopped(
+def test_a_checkpoint_is_complete_when_the_stop_is_reported(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, say, there = state.write, logs.RunLog.say, []
+    write, log_line, complete = checkpoint.storage.write_checkpoint, logger.RunLogger.print, []
 
     def slow_write(*arguments: Any) -> None:
         time.sleep(0.5)
         write(*arguments)
 
-    def say_and_look(log: logs.RunLog, text: str) -> None:
-        say(log, text)
+    def print_and_list(log: logger.RunLogger, text: str) -> None:
+        log_line(log, text)
         if text.startswith("stopped"):
-            there.extend((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/manifest.json"))
+            complete.extend((tmp_path / "runs" / "run" / "checkpoints").glob("step_*/manifest.json"))
 
-    monkeypatch.setattr(state, "write", slow_write)
-    monkeypatch.setattr(logs.RunLog, "say", say_and_look)
+    monkeypatch.setattr(checkpoint.storage, "write_checkpoint", slow_write)
+    monkeypatch.setattr(logger.RunLogger, "print", print_and_list)
     assert trainer.main([str(experiment(max_minutes=1e-4))]) == 0
-    assert len(there) == 1
+    assert len(complete) == 1
 
 
 @pytest.mark.parametrize(
-    ("mistake", "told"),
+    ("override", "message"),
     [
-        ("data_params.train_seeds=9", "there are no cubes of seeds 4 to 9"),
+        ("data_params.train_seeds=9", "there are no cubes of seeds 4-9"),
         ("model_params.architecture=RACON", "did you mean RACOON?"),
         ("data_params.channels=65", "allowed: at most 64, the cube's side"),
     ],
 )
 def test_preflight_finds_what_would_stop_the_run(
-    mistake: str, told: str, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    override: str, message: str, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert trainer.main([str(experiment()), mistake, "--preflight"]) == 2
-    assert told in capsys.readouterr().err
+    assert trainer.main([str(experiment()), override, "--preflight"]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -382,13 +380,13 @@ def test_tensorboard_shows_each_step_once(experiment: Experiment, tmp_path: Path
 
     path = experiment(epochs=2, test_every=1)
     assert [trainer.main([str(path)]) for _ in range(2)] == [0, 0]
-    run = tmp_path / "runs" / "run"
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    run_dir = tmp_path / "runs" / "run"
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
     for phase in ("train", "test"):
-        steps = [line["step"] for line in lines(run) if line["phase"] == phase]
+        steps = [line["step"] for line in lines(run_dir) if line["phase"] == phase]
         shown = events.Scalars(f"loss/{phase}")
         assert [event.step for event in shown] == steps
-        losses = [line["loss"] for line in lines(run) if line["phase"] == phase]
+        losses = [line["loss"] for line in lines(run_dir) if line["phase"] == phase]
         assert [event.value for event in shown] == pytest.approx(losses)
     tags = set(events.Tags()["images"]) | set(events.Tags()["tensors"])
     assert {"confusion/test", "twins/test", "precision_recall/test"} <= tags
@@ -403,7 +401,7 @@ def test_one_program_at_a_time_trains_a_run(
     assert trainer.main([str(path)]) == 0
     with (tmp_path / "runs" / "run" / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(path, tmp_path, capsys, ["another program is training this run"])
+        check_refused(path, tmp_path, capsys, ["another program is training this run"])
     assert trainer.main([str(path)]) == 0
 
 
@@ -420,7 +418,7 @@ def test_damaged_lines_of_the_log_are_dropped_alone(experiment: Experiment, tmp_
     assert [line["epoch"] for line in lines(log.parent)] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_a_divergence_that_only_a_test_shows(
+def test_a_divergence_that_only_the_evaluation_shows(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment(lr=1e38, batch_size=SLICES, dropout=0.0)
@@ -432,10 +430,10 @@ def test_a_synthetic_universe_of_other_settings_is_refused(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment(synthetic={"size": 64, "strength": 7.0})
-    refused(path, tmp_path, capsys, ["data_params.synthetic asks for", "'strength': 100"])
+    check_refused(path, tmp_path, capsys, ["data_params.synthetic asks for", "'strength': 100"])
 
 
-def test_data_of_one_value_cannot_be_standardised(
+def test_constant_data_cannot_be_standardized(
     experiment: Experiment, universe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "flat.h5"
@@ -443,7 +441,7 @@ def test_data_of_one_value_cannot_be_standardised(
     with h5py.File(bad, "r+") as file:
         for cube in file.values():
             cube[...] = 2.0
-    refused(experiment(datafile=str(bad), standardize="train"), tmp_path, capsys, [str(bad), "2.0"])
+    check_refused(experiment(datafile=str(bad), standardize="train"), tmp_path, capsys, [str(bad), "2.0"])
 
 
 def test_a_repacked_file_is_the_same_data(experiment: Experiment, universe: Path, tmp_path: Path) -> None:
@@ -464,7 +462,7 @@ def test_a_compiled_network_trains_to_the_same_numbers(experiment: Experiment, t
         path = experiment(compile=compiled, dropout=0.0)
         assert trainer.main([str(path), f"model_params.name={folder.name}"]) == 0
         assert bool(counters["stats"]["unique_graphs"]) is compiled
-    for line, same in zip(*(lines(run) for run in runs.values()), strict=True):
+    for line, same in zip(*(lines(run_dir) for run_dir in runs.values()), strict=True):
         assert same["loss"] == pytest.approx(line["loss"], rel=1e-3)
     assert weights(runs[True]).keys() == weights(runs[False]).keys()
 
@@ -481,7 +479,7 @@ def no_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_a_network_that_must_be_compiled_and_cannot_be_is_told(
+def test_a_required_compilation_that_fails_is_an_error(
     experiment: Experiment, no_compiler: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trainer.main([str(experiment(compile=True))]) == 2
@@ -491,7 +489,7 @@ def test_a_network_that_must_be_compiled_and_cannot_be_is_told(
     assert "train_params.compile auto or false" in error
 
 
-def test_a_network_that_need_not_be_compiled_works_without(no_compiler: None) -> None:
+def test_an_optional_compilation_that_fails_is_skipped(no_compiler: None) -> None:
     network = models.build_model(architecture="RACOON", layer_param=2, dropout=0.0, size=64)
     slices = torch.randn(3, 1, 64, 64)
     before = network.train()(slices)
