@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
-    from metrics import Predictions
+    from config import TrainParams
+    from metrics import Predictions, RunningMetrics
+    from run import TrainState
 
 
 # Scalars that TensorBoard shows as NAME/PHASE.
@@ -38,6 +41,8 @@ SCALARS = (
 # Metrics on the console and in TensorBoard's comparison of runs.
 HEADLINE_METRICS = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
 METRICS_FILE = "metrics.jsonl"
+POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
+LINE_SECONDS = 30.0  # between console lines within an epoch
 MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models", "run")
 log = logging.getLogger(__name__)
 
@@ -88,8 +93,16 @@ class RunLogger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def log_metrics(self, phase: str, values: dict[str, Any], *, seconds: float, target_epoch: int) -> None:
-        """Record the metrics of a phase that took `seconds`, once.
+    def log_metrics(
+        self,
+        phase: str,
+        values: dict[str, Any],
+        *,
+        seconds: float,
+        target_epoch: int,
+        waiting: float | None = None,
+    ) -> None:
+        """Record the metrics of a phase that took `seconds`, of which `waiting` for data, once.
 
         They are on disk when this returns: the next checkpoint relies on them.
         """
@@ -108,17 +121,66 @@ class RunLogger:
         self._events.flush()
         files.append_json_line(self._lines, record)
         shown = "  ".join(f"{name} {record[name]:.4f}" for name in HEADLINE_METRICS if name in record)
-        self.print(f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s)")
+        share = "" if waiting is None else f", {100 * waiting / seconds:.0f} % of the time waiting for data"
+        if waiting is not None:
+            self._events.add_scalar("data_waiting_share/train", waiting / seconds, record["step"])
+        self.end_progress()
+        self.print(
+            f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s{share})"
+        )
 
-    def start_epoch(self, epoch: int, steps: int, completed: int) -> None:
-        """Show a progress bar for `epoch`, `completed` of whose `steps` steps are done, on a terminal."""
+    def start_epoch(self, state: TrainState, steps: int, params: TrainParams) -> None:
+        """Prepare for the epoch of `steps` steps in which `state` is."""
+        self._every = params.log_every_steps or math.ceil(steps / POINTS_PER_EPOCH)
+        self._line_seconds = 0.0 if params.log_every_steps else LINE_SECONDS
+        self._epoch = f"epoch {state.epoch + 1:>3}/{state.target_epoch}"
+        self._first_step = state.step - state.step_in_epoch
+        self._steps, self._steps_left = steps, (state.target_epoch - state.epoch) * steps
+        self._batch_size = params.batch_size
+        self._started_at = self._line_at = time.perf_counter()
+        self._started_from = state.step
         if self._main and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=completed, desc=f"epoch {epoch}", unit="step", leave=False)
+            self._bar = tqdm(
+                total=steps, initial=state.step_in_epoch, desc=self._epoch, unit="step", leave=False
+            )
 
-    def update_progress(self) -> None:
-        """Advance the progress bar by one step."""
+    def log_step(self, running: RunningMetrics, step: int, lr: float) -> None:
+        """Log running metrics at every log point within an epoch. Does not synchronize with the device."""
+        if not self._main:
+            return
         if self._bar is not None:
             self._bar.update()
+        if (step - self._first_step) % self._every == 0:
+            values = running.read(step)
+            self._events.add_scalar("lr/step", lr, step)
+            self.log_running(values)
+        elif time.perf_counter() - self._line_at >= LINE_SECONDS:
+            self._show(step, "")
+
+    def log_running(self, values: dict[str, float] | None) -> None:
+        """Log the running metrics of one log point."""
+        if not self._main or values is None:
+            return
+        step = int(values["step"])
+        for name in ("loss", "accuracy"):
+            self._events.add_scalar(f"{name}/step", values[name], step)
+        self._show(step, f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}  ")
+
+    def _show(self, step: int, metrics: str) -> None:
+        """Show the metrics of `step`, the speed and the time remaining: on the bar, or else on a line."""
+        now = time.perf_counter()
+        speed = (step - self._started_from) / (now - self._started_at)  # steps per second
+        if speed <= 0:
+            return  # a log point before the resume
+        remaining = format_duration((self._steps_left - (step - self._first_step)) / speed)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{metrics}{remaining} left")
+        elif now - self._line_at >= self._line_seconds:
+            self._line_at = now
+            self.print(
+                f"{self._epoch}  step {step - self._first_step}/{self._steps}  {metrics}"
+                f"({speed * self._batch_size:.0f} slices/s, {remaining} left)"
+            )
 
     def end_progress(self) -> None:
         """Remove the progress bar."""
@@ -169,3 +231,11 @@ class RunLogger:
         self.end_progress()
         if self._main:
             self._events.close()
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as "45 s", "12 min" or "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"

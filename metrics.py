@@ -6,7 +6,7 @@ gathered, ordered by sample id, and every metric is computed once, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -239,9 +239,10 @@ class PredictionBuffer:
         self._restored = (ids, logits)
 
     def require_finite(self, step: int, *, phase: str = "train") -> None:
-        """Raise DivergenceError if any rank added a logit since the last call that is not finite. Collective.
+        """Raise DivergenceError if any rank added a logit that is not finite since the last call.
 
         `step` is the number of optimizer steps taken; in training the last batch added is that step's.
+        Collective.
         """
         recent = self._batches[self._checked :]
         self._checked = len(self._batches)
@@ -259,6 +260,55 @@ class PredictionBuffer:
             )
             raise DivergenceError(
                 f"{where}: the network's output is not finite for sample ids "
-                f"{ids[~finite[first]].tolist()}.\nEarlier checkpoints are kept. Reduce train_params.lr, or set "
-                "train_params.gradient_clipping."
+                f"{ids[~finite[first]].tolist()}.\n"
+                "Earlier checkpoints are kept. Reduce train_params.lr, or set train_params.gradient_clipping."
             )
+
+
+class RunningMetrics:
+    """Loss and accuracy within an epoch, of this rank's slices since the previous reading.
+
+    A reading does not synchronize with the device: `read` starts a copy to the host and returns the values of
+    the reading before, whose copy has long arrived.
+    """
+
+    def __init__(self, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
+        """`sums` are the loss, the correct predictions and the slices since the last reading of a saved run."""
+        self._sums = list(sums)
+        self._batches: list[Tensor] = []
+        self._pending: tuple[int, Tensor] | None = None
+
+    def add(self, logits: Tensor, labels: Tensor, mask: Tensor) -> None:
+        """Add this rank's part (rows,) of a batch; rows with mask 0 do not count."""
+        self._batches.append(torch.stack([logits, labels, mask]))
+
+    def read(self, step: int) -> dict[str, float] | None:
+        """Start the reading of `step`; returns the values of the previous one, if there is one."""
+        previous = self.finish()
+        self._pending = (step, torch.stack(self._batches).to("cpu", non_blocking=True))
+        self._batches = []
+        return previous
+
+    def finish(self) -> dict[str, float] | None:
+        """The values of the reading that was started last: `step`, `loss`, `accuracy`; None if there is none."""
+        if self._pending is None:
+            return None
+        (step, rows), self._pending = self._pending, None
+        self._accumulate(rows)
+        (loss, correct, count), self._sums = self._sums, [0.0, 0.0, 0.0]
+        return {"step": step, "loss": loss / count, "accuracy": correct / count}
+
+    def sums(self) -> list[float]:
+        """What a checkpoint holds, after `finish`: the sums since the last reading."""
+        if self._batches:
+            self._accumulate(torch.stack(self._batches).cpu())
+            self._batches = []
+        return list(self._sums)
+
+    def _accumulate(self, rows: Tensor) -> None:
+        # Batch after batch, so that a resumed run rounds as an uninterrupted one does.
+        for logits, labels, mask in rows.double().numpy():
+            with np.errstate(invalid="ignore"):  # a network that diverged is reported by require_finite
+                loss = np.logaddexp(0, logits) - labels * logits
+            for index, values in enumerate((loss, (logits > 0) == (labels == 1), np.ones_like(loss))):
+                self._sums[index] += float(np.sum(values[mask > 0]))

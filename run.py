@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Run:
     flags: distributed.AnyRankFlags
     cubes: datasets.CubeFile
     train_set: datasets.WholeCubeDataset
+    validation_set: datasets.WholeCubeDataset | None
     test_set: datasets.WholeCubeDataset
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -44,7 +45,7 @@ class Run:
 
 @dataclass
 class TrainState:
-    """Progress of a run: the counters that every checkpoint holds, and the predictions of the running epoch."""
+    """Progress of a run: counters, and the predictions of the running epoch."""
 
     predictions: metrics.PredictionBuffer
     mean: float
@@ -57,13 +58,17 @@ class TrainState:
     step_in_epoch: int = 0
     seconds: float = 0.0
     """Time spent on the running epoch."""
+    waiting_seconds: float = 0.0
+    """Part of it spent on waiting for data."""
+    running_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Sums of the main process's running metrics since the last log point within the epoch."""
     evaluation_pending: bool = False
     """The last epoch is complete, its evaluation is not."""
     first_epoch: int = 0
     target_epoch: int = 0
     """The schedule of the learning rate runs from first_epoch to target_epoch."""
     test_loss: float | None = None
-    """Loss of the last evaluation; None if the last epoch was not evaluated."""
+    """Loss of the last evaluation (on validation seeds, if there are any); None if the epoch had none."""
     best_loss: float | None = None
     evaluations_without_improvement: int = 0
     stopped_early: bool = False
@@ -109,7 +114,8 @@ class TrainState:
     def end_epoch(self, test_every: int) -> None:
         """Count one epoch; the last one and every `test_every`-th must be evaluated."""
         self.epoch += 1
-        self.step_in_epoch, self.seconds = 0, 0.0
+        self.step_in_epoch, self.seconds, self.waiting_seconds = 0, 0.0, 0.0
+        self.running_sums = [0.0, 0.0, 0.0]
         self.evaluation_pending = self.epoch == self.target_epoch or self.epoch % test_every == 0
         self.test_loss = None
 
@@ -163,11 +169,13 @@ def setup_run(
     last = checkpoints.latest_complete()
     with distributed.raise_on_all_ranks():
         state = initial_state(config, accelerator, cubes, last)
-        train_set, test_set = build_datasets(config, accelerator, cubes, state)
+        train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
         train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
         network = build_network(config, accelerator, cubes)
+        validation = f"{len(validation_set)} validation and " if validation_set else ""
         accelerator.print(
-            f"{len(train_set)} training slices, {train_set.steps} steps per epoch; {len(test_set)} test slices"
+            f"{len(train_set)} training slices, {train_set.steps} steps per epoch; "
+            f"{validation}{len(test_set)} test slices"
         )
     network, optimizer = prepare(config, accelerator, network, train_set.shape)
     identity = cubes.identity(seeds) | {"path": str(Path(data.datafile).absolute())}
@@ -190,6 +198,7 @@ def setup_run(
         flags=distributed.AnyRankFlags(),
         cubes=cubes,
         train_set=train_set,
+        validation_set=validation_set,
         test_set=test_set,
         network=network,
         optimizer=optimizer,
@@ -200,7 +209,7 @@ def setup_run(
 
 
 def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datasets.CubeFile:
-    """The data file, checked to hold `seeds`; a synthetic universe is written first if configured. Collective."""
+    """The data file, checked to hold `seeds`; writes a synthetic universe first if configured. Collective."""
     data = config.data_params
     with distributed.raise_on_all_ranks():
         if data.synthetic is not None and accelerator.is_main_process and not Path(data.datafile).exists():
@@ -229,18 +238,19 @@ def initial_state(
         check_same_settings(config.run_dir, last.config, config.to_dict())
         return TrainState(predictions, **last.train_state)
     if config.data_params.standardize == "train":
-        train_seeds = range(config.data_params.train_seeds)
-        return TrainState(predictions, *datasets.measure_normalization(cubes, train_seeds))
+        mean, std = datasets.measure_normalization(cubes, config.data_params.train_range)
+        return TrainState(predictions, mean, std)
     return TrainState(predictions, mean=0.0, std=1.0)
 
 
 def build_datasets(
     config: Config, accelerator: Accelerator, cubes: datasets.CubeFile, state: TrainState
-) -> tuple[datasets.WholeCubeDataset, datasets.WholeCubeDataset]:
-    """The training and the test set."""
+) -> tuple[datasets.WholeCubeDataset, datasets.WholeCubeDataset | None, datasets.WholeCubeDataset]:
+    """The training, validation (None without validation seeds) and test set."""
     data, params = config.data_params, config.train_params
-    train_set, test_set = (
-        datasets.WholeCubeDataset(
+
+    def dataset(seeds: range) -> datasets.WholeCubeDataset:
+        return datasets.WholeCubeDataset(
             cubes,
             seeds,
             batch_size=params.batch_size,
@@ -252,9 +262,9 @@ def build_datasets(
             num_processes=accelerator.num_processes,
             **data.slicing,
         )
-        for seeds in (range(data.train_seeds), range(data.train_seeds, data.train_seeds + data.test_seeds))
-    )
-    return train_set, test_set
+
+    validation_set = dataset(data.validation_range) if data.validation_range else None
+    return dataset(data.train_range), validation_set, dataset(data.test_range)
 
 
 def build_network(config: Config, accelerator: Accelerator, cubes: datasets.CubeFile) -> torch.nn.Module:
@@ -308,5 +318,5 @@ def extend_training(config: Config, accelerator: Accelerator, state: TrainState)
         state.extend(epochs)
     elif state.target_epoch - state.first_epoch != epochs:
         accelerator.print(
-            f"train_params.epochs {epochs} applies after the {state.target_epoch} epochs of the interrupted run"
+            f"train_params.epochs {epochs} applies after epoch {state.target_epoch} of the interrupted run"
         )

@@ -2,8 +2,8 @@
 
     accelerate launch trainer.py experiments/temp.yaml [section.key=value ...]
 
-The program, top to bottom: read the experiment, set up the run (run.py), resume from its last checkpoint, train
-and evaluate epoch by epoch, and export the trained network.
+The program, top to bottom: read the experiment, set up the run (run.py), resume from its last checkpoint,
+train and evaluate epoch by epoch, and export the trained network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,37 +116,54 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     """Train to the end of the running epoch; False if a stop was requested (the state is then saved)."""
     params, train_set = run.config.train_params, run.train_set
     started = time.perf_counter() - state.seconds
+    running = metrics.RunningMetrics(state.running_sums)
     run.network.train()
-    logger.start_epoch(state.epoch + 1, train_set.steps, state.step_in_epoch)
-    for batch in train_set.train_batches(state.epoch, state.step_in_epoch):
+    logger.start_epoch(state, train_set.steps, params)
+    for batch in measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch), state):
         if state.step == 0:
             logger.log_images(batch.images[:4, 0], batch.labels[:4])
         lr = state.learning_rate(params.lr, params.schedule, params.warmup_epochs, train_set.steps)
-        state.predictions.add(batch.ids, train_step(run, batch, lr), batch.mask)
+        logits = train_step(run, batch, lr)
+        state.predictions.add(batch.ids, logits, batch.mask)
+        running.add(logits, batch.labels, batch.mask)
         state.end_step()
-        logger.update_progress()
         run.checkpoints.raise_write_error()
         if state.step_in_epoch == train_set.steps:
             break
+        logger.log_step(running, state.step, lr)
         if state.step % CHECK_FINITE_EVERY == 0:
             state.predictions.require_finite(state.step)
         stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
         if stop or save_due:
             state.seconds = time.perf_counter() - started
             state.predictions.require_finite(state.step)
+            logger.log_running(running.finish())
+            state.running_sums = running.sums()
             save(run, state)
         if stop:
             return False
     state.predictions.require_finite(state.step)
+    logger.log_running(running.finish())
+    seconds, waiting = time.perf_counter() - started, state.waiting_seconds
     state.end_epoch(params.test_every)
     values = state.step_info | metrics.compute(
         label_predictions(run, state.predictions), label_smoothing=params.label_smoothing
     )
     state.predictions.reset()
     logger.log_scalar("lr", lr, state.step)
-    seconds = time.perf_counter() - started
-    logger.log_metrics("train", values, seconds=seconds, target_epoch=state.target_epoch)
+    logger.log_metrics("train", values, seconds=seconds, waiting=waiting, target_epoch=state.target_epoch)
     return True
+
+
+def measure_waiting(batches: Iterator[datasets.Batch], state: TrainState) -> Iterator[datasets.Batch]:
+    """The same batches; adds the time that each one took to arrive to the state."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        state.waiting_seconds += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch
 
 
 def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
@@ -171,27 +190,44 @@ def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
 
 
 def evaluate(run: Run, state: TrainState, logger: RunLogger) -> bool:
-    """Evaluate the network on the test seeds; False if a stop was requested (the state is then saved)."""
+    """Evaluate the network; False if a stop was requested (the state is then saved).
+
+    With validation seeds they are evaluated, and the test seeds once, when the training is finished.
+    """
+    before = replace(state)
+    phase, dataset = ("validation", run.validation_set) if run.validation_set else ("test", run.test_set)
+    loss = evaluate_phase(run, state, logger, phase, dataset)
+    if loss is not None:
+        state.end_evaluation(loss, run.config.train_params.early_stopping)
+        if state.finished and run.validation_set:
+            loss = evaluate_phase(run, state, logger, "test", run.test_set)
+    if loss is None:
+        save(run, before)  # resumes with this evaluation
+    return loss is not None
+
+
+def evaluate_phase(
+    run: Run, state: TrainState, logger: RunLogger, phase: str, dataset: datasets.WholeCubeDataset
+) -> float | None:
+    """Evaluate the network on a dataset and log the metrics; returns the loss, or None if stopped."""
     started = time.perf_counter()
     network = run.accelerator.unwrap_model(run.network).eval()
     distributed.broadcast_buffers(network)
     buffer = metrics.PredictionBuffer(run.accelerator)
     with torch.inference_mode():
-        for batch in run.test_set.evaluation_batches():
+        for batch in dataset.evaluation_batches():
             buffer.add(batch.ids, network(batch.images), batch.mask)
             stop, _ = run.flags(run.stop.requested, False)
             if stop:
-                save(run, state)
-                return False
-    buffer.require_finite(state.step, phase="test")
+                return None
+    buffer.require_finite(state.step, phase=phase)
     predictions = label_predictions(run, buffer)
     smoothing = run.config.train_params.label_smoothing
     values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
-    logger.log_figures("test", predictions, figures(predictions, run.accelerator), state.step)
+    logger.log_figures(phase, predictions, figures(predictions, run.accelerator), state.step)
     seconds = time.perf_counter() - started
-    logger.log_metrics("test", values, seconds=seconds, target_epoch=state.target_epoch)
-    state.end_evaluation(values["loss"], run.config.train_params.early_stopping)
-    return True
+    logger.log_metrics(phase, values, seconds=seconds, target_epoch=state.target_epoch)
+    return float(values["loss"])
 
 
 def label_predictions(run: Run, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
