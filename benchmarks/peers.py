@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from watch import Enough, Settings, Watch
+from step_timer import Settings, StepTimer, StopTiming
 
 ROOT = Path(__file__).resolve().parent.parent
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.5, 0.999), 1e-11  # the trainer's defaults
@@ -19,7 +19,7 @@ NEVER_ENDING = 1 << 40
 
 
 def build_network(settings: Settings) -> Any:
-    """The network that all contestants train."""
+    """The network that all runners train."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -93,10 +93,10 @@ def plain(settings: Settings, held: bool) -> dict[str, Any]:
     batches = loader(settings, held=held)
     optimizer = torch.optim.Adam(network.parameters(), LR, BETAS, weight_decay=WEIGHT_DECAY)
     criterion = torch.nn.BCEWithLogitsLoss()
-    watch = Watch(settings)
+    timer = StepTimer(settings)
     total, correct = 0.0, 0
     network.train()
-    with suppress(Enough):
+    with suppress(StopTiming):
         for batch in batches:
             slices = batch["slices"].to(settings.device, non_blocking=True)
             labels = batch["labels"].to(settings.device, non_blocking=True)
@@ -108,8 +108,8 @@ def plain(settings: Settings, held: bool) -> dict[str, Any]:
             optimizer.step()
             total += loss.item()
             correct += int(((logits > 0) == (labels > 0)).sum())
-            watch.step()
-    return watch.result()
+            timer.step()
+    return timer.result()
 
 
 def lightning(settings: Settings) -> dict[str, Any]:
@@ -131,11 +131,11 @@ def lightning(settings: Settings) -> dict[str, Any]:
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), LR, BETAS, weight_decay=WEIGHT_DECAY)
 
-    watch = Watch(settings)
+    timer = StepTimer(settings)
 
     class Listen(Callback):
         def on_train_batch_end(self, *arguments: Any) -> None:
-            watch.step()
+            timer.step()
 
     trainer = Trainer(
         accelerator="gpu" if settings.device == "cuda" else "cpu",
@@ -145,9 +145,9 @@ def lightning(settings: Settings) -> dict[str, Any]:
         callbacks=[Listen()],
         default_root_dir=settings.scratch,
     )
-    with suppress(Enough):
+    with suppress(StopTiming):
         trainer.fit(Module(), loader(settings, held=True))
-    return watch.result()
+    return timer.result()
 
 
 def transformers(settings: Settings) -> dict[str, Any]:
@@ -167,12 +167,12 @@ def transformers(settings: Settings) -> dict[str, Any]:
     module = Module()
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    watch = Watch(settings)
+    timer = StepTimer(settings)
     batches = loader(settings, held=True)
 
     class Listen(TrainerCallback):
         def on_step_end(self, *arguments: Any, **parts: Any) -> None:
-            watch.step()
+            timer.step()
 
     class SameLoader(Trainer):
         def get_train_dataloader(self) -> Any:
@@ -191,6 +191,6 @@ def transformers(settings: Settings) -> dict[str, Any]:
         use_cpu=settings.device == "cpu",
     )
     trainer = SameLoader(module, arguments, train_dataset=batches.dataset, callbacks=[Listen()])
-    with suppress(Enough):
+    with suppress(StopTiming):
         trainer.train()
-    return watch.result()
+    return timer.result()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the file to train on, contestants in processes of their own, the machine."""
+"""Shared by the benchmarks: the training file, runners in their own processes, the machine."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from peers import ROOT
-from watch import Settings
+from step_timer import Settings
 
 STRENGTH = 1.0
-"""Of the synthetic universe: physical, and so hard that no network is sure of a batch within a round. One
-that is makes denormal numbers, which slow down the peers alone: this project flushes them to zero."""
+"""Strength of the synthetic universe: physical, so that no network fits a batch within a
+round. Gradients would become denormal, which slows down the peers alone, since this project flushes them to zero."""
 PACKAGES = ("torch", "accelerate", "lightning", "transformers", "numpy", "numba")
 
 
 @contextmanager
 def scratch_folder(folder: Path | None) -> Iterator[Path]:
-    """A folder for what is needed while measuring; a temporary one, deleted afterwards, if none is given."""
+    """A folder for files needed while measuring; temporary if none is given."""
     with tempfile.TemporaryDirectory(prefix="gravity-cnn-bench-") as temporary:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,23 +44,25 @@ def synthetic_file(scratch: Path, seeds: int, size: int) -> Path:
     return path
 
 
-def compete(
+def run_benchmark(
     name: str, settings: Settings, launcher: tuple[str, ...] = (), threads: int | None = None
 ) -> dict[str, Any]:
-    """What a contestant measured, in a process of its own (or in those of a launcher), of so many `threads`.
+    """The measurements of a runner in its own process, or in those of a launcher, with `threads` threads.
 
-    Raises RuntimeError with the end of what it printed if it failed.
+    Raises RuntimeError with the end of its output if it failed.
     """
     with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
-        given, result, said = (Path(folder) / file for file in ("settings.json", "result.json", "output.txt"))
+        given, result, output_file = (
+            Path(folder) / file for file in ("settings.json", "result.json", "output.txt")
+        )
         given.write_text(json.dumps(asdict(settings) | {"scratch": folder}))
-        program = [str(ROOT / "benchmarks" / "contestants.py"), name, str(given), str(result)]
+        program = [str(ROOT / "benchmarks" / "runners.py"), name, str(given), str(result)]
         environment = dict(os.environ)
         if settings.device == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        with said.open("w") as output:
+        with output_file.open("w") as output:
             subprocess.run(
                 [sys.executable, *launcher, *program],
                 stdout=output,
@@ -69,7 +71,7 @@ def compete(
                 check=False,
             )
         if not result.exists():
-            raise RuntimeError(f"{name} failed with {settings}:\n{said.read_text()[-3000:]}")
+            raise RuntimeError(f"{name} failed with {settings}:\n{output_file.read_text()[-3000:]}")
         numbers: dict[str, Any] = json.loads(result.read_text())
         return numbers
 

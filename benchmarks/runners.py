@@ -1,9 +1,9 @@
-"""One contestant of the benchmarks, timed in a process of its own.
+"""One runner of the benchmarks, timed in its own process.
 
-    python benchmarks/contestants.py NAME SETTINGS.json RESULT.json
+    python benchmarks/runners.py NAME SETTINGS.json RESULT.json
 
-Allocator, threads and arithmetic are settings of a process: the peers run with those that a user gets, and
-nothing of this project is imported beside them but the networks.
+Allocator, threads and arithmetic are settings of a process. The peers run with the settings that a user gets;
+of this project they import only the networks.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from statistics import fmean
 from typing import Any
 
 from peers import BETAS, LR, ROOT, WEIGHT_DECAY, build_network, lightning, plain, transformers
-from watch import AnonymousMemory, Enough, Settings, Watch
+from step_timer import AnonymousMemory, Settings, StepTimer, StopTiming
 
 
 def project(settings: Settings, cache: str) -> dict[str, Any]:
-    """The trainer as it is, from its first line; only the ends of steps and tests are listened to."""
-    import accelerate  # noqa: F401  the watch begins when these are imported
+    """The trainer from its first line; only the ends of steps and evaluations are hooked."""
+    import accelerate  # noqa: F401  the timer starts when these are imported
     import torch  # noqa: F401
 
-    watch = Watch(settings, settings.epoch_steps, settings.epochs * settings.epoch_steps or None)
+    timer = StepTimer(settings, settings.epoch_steps, settings.epochs * settings.epoch_steps or None)
     memory = AnonymousMemory()
     memory.start()
     sys.path.insert(0, str(ROOT))
     import trainer
 
-    train_step, test = trainer.train_step, trainer.test
+    train_step, evaluate_phase = trainer.train_step, trainer.evaluate_phase
     steps: list[float] = []
-    tests: list[float] = []
+    evaluations: list[float] = []
 
-    def watched_step(*arguments: Any) -> Any:
+    def timed_step(*arguments: Any) -> Any:
         start = time.perf_counter()
         logits = train_step(*arguments)
         steps.append(time.perf_counter() - start)
-        watch.step()
+        timer.step()
         return logits
 
-    def watched_test(*arguments: Any) -> bool:
+    def timed_evaluation(*arguments: Any) -> float | None:
         start = time.perf_counter()
-        complete = test(*arguments)
-        tests.append(time.perf_counter() - start)
-        return complete
+        loss = evaluate_phase(*arguments)
+        evaluations.append(time.perf_counter() - start)
+        return loss
 
-    trainer.train_step, trainer.test = watched_step, watched_test
+    trainer.train_step, trainer.evaluate_phase = timed_step, timed_evaluation
     precision = {"fp32": "no", "bf16": "bf16"}[settings.precision]
     overrides = {
         "model_params.architecture": settings.architecture,
@@ -67,17 +67,17 @@ def project(settings: Settings, cache: str) -> dict[str, Any]:
         "train_params.epochs": settings.epochs or 1000,
         "train_params.test_every": 1 if settings.epochs else 1000,
     }
-    with suppress(Enough):
+    with suppress(StopTiming):
         status = trainer.main(
             [str(ROOT / "experiments" / "temp.yaml"), *(f"{key}={value}" for key, value in overrides.items())]
         )
-        assert status == 0, "the trainer says why"
+        assert status == 0, "the trainer printed its error"
     slices = settings.test_seeds * 6 * settings.size
-    result = watch.result()
+    result = timer.result()
     return result | {
         "step_seconds": round(fmean(steps[-result["steps"] :]), 6),
         "anonymous_bytes": memory.peak,
-        "test_slices_per_second": [round(slices / seconds, 2) for seconds in tests],
+        "test_slices_per_second": [round(slices / seconds, 2) for seconds in evaluations],
     }
 
 
@@ -139,7 +139,7 @@ def limit(settings: Settings) -> dict[str, Any]:
 
 
 def forward(settings: Settings) -> dict[str, Any]:
-    """The forward pass alone on a resident batch, as a test does it."""
+    """The forward pass alone on a resident batch, as in an evaluation."""
     import torch
 
     network, slices, _, autocast = tuned_network(settings)
@@ -153,16 +153,16 @@ def forward(settings: Settings) -> dict[str, Any]:
 
 
 def repeat(step: Callable[[], None], settings: Settings) -> dict[str, Any]:
-    """Step until the watch stops."""
-    watch = Watch(settings)
-    with suppress(Enough):
+    """Step until the timer stops."""
+    timer = StepTimer(settings)
+    with suppress(StopTiming):
         while True:
             step()
-            watch.step()
-    return watch.result()
+            timer.step()
+    return timer.result()
 
 
-CONTESTANTS: dict[str, Callable[[Settings], dict[str, Any]]] = {
+RUNNERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "limit": limit,
     "forward": forward,
     "device": lambda settings: project(settings, "device"),
@@ -176,9 +176,9 @@ CONTESTANTS: dict[str, Callable[[Settings], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run the contestant that the command line names."""
+    """Run the runner that the command line names."""
     name, settings, result = sys.argv[1:]
-    numbers = CONTESTANTS[name](Settings(**json.loads(Path(settings).read_text())))
+    numbers = RUNNERS[name](Settings(**json.loads(Path(settings).read_text())))
     if os.environ.get("RANK", "0") == "0":
         Path(result).write_text(json.dumps(numbers))
 

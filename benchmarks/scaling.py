@@ -1,6 +1,6 @@
-"""How time and memory grow: with simulations, with processes, from launch to first step, and in a test.
+"""Time and memory by number of simulations and processes, from launch to first step, and of an evaluation.
 
-    python benchmarks/scaling.py [--parts seeds processes launch test] [--scratch FOLDER]
+    python benchmarks/scaling.py [--parts seeds processes launch evaluation] [--scratch FOLDER]
     python benchmarks/scaling.py --table benchmarks/scaling.json
 
 The part `seeds` needs 128 MiB of disk for each seed of 256^3, 6.7 GB in all, and reads it from the page cache
@@ -17,10 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import scaling_model
 from peers import ROOT
-from rounds import compete, machine, machine_line, scratch_folder, synthetic_file
-from watch import Settings
+from rounds import machine, machine_line, run_benchmark, scratch_folder, synthetic_file
+from step_timer import Settings
 
 TEST_SEEDS = 2
 LAUNCHER = ("-m", "accelerate.commands.launch", "--config_file")
@@ -67,11 +66,11 @@ def main() -> None:
 
 
 def seeds(settings: Settings, rounds: int) -> Measured:
-    """Whole runs of one epoch and a test, cache disk, with 1, 2, 4 and 8 times the seeds."""
+    """Whole runs of one epoch and an evaluation, cache disk, with 1, 2, 4 and 8 times the seeds."""
     found = [{"seeds": factor * settings.seeds, "rates": [], "anonymous": []} for factor in (1, 2, 4, 8)]
     for _ in range(rounds):
         for line in found:
-            numbers = say(compete("disk", replace(settings, seeds=line["seeds"], epochs=1)), **line)
+            numbers = show(run_benchmark("disk", replace(settings, seeds=line["seeds"], epochs=1)), **line)
             line["rates"].append(numbers["slices_per_second"])
             line["anonymous"].append(numbers["anonymous_bytes"])
     for line in found:
@@ -80,26 +79,19 @@ def seeds(settings: Settings, rounds: int) -> Measured:
 
 
 def processes(settings: Settings, rounds: int) -> Measured:
-    """The same run of one epoch on 1 and 2 processes, a core each, and what docs/scaling.md predicts."""
+    """The same run of one epoch on 1 and 2 processes, one core each."""
     found = [{"processes": count, "rates": [], "anonymous": []} for count in (1, 2)]
     on_cpu = settings.device == "cpu"
     configuration = str(ROOT / "accelerate_configs" / ("cpu_multi.yaml" if on_cpu else "multi_gpu.yaml"))
     for _ in range(rounds):
         for line in found:
             launcher = (*LAUNCHER, configuration, "--num_processes", str(line["processes"]))
-            numbers = compete("disk", replace(settings, epochs=1), launcher, threads=1 if on_cpu else None)
-            say(numbers, **line)
+            numbers = run_benchmark(
+                "disk", replace(settings, epochs=1), launcher, threads=1 if on_cpu else None
+            )
+            show(numbers, **line)
             line["rates"].append(numbers["slices_per_second"])
             line["anonymous"].append(numbers["anonymous_bytes"])
-    if on_cpu:
-        alone, links = 1 / median(found[0]["rates"]), scaling_model.measure(2)
-        network = scaling_model.network(settings.architecture, settings.layer_param)
-        for line in found:
-            seconds = scaling_model.step_seconds(
-                network, line["processes"], settings.batch, t0=0.0, t1=alone, links=links
-            )
-            line["predicted"] = settings.batch / seconds
-        found[1]["links"] = [links.latency, links.bandwidth]
     return found
 
 
@@ -108,23 +100,21 @@ def launch(settings: Settings, rounds: int) -> Measured:
     found = [{"cache": cache, "first_step": []} for cache in ("disk",)]
     for _ in range(rounds):
         for line in found:
-            numbers = compete(
+            numbers = run_benchmark(
                 line["cache"], replace(settings, seeds=8 * settings.seeds, warmup=0.0, seconds=0.0)
             )
-            line["first_step"].append(say(numbers, **line)["first_step"])
+            line["first_step"].append(show(numbers, **line)["first_step"])
     return found
 
 
-def test(settings: Settings, rounds: int) -> Measured:
-    """Two tests of several seeds, the first of which reads the cubes, beside the forward pass alone."""
-    found: Measured = [
-        {"contestant": name, "rates": [], "again": []} for name in ("forward", "memory", "disk")
-    ]
+def evaluation(settings: Settings, rounds: int) -> Measured:
+    """Two evaluations of several seeds, the first of which reads the cubes, and the forward pass alone."""
+    found: Measured = [{"runner": name, "rates": [], "again": []} for name in ("forward", "memory", "disk")]
     for _ in range(rounds):
         for line in found:
-            epochs = 0 if line["contestant"] == "forward" else 2
+            epochs = 0 if line["runner"] == "forward" else 2
             chosen = replace(settings, seeds=1, test_seeds=settings.seeds, epochs=epochs)
-            numbers = say(compete(line["contestant"], replace(chosen, warmup=0.5)), **line)
+            numbers = show(run_benchmark(line["runner"], replace(chosen, warmup=0.5)), **line)
             first, again = numbers.get("test_slices_per_second", [numbers["slices_per_second"]] * 2)
             line["rates"].append(first)
             line["again"].append(again)
@@ -135,18 +125,18 @@ PARTS: dict[str, Callable[[Settings, int], Measured]] = {
     "seeds": seeds,
     "processes": processes,
     "launch": launch,
-    "test": test,
+    "evaluation": evaluation,
 }
 
 
-def say(numbers: dict[str, Any], **line: Any) -> dict[str, Any]:
-    """Show what was just measured, and pass it on."""
+def show(numbers: dict[str, Any], **line: Any) -> dict[str, Any]:
+    """Print a measurement and return it."""
     print({key: value for key, value in line.items() if not isinstance(value, list)}, numbers, flush=True)
     return numbers
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The measurement in Markdown."""
+    """The measurements as Markdown tables."""
     blocks = [machine_line(results["machine"])]
     if "seeds" in results:
         base = median(results["seeds"][0]["rates"])
@@ -167,7 +157,6 @@ def tables(results: dict[str, Any]) -> str:
             [
                 line["processes"],
                 f"{1000 / median(line['rates']):.3f}",
-                f"{1000 / line['predicted']:.3f}" if "predicted" in line else "-",
                 f"{max(line['anonymous']) / 1e9:.2f}",
                 listed(line["rates"], 0),
             ]
@@ -176,7 +165,6 @@ def tables(results: dict[str, Any]) -> str:
         head = [
             "processes",
             "ms a slice",
-            "predicted",
             "peak anonymous memory of one, GB",
             "slices/s, rounds",
         ]
@@ -187,25 +175,28 @@ def tables(results: dict[str, Any]) -> str:
             for line in results["launch"]
         ]
         blocks.append(table(["cache", "seconds to the end of the first step", "rounds"], rows))
-    if "test" in results:
+    if "evaluation" in results:
         rows = [
             [
-                "the forward pass alone"
-                if line["contestant"] == "forward"
-                else f"test, {line['contestant']}",
+                "the forward pass alone" if line["runner"] == "forward" else f"evaluation, {line['runner']}",
                 f"{1000 / median(line['rates']):.3f}",
                 f"{1000 / median(line['again']):.3f}",
                 listed(line["again"], 0),
             ]
-            for line in results["test"]
+            for line in results["evaluation"]
         ]
-        head = ["", "ms a slice, first test", "ms a slice, second test", "slices/s, rounds of the second"]
+        head = [
+            "",
+            "ms a slice, first evaluation",
+            "ms a slice, second evaluation",
+            "slices/s, rounds of the second",
+        ]
         blocks.append(table(head, rows))
     return "\n\n".join(blocks)
 
 
 def listed(values: list[float], digits: int) -> str:
-    """Numbers, one after the other."""
+    """Values, separated by commas."""
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 

@@ -1,4 +1,4 @@
-"""What a contestant is told and what is measured of it: time and memory."""
+"""Settings of a runner, and the time and memory that it takes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STEPS_AT_LEAST = 5  # before the watch starts, and again before it stops
+MIN_STEPS = 5  # before the timer starts, and again before it stops
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the contestants of a round have in common."""
+    """Settings that all runners of a round share."""
 
     datafile: str
     scratch: str  # for runs and logs
@@ -26,9 +26,9 @@ class Settings:
     size: int = 256
     seeds: int = 6  # seeds 0 to seeds - 1 train
     test_seeds: int = 1
-    epochs: int = 0  # of this project: 0 to end with the watch, otherwise the run goes on to its end
-    warmup: float = 2.0  # seconds before the watch starts
-    seconds: float = 4.0  # that the watch runs, at least
+    epochs: int = 0  # of this project; 0: end with the timer
+    warmup: float = 2.0  # seconds before the timer starts
+    seconds: float = 4.0  # minimum time that is measured
     workers: int = 0  # of the peers' DataLoader
 
     @property
@@ -37,19 +37,19 @@ class Settings:
         return math.ceil(self.seeds * 6 * self.size / self.batch)
 
 
-class Enough(Exception):
-    """The watch has stopped."""
+class StopTiming(Exception):
+    """The measurement is complete."""
 
 
 @dataclass
-class Watch:
+class StepTimer:
     """Times training steps, once some have warmed up the process."""
 
     settings: Settings
     every: int = 1
-    """The watch stops after a multiple of so many steps, unless that takes twice as long as it should."""
+    """Stop after a multiple of this number of steps, unless that takes twice the time."""
     last: int | None = None
-    """The step that it stops after instead; the contestant then goes on."""
+    """Stop after this step instead, without raising StopTiming."""
     began: float = field(default_factory=time.perf_counter)
     done: int = 0
     first: float = 0.0
@@ -58,25 +58,25 @@ class Watch:
     steps: int = 0
 
     def step(self) -> None:
-        """One step is done. Raises Enough after the last one that is timed."""
+        """Count one step. Raises StopTiming after the last one that is timed."""
         self.done += 1
         if self.done == 1:
             self.first = self._now()
         elif not self.started:
             warm = time.perf_counter() - self.first > self.settings.warmup
-            if self.done >= STEPS_AT_LEAST and (warm or 4 * self.done > (self.last or math.inf)):
+            if self.done >= MIN_STEPS and (warm or 4 * self.done > (self.last or math.inf)):
                 self.started = self._now()
         elif not self.stopped:
             self.steps += 1
             if self.done == self.last:
                 self.stopped = self._now()
-            elif self.last is None and self._enough():
+            elif self.last is None and self._long_enough():
                 self.stopped = self._now()
-                raise Enough
+                raise StopTiming
 
-    def _enough(self) -> bool:
+    def _long_enough(self) -> bool:
         elapsed = time.perf_counter() - self.started
-        if self.steps < STEPS_AT_LEAST or elapsed < self.settings.seconds:
+        if self.steps < MIN_STEPS or elapsed < self.settings.seconds:
             return False
         return self.steps % self.every == 0 or elapsed > 2 * self.settings.seconds
 
@@ -88,7 +88,7 @@ class Watch:
         return time.perf_counter()
 
     def result(self) -> dict[str, Any]:
-        """What was timed; `first_step`: seconds from the making of the watch to the end of the first step."""
+        """Steps and seconds; `first_step`: seconds from construction to the end of the first step."""
         seconds = self.stopped - self.started
         return {
             "steps": self.steps,
@@ -99,9 +99,9 @@ class Watch:
 
 
 class AnonymousMemory(threading.Thread):
-    """The largest anonymous memory (bytes) of this process, looked at every few milliseconds.
+    """Peak anonymous memory (bytes) of this process, sampled every 20 ms.
 
-    The peak that Linux keeps (VmHWM) also counts pages of files, which it may take back.
+    The peak that Linux reports (VmHWM) also counts pages of files.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class AnonymousMemory(threading.Thread):
         self.peak = 0
 
     def run(self) -> None:
-        """Look until the process ends."""
+        """Sample until the process ends."""
         while Path("/proc/self/status").exists():
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("RssAnon:"):

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rounds import compete, machine, machine_line, scratch_folder, synthetic_file
-from watch import Settings
+from rounds import machine, machine_line, run_benchmark, scratch_folder, synthetic_file
+from step_timer import Settings
 
 LIMIT = "limit"
 OURS = {
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     add("--layer-param", type=int, default=16, help="width of the networks")
     add("--batches", nargs="+", type=int, default=[64])
     add("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    add("--contestants", nargs="+", choices=TITLES, help="default: all that the device has")
+    add("--runners", nargs="+", choices=TITLES, help="default: all that the device has")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--rounds", type=int, default=3)
     add("--seconds", type=float, default=4.0, help="that each is timed for in a round, at least")
@@ -78,8 +78,8 @@ def parse() -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.workers is None:
         options.workers = 0 if options.device == "cpu" else 8
-    if options.contestants is None:
-        options.contestants = [name for name in TITLES if name != "device" or options.device == "cuda"]
+    if options.runners is None:
+        options.runners = [name for name in TITLES if name != "device" or options.device == "cuda"]
     return options
 
 
@@ -106,15 +106,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 },
             )
             work = f"{architecture} {options.layer_param}, batch {batch}, {precision}"
-            rates: dict[str, list[float]] = {name: [] for name in options.contestants}
-            # A GPU computes while the host goes on: there the time inside a step tells nothing.
-            timed = [name for name in options.contestants if name in OURS and options.device == "cpu"]
+            rates: dict[str, list[float]] = {name: [] for name in options.runners}
+            # A GPU computes asynchronously: there the time inside a step means nothing.
+            timed = [name for name in options.runners if name in OURS and options.device == "cpu"]
             inside: dict[str, list[float]] = {name: [] for name in timed}
             results["works"][work] = rates
             results.setdefault("step_seconds", {})[work] = inside
             for turn in range(options.rounds):
-                for name in options.contestants:
-                    numbers = compete(name, settings)
+                for name in options.runners:
+                    numbers = run_benchmark(name, settings)
                     rates[name].append(numbers["slices_per_second"])
                     if name in inside:
                         inside[name].append(numbers["step_seconds"])

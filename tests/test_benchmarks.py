@@ -1,4 +1,4 @@
-"""The benchmarks work: contestants train, each in its process, and tables come out. Speed decides nothing."""
+"""The benchmarks run: runners train, each in its own process, and the tables are complete."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from watch import Settings
+    from step_timer import Settings
 
     datasets.write_synthetic(tmp_path / "tiny.h5", seeds=2, size=64)
     return Settings(
@@ -23,20 +23,20 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", ["limit", "disk", "plain"])
-def test_a_contestant_trains(name: str, settings) -> None:
+def test_a_runner_trains(name: str, settings) -> None:
     import rounds
 
-    numbers = rounds.compete(name, settings)
+    numbers = rounds.run_benchmark(name, settings)
     assert numbers["steps"] >= 5
     assert numbers["slices_per_second"] > 0
 
 
-def test_a_contestant_that_fails_says_why(settings, tmp_path: Path) -> None:
+def test_a_runner_that_fails_reports_its_output(settings, tmp_path: Path) -> None:
     import rounds
 
     (tmp_path / "tiny.h5").unlink()
     with pytest.raises(RuntimeError, match=r"tiny\.h5"):
-        rounds.compete("disk", settings)
+        rounds.run_benchmark("disk", settings)
 
 
 def test_tables_hold_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ MEASURED = [name for name in ("throughput", "scaling") if (BENCHMARKS / f"{name}
 
 
 @pytest.mark.parametrize("program", MEASURED)
-def test_the_tables_shown_are_those_of_the_files(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_shows_the_tables_of_the_files(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     results = json.loads((BENCHMARKS / f"{program}.json").read_text())
     assert importlib.import_module(program).tables(results) in (BENCHMARKS / "README.md").read_text()
