@@ -19,8 +19,8 @@ from peers import ROOT
 from step_timer import Settings
 
 STRENGTH = 1.0
-"""Strength of the synthetic universe: physical, so that no network fits a batch within a
-round. Gradients would become denormal, which slows down the peers alone, since this project flushes them to zero."""
+"""Physical, so that no network fits a batch within a round: gradients would become denormal then, which slows
+down the peers alone, since this project flushes denormal numbers to zero."""
 PACKAGES = ("torch", "accelerate", "lightning", "transformers", "numpy", "numba")
 
 

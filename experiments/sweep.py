@@ -1,50 +1,63 @@
-"""Search for the width, dropout and learning rate with the lowest test loss.
+"""Search for the hyperparameters with the lowest loss on validation seeds.
 
     python experiments/sweep.py experiments/temp.yaml --trials 20 [section.key=value ...]
 
-Each trial is an ordinary run of trainer.py, NAME-000, NAME-001, ..., with its own folder under log_dir, logs
-and checkpoints. Once three trials are complete, one whose lowest test loss so far is above the median of the
-complete ones at the same epoch is stopped early. The study is kept in LOG_DIR/NAME-sweep.db: the same command
-goes on where it was left, also after a kill, and a trial that was running goes on from its last checkpoint.
-Only one sweep at a time may use one study.
+Each trial is an ordinary run of trainer.py, NAME-000, NAME-001, ..., with its own folder under log_dir. After
+three complete trials, a trial is pruned if its lowest loss so far is above the median of the complete ones at
+the same epoch. The study is kept in LOG_DIR/NAME-sweep.journal: the same command resumes it after a kill,
+and an interrupted trial resumes from its last checkpoint. Start the command several times, on any hosts that
+share log_dir, to work on one study in parallel.
 
-The lowest test loss of a trial counts: judge the winner at that checkpoint, and by other seeds, as those of
-the sweep are no longer unseen (evaluation.py --checkpoint best --seeds A:B).
+The lowest loss of a trial counts. Without data_params.validation_seeds it is the loss on test seeds, which are
+then no longer unseen: evaluate the best trial on other seeds (evaluation.py --checkpoint best --seeds A:B).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
+import fcntl
+import os
+import secrets
 import shlex
 import signal
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
+from processes import ROOT, deferred_interrupt, start
+
 sys.path.insert(0, str(ROOT))
 
-import config as experiment  # noqa: E402
-import datasets  # noqa: E402
+import config as experiment
+import datasets
+import files
+import models
 
 try:
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
     from optuna.trial import Trial, TrialState
 except ModuleNotFoundError as missing:
     print(f"a sweep needs {missing.name}: pip install -e '.[sweep]'", file=sys.stderr)
     sys.exit(2)
 
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-LOOK_EVERY = 0.5  # seconds between looks at a trial's metrics
+POLL_SECONDS = 0.5  # between readings of a trial's metrics
+RANGES = {"layer_param": "4:64", "dropout": "0:0.7", "lr": "1e-4:1e-2"}
+CHOICES = {
+    "architecture": tuple(models.REGISTRY),
+    "whiten": ("none", "isotropic"),
+    "pairs": ("false", "true"),
+    "shifts": ("false", "true"),
+}
+SECTION = dict.fromkeys(("whiten", "pairs", "shifts"), "data_params") | {"lr": "train_params"}
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be done as asked."""
+    """A sweep that cannot run as configured."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,19 +67,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("experiment", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
-    parser.add_argument("--trials", type=int, default=20, help="trials to reach in the study (%(default)s)")
-    parser.add_argument("--layer-param", default="4:64", metavar="LOW:HIGH", help="range (%(default)s)")
-    parser.add_argument("--dropout", default="0:0.7", metavar="LOW:HIGH", help="range (%(default)s)")
-    parser.add_argument("--lr", default="1e-4:1e-2", metavar="LOW:HIGH", help="range (%(default)s)")
+    parser.add_argument("--trials", type=int, default=20, help="trials in the study (%(default)s)")
+    for key, default in RANGES.items():
+        name = f"--{key.replace('_', '-')}"
+        parser.add_argument(name, default=default, metavar="LOW:HIGH", help="range (%(default)s)")
+    for key, values in CHOICES.items():
+        parser.add_argument(f"--{key}", metavar=",".join(values), help="values to search (not searched)")
     parser.add_argument(
-        "--launcher", default=sys.executable, help="what starts trainer.py, e.g. 'accelerate launch'"
+        "--launcher", default=sys.executable, help="command that starts trainer.py, e.g. 'accelerate launch'"
     )
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = experiment.load(options.experiment, options.overrides)
+        config = experiment.load_config(options.experiment, options.overrides)
         data = config.data_params
         if data.synthetic is None or Path(data.datafile).exists():
-            datasets.CubeFile(data.datafile).require(range(data.train_seeds + data.test_seeds))
+            datasets.CubeFile(data.datafile).require(range(data.test_range.stop))
         search(config, options)
     except (SweepError, experiment.ConfigError, datasets.DataError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -75,43 +90,73 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def search(config: experiment.Config, options: argparse.Namespace) -> None:
-    """Run trials until the study holds as many as asked for, then say which is best."""
-    ranges = {key: bounds(key, getattr(options, key)) for key in ("layer_param", "dropout", "lr")}
+    """Run trials until the study holds `options.trials`, then print the best one."""
+    ranges = {key: parse_range(key, getattr(options, key)) for key in RANGES}
+    for key in CHOICES:
+        parse_choices(key, getattr(options, key) or CHOICES[key][0])
     name, folder = config.model_params.name, Path(config.train_params.log_dir)
+    phase = "validation" if config.data_params.validation_seeds else "test"
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=name,
-        storage=f"sqlite:///{(folder / f'{name}-sweep.db').resolve()}",
+        storage=JournalStorage(JournalFileBackend(str(folder / f"{name}-sweep.journal"))),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
         load_if_exists=True,
     )
-    # seeded by the number of trials too: a sweep that goes on must not draw its first trials again
-    study.sampler = optuna.samplers.TPESampler(
-        seed=(config.train_params.seed + len(study.trials)) % 2**32, n_startup_trials=5
+    with Worker(folder / f"{name}-sweep-workers") as worker:
+        worker.requeue_orphans(study)
+        while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
+            trial = study.ask()
+            # Seeded by the trial: workers, and a resumed sweep, must not draw the same settings again.
+            study.sampler = optuna.samplers.TPESampler(
+                seed=(config.train_params.seed + trial.number) % 2**32, n_startup_trials=5, constant_liar=True
+            )
+            run_name = trial.user_attrs.get("run", f"{name}-{trial.number:03}")
+            trial.set_user_attr("run", run_name)
+            trial.set_user_attr("worker", worker.name)
+            settings = suggest(trial, ranges, options)
+            state, loss = run_trial(trial, folder / run_name, settings, options, phase)
+            study.tell(trial, loss if state is TrialState.COMPLETE else None, state)
+            print(
+                f"{run_name}  {format_settings(settings)}  {state.name.lower()}  {phase} loss {loss}",
+                flush=True,
+            )
+    complete = study.get_trials(states=[TrialState.COMPLETE])
+    if not complete:
+        raise SweepError(f"{folder}: no trial of {name} completed. Read the errors of the trials above.")
+    best = min(complete, key=lambda trial: trial.value if trial.value is not None else float("inf"))
+    print(
+        f"best: {folder / best.user_attrs['run']}  {format_settings(best.params)}  "
+        f"{phase} loss {best.value:.4f}"
     )
-    adopt_orphans(study)
-    while unfinished(study, options.trials):
-        trial = study.ask()
-        run_name = trial.user_attrs.get("run", f"{name}-{trial.number:03}")
-        trial.set_user_attr("run", run_name)
-        chosen = {
-            "layer_param": trial.suggest_int("layer_param", *map(int, ranges["layer_param"]), log=True),
-            "dropout": trial.suggest_float("dropout", *ranges["dropout"]),
-            "lr": trial.suggest_float("lr", *ranges["lr"], log=True),
-        }
-        state, loss = run_trial(trial, folder / run_name, chosen, options)
-        study.tell(trial, loss if state is TrialState.COMPLETE else None, state)
-        print(f"{run_name}  {in_words(chosen)}  {state.name.lower()}  test loss {loss}", flush=True)
-    done = study.get_trials(states=[TrialState.COMPLETE])
-    if not done:
-        raise SweepError(f"{folder}: no trial of {name} came to its end; their output tells why")
-    best = min(done, key=lambda trial: trial.value or 0.0)
-    print(f"best: {folder / best.user_attrs['run']}  {in_words(best.params)}  test loss {best.value:.4f}")
 
 
-def bounds(key: str, text: str) -> tuple[float, float]:
-    """The two ends of a range LOW:HIGH; SweepError if they are not."""
+def suggest(
+    trial: Trial, ranges: dict[str, tuple[float, float]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The settings of a trial."""
+    settings: dict[str, Any] = {
+        "layer_param": trial.suggest_int("layer_param", *map(int, ranges["layer_param"]), log=True),
+        "dropout": trial.suggest_float("dropout", *ranges["dropout"]),
+        "lr": trial.suggest_float("lr", *ranges["lr"], log=True),
+    }
+    for key in CHOICES:
+        if getattr(options, key) is not None:
+            settings[key] = trial.suggest_categorical(key, parse_choices(key, getattr(options, key)))
+    return settings
+
+
+def parse_choices(key: str, text: str) -> list[str]:
+    """The values A,B,... of a setting. Raises SweepError."""
+    values = text.split(",")
+    if not set(values) <= set(CHOICES[key]) or len(set(values)) < len(values):
+        raise SweepError(f"--{key}: found '{text}', allowed: some of {','.join(CHOICES[key])}")
+    return values
+
+
+def parse_range(key: str, text: str) -> tuple[float, float]:
+    """The ends of a range LOW:HIGH. Raises SweepError."""
     try:
         low, high = (float(end) for end in text.split(":"))
     except ValueError:
@@ -122,78 +167,101 @@ def bounds(key: str, text: str) -> tuple[float, float]:
     return low, high
 
 
-def unfinished(study: optuna.Study, trials: int) -> bool:
-    """Whether there is more to run: trials taken up again have the run of the one that was killed."""
-    ended = {trial.user_attrs.get("run") for trial in study.trials if trial.state.is_finished()}
-    return bool(study.get_trials(states=[TrialState.WAITING])) or len(ended - {None}) < trials
+def count_trials(study: optuna.Study) -> int:
+    """Trials that ended or run; one that was requeued has the run of the interrupted one."""
+    started = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    return len({trial.user_attrs.get("run", trial.number) for trial in study.get_trials(states=started)})
 
 
-def adopt_orphans(study: optuna.Study) -> None:
-    """Queue again, under the same name, the trials that were running when a sweep was killed."""
-    for trial in study.get_trials(states=[TrialState.RUNNING]):
-        study.tell(trial.number, state=TrialState.FAIL)
-        if "run" in trial.user_attrs:
-            study.enqueue_trial(trial.params, {"run": trial.user_attrs["run"]})
+class Worker:
+    """One process that works on a study. It holds a file lock, so that others see whether it is alive."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._folder = folder
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Worker:
+        self._folder.mkdir(exist_ok=True)
+        self._lock = (self._folder / self.name).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        (self._folder / self.name).unlink(missing_ok=True)
+        assert self._lock is not None
+        self._lock.close()
+        with suppress(OSError):  # other workers are still there
+            self._folder.rmdir()
+
+    def requeue_orphans(self, study: optuna.Study) -> None:
+        """Queue again, with the same run, the trials whose worker was killed."""
+        for trial in study.get_trials(states=[TrialState.RUNNING]):
+            if self._alive(trial.user_attrs.get("worker", "")):
+                continue
+            study.tell(trial.number, state=TrialState.FAIL)
+            if "run" in trial.user_attrs:
+                study.enqueue_trial(trial.params, {"run": trial.user_attrs["run"]})
+
+    def _alive(self, name: str) -> bool:
+        try:
+            with (self._folder / name).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        (self._folder / name).unlink(missing_ok=True)
+        return False
 
 
 def run_trial(
-    trial: Trial, run: Path, chosen: dict[str, Any], options: argparse.Namespace
+    trial: Trial, run_dir: Path, settings: dict[str, Any], options: argparse.Namespace, phase: str
 ) -> tuple[TrialState, float | None]:
-    """One run of trainer.py from its start or its last checkpoint; how it ended and its lowest test loss."""
-    settings = {"model_params.name": run.name, "train_params.lr": chosen["lr"]}
-    settings |= {f"model_params.{key}": chosen[key] for key in ("layer_param", "dropout")}
-    overrides = [*options.overrides, *(f"{key}={value}" for key, value in settings.items())]
-    command = [*shlex.split(options.launcher), str(ROOT / "trainer.py"), options.experiment, *overrides]
-    finished, losses = run / "model" / "config.json", dict[int, float]()
-    if not finished.exists():  # else only the study missed its end
-        # Noted and raised below: an exception out of a signal could be lost in a callback of the database.
-        pressed: list[int] = []
-        handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent) as process:
+    """Train one trial, from its start or its last checkpoint; returns how it ended and its lowest loss."""
+    overrides = {"model_params.name": run_dir.name}
+    overrides |= {f"{SECTION.get(key, 'model_params')}.{key}": value for key, value in settings.items()}
+    command = [*shlex.split(options.launcher), str(ROOT / "trainer.py"), options.experiment]
+    command += [*options.overrides, *(f"{key}={value}" for key, value in overrides.items())]
+    finished, reported = run_dir / "model" / "config.json", dict[int, float]()
+    if not finished.exists():  # otherwise only the study missed its end
+        with deferred_interrupt() as interrupts, start(command) as process:
             try:
                 while process.poll() is None:
-                    if pressed:
+                    if interrupts:
                         raise KeyboardInterrupt
-                    time.sleep(LOOK_EVERY)
-                    for epoch, loss in tests(run):
-                        if epoch not in losses:
-                            losses[epoch] = loss
+                    time.sleep(POLL_SECONDS)
+                    for epoch, loss in losses(run_dir, phase).items():
+                        if epoch not in reported:
+                            reported[epoch] = loss
                             trial.report(loss, epoch)
-                    if losses and trial.should_prune():
-                        process.send_signal(signal.SIGTERM)  # the run saves and ends
+                    if reported and trial.should_prune():
+                        process.send_signal(signal.SIGTERM)  # the run saves and stops
                         process.wait()
-                        return TrialState.PRUNED, min(losses.values())
-                if pressed:
+                        return TrialState.PRUNED, min(reported.values())
+                if interrupts:
                     raise KeyboardInterrupt
             except BaseException:
                 process.send_signal(signal.SIGTERM)
                 raise
-            finally:
-                signal.signal(signal.SIGINT, handler)
-    losses = dict(tests(run))
-    if not finished.exists() or not losses:
+    found = losses(run_dir, phase)
+    if not finished.exists() or not found:
         return TrialState.FAIL, None
-    return TrialState.COMPLETE, min(losses.values())
+    return TrialState.COMPLETE, min(found.values())
 
 
-def end_with_parent() -> None:
-    """Have the kernel stop this process when the sweep is killed: two trainers must not share a run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def losses(run_dir: Path, phase: str) -> dict[int, float]:
+    """Loss of each evaluation of a run so far, by epoch."""
+    records = files.read_json_lines(run_dir / "metrics.jsonl")
+    return {record["epoch"]: record["loss"] for record in records if record.get("phase") == phase}
 
 
-def tests(run: Path) -> Iterator[tuple[int, float]]:
-    """Epoch and loss of every test of a run so far."""
-    path = run / "metrics.jsonl"
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and (record := json.loads(line))["phase"] == "test":
-                yield record["epoch"], record["loss"]
-
-
-def in_words(chosen: dict[str, Any]) -> str:
+def format_settings(settings: dict[str, Any]) -> str:
     """Settings in one line."""
-    return "  ".join(f"{key} {value:.3g}" for key, value in chosen.items())
+    return "  ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in settings.items()
+    )
 
 
 if __name__ == "__main__":

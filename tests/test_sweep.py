@@ -1,4 +1,4 @@
-"""Searches over settings: trials are ordinary runs, the bad ones end early, a killed search goes on."""
+"""Hyperparameter sweeps: trials are ordinary runs, bad ones are pruned, a killed sweep resumes."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ optuna = pytest.importorskip("optuna", reason="the extra sweep is not installed"
 SWEEP = Path(__file__).parent.parent / "experiments" / "sweep.py"
 Experiment = Callable[..., Path]
 
-# A trainer whose test loss follows from the learning rate alone: it keeps what the sweep relies on.
+# A trainer whose loss depends on the learning rate alone, with the files and signals that a sweep relies on.
 TRAINER = """
 import json, pathlib, signal, sys, time
 keys = dict(override.split("=") for override in sys.argv[3:])
@@ -43,13 +43,14 @@ for epoch in range(before + 1, 5):
 
 @pytest.fixture(scope="module")
 def sweep() -> ModuleType:
-    """experiments/sweep.py, which is a program and no module."""
+    """experiments/sweep.py, which is a program and not a module."""
+    sys.path.insert(0, str(SWEEP.parent))
     spec = importlib.util.spec_from_file_location("sweep", SWEEP)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.LOOK_EVERY = 0.02  # type: ignore[attr-defined]
+    module.POLL_SECONDS = 0.02  # type: ignore[attr-defined]
     return module
 
 
@@ -67,11 +68,15 @@ def search(sweep: ModuleType, experiment: Experiment, tmp_path: Path) -> Callabl
 
 
 def trials(tmp_path: Path) -> list[Any]:
-    storage = f"sqlite:///{tmp_path / 'runs' / 'run-sweep.db'}"
-    return list(optuna.load_study(study_name="run", storage=storage).get_trials())
+    return list(load_study(tmp_path).get_trials())
 
 
-def test_trials_are_runs_of_their_own_and_the_lowest_loss_wins(
+def load_study(tmp_path: Path) -> Any:
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "runs" / "run-sweep.journal"))
+    return optuna.load_study(study_name="run", storage=optuna.storages.JournalStorage(backend))
+
+
+def test_trials_are_runs_and_the_lowest_loss_wins(
     search: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert search("--trials", "5", "--layer-param", "4:8", "--dropout", "0:0.3") == 0
@@ -113,14 +118,14 @@ def test_a_trial_that_fails_does_not_stop_the_others(
     assert "COMPLETE" in states
 
 
-def test_no_trial_that_ends_is_an_error(
+def test_a_sweep_without_a_complete_trial_is_an_error(
     search: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert search("--trials", "2", fail=0) == 2
-    assert "no trial of run came to its end" in capsys.readouterr().err
+    assert "no trial of run completed" in capsys.readouterr().err
 
 
-def test_a_killed_sweep_goes_on_with_the_trial_it_was_at(
+def test_a_killed_sweep_resumes_its_trial(
     search: Callable[..., int], experiment: Experiment, tmp_path: Path
 ) -> None:
     assert search("--trials", "1", pause=0) == 0
@@ -147,26 +152,27 @@ def test_a_killed_sweep_goes_on_with_the_trial_it_was_at(
     assert len({trial.user_attrs["run"] for trial in found}) == 3
 
 
-def test_a_run_that_ended_while_the_sweep_was_dead_is_not_trained_again(
+def test_a_run_that_finished_without_its_sweep_is_not_trained_again(
     search: Callable[..., int], tmp_path: Path
 ) -> None:
     assert search("--trials", "1", pause=0) == 0
-    study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path / 'runs' / 'run-sweep.db'}")
+    study = load_study(tmp_path)
     orphan = study.ask()
     for name, (low, high) in {"layer_param": (4, 64), "dropout": (0.0, 0.7), "lr": (1e-4, 1e-2)}.items():
         suggest = orphan.suggest_int if name == "layer_param" else orphan.suggest_float
         suggest(name, low, high, log=name != "dropout")
-    orphan.set_user_attr("run", "run-000")  # its folder is whole
+    orphan.set_user_attr("run", "run-000")  # its folder is complete
     assert search("--trials", "1", pause=0) == 0
     assert (tmp_path / "runs" / "run-000" / "started").read_text() == "x"
     assert trials(tmp_path)[-1].value == trials(tmp_path)[0].value
 
 
-def test_a_trial_of_the_real_trainer(
+def test_a_trial_of_the_real_trainer_is_selected_by_validation_seeds(
     sweep: ModuleType, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment(epochs=2, axes=[0])
-    options = ["--trials", "1", "--layer-param", "2:4", "train_params.test_every=1"]
+    options = ["--trials", "1", "--layer-param", "2:4", "--shifts", "true", "--architecture", "RACOON"]
+    options += ["train_params.test_every=1", "data_params.validation_seeds=1"]
     assert sweep.main([str(path), *options]) == 0
     (trial,) = trials(tmp_path)
     run = tmp_path / "runs" / "run-000"
@@ -174,8 +180,28 @@ def test_a_trial_of_the_real_trainer(
     assert resolved["model_params"]["layer_param"] == trial.params["layer_param"]
     assert resolved["model_params"]["dropout"] == trial.params["dropout"]
     assert resolved["train_params"]["lr"] == trial.params["lr"]
-    assert len(trial.intermediate_values) == 2
-    assert (run / "model" / "model.safetensors").exists()
+    assert resolved["data_params"]["shifts"] is True
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validation = [line["loss"] for line in lines if line["phase"] == "validation"]
+    assert len(validation) == 2
+    assert trial.value == min(validation)
+    assert [line["epoch"] for line in lines if line["phase"] == "test"] == [2]
+
+
+def test_workers_share_a_study(search: Callable[..., int], experiment: Experiment, tmp_path: Path) -> None:
+    assert search("--trials", "1", pause=0.05) == 0
+    launcher = f"{sys.executable} {tmp_path / 'fake.py'}"
+    command = [sys.executable, str(SWEEP), str(experiment()), "--launcher", launcher, "--trials", "7"]
+    workers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    found = trials(tmp_path)
+    assert len({trial.user_attrs["run"] for trial in found}) == len(found) >= 7
+    assert all(trial.state.is_finished() for trial in found)
+    assert len({tuple(sorted(trial.params.items())) for trial in found}) == len(found)
+    assert len({trial.user_attrs["worker"] for trial in found[1:]}) == 2
+    assert all(
+        (tmp_path / "runs" / trial.user_attrs["run"] / "started").read_text() == "x" for trial in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,6 +211,7 @@ def test_a_trial_of_the_real_trainer(
         (["--lr", "1e-2:1e-3"], "LOW:HIGH"),
         (["--dropout", "0:2"], "--dropout"),
         (["--layer-param", "0:8"], "--layer-param"),
+        (["--whiten", "all"], "--whiten: found 'all', allowed: some of none,isotropic"),
         (["data_params.test_seeds=40"], "universe.h5"),
         (["train_params.lrr=1"], "did you mean lr"),
         (["data_params.datafile=nowhere.h5"], "nowhere.h5"),
@@ -198,7 +225,7 @@ def test_bad_input_gets_status_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_sigint_reaches_the_trial_and_the_sweep_can_go_on(
+def test_sigint_stops_the_trial_and_the_sweep_resumes(
     search: Callable[..., int], experiment: Experiment, tmp_path: Path
 ) -> None:
     assert search("--trials", "1", pause=0) == 0
