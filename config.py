@@ -242,7 +242,7 @@ class Config(Section):
             raise ConfigError(
                 f"data_params.channels: found {channels}, allowed: at most {size}, the cube's side"
             )
-        return self.model_params.model_dump(exclude={"name", "padding"}) | {
+        return self.model_params.model_dump(exclude={"name"}) | {
             "channels": channels,
             "size": size,
         }

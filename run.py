@@ -18,6 +18,8 @@ import metrics
 import models
 from config import Config, check_same_settings
 
+POWER_POSITIONS = 16  # neighbouring slices look nearly the same
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,6 +53,10 @@ class TrainState:
     mean: float
     std: float
     """The cubes are standardized by these."""
+    power: list[float] | None = None
+    """Isotropic power spectrum that whitens the slices: P(n), n = 0, ..., N/2 - 1."""
+    calibration: dict[str, float] | None = None
+    """Temperature and threshold, fitted on the validation seeds at the end of the training."""
     epoch: int = 0
     """Epochs completed."""
     step: int = 0
@@ -237,10 +243,39 @@ def initial_state(
     if last is not None:
         check_same_settings(config.run_dir, last.config, config.to_dict())
         return TrainState(predictions, **last.train_state)
+    mean, std = 0.0, 1.0
     if config.data_params.standardize == "train":
         mean, std = datasets.measure_normalization(cubes, config.data_params.train_range)
-        return TrainState(predictions, mean, std)
-    return TrainState(predictions, mean=0.0, std=1.0)
+    state = TrainState(predictions, mean, std)
+    if config.data_params.whiten == "isotropic":
+        state.power = measure_power(config, cubes, state)
+    return state
+
+
+def measure_power(config: Config, cubes: datasets.CubeFile, state: TrainState) -> list[float]:
+    """Isotropic power spectrum of the training slices, from POWER_POSITIONS slices per axis of each cube.
+
+    Computed on the CPU in one order, so that it is the same on every rank and device.
+    """
+    data, stride = config.data_params, max(1, cubes.size // POWER_POSITIONS)
+    slices = datasets.WholeCubeDataset(
+        cubes,
+        data.train_range,
+        batch_size=64,
+        seed=0,
+        device=torch.device("cpu"),
+        mean=state.mean,
+        std=state.std,
+        **data.slicing | {"cache": "disk"},
+    )
+    spectra, weights = [], []
+    for batch in slices.evaluation_batches():
+        chosen = batch.images[(batch.mask > 0) & (batch.ids % cubes.size % stride == 0)]
+        if len(chosen):
+            spectra.append(models.isotropic_power(chosen))
+            weights.append(len(chosen))
+    power = (torch.stack(spectra) * torch.tensor(weights)[:, None]).sum(0) / sum(weights)
+    return [float(value) for value in power]
 
 
 def build_datasets(
@@ -248,6 +283,7 @@ def build_datasets(
 ) -> tuple[datasets.WholeCubeDataset, datasets.WholeCubeDataset | None, datasets.WholeCubeDataset]:
     """The training, validation (None without validation seeds) and test set."""
     data, params = config.data_params, config.train_params
+    whitening = models.Whitening(state.power).to(accelerator.device) if state.power else None
 
     def dataset(seeds: range) -> datasets.WholeCubeDataset:
         return datasets.WholeCubeDataset(
@@ -260,6 +296,7 @@ def build_datasets(
             std=state.std,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
+            transform=whitening,
             **data.slicing,
         )
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -196,20 +196,23 @@ def evaluate(run: Run, state: TrainState, logger: RunLogger) -> bool:
     """
     before = replace(state)
     phase, dataset = ("validation", run.validation_set) if run.validation_set else ("test", run.test_set)
-    loss = evaluate_phase(run, state, logger, phase, dataset)
-    if loss is not None:
+    predictions = evaluate_phase(run, state, logger, phase, dataset)
+    if predictions is not None:
+        smoothing = run.config.train_params.label_smoothing
+        loss = metrics.loss(predictions, smoothing)
         state.end_evaluation(loss, run.config.train_params.early_stopping)
         if state.finished and run.validation_set:
-            loss = evaluate_phase(run, state, logger, "test", run.test_set)
-    if loss is None:
+            state.calibration = calibrate(predictions)
+            predictions = evaluate_phase(run, state, logger, "test", run.test_set)
+    if predictions is None:
         save(run, before)  # resumes with this evaluation
-    return loss is not None
+    return predictions is not None
 
 
 def evaluate_phase(
     run: Run, state: TrainState, logger: RunLogger, phase: str, dataset: datasets.WholeCubeDataset
-) -> float | None:
-    """Evaluate the network on a dataset and log the metrics; returns the loss, or None if stopped."""
+) -> metrics.Predictions | None:
+    """Evaluate the network on a dataset and log the metrics; None if a stop was requested."""
     started = time.perf_counter()
     network = run.accelerator.unwrap_model(run.network).eval()
     distributed.broadcast_buffers(network)
@@ -227,7 +230,15 @@ def evaluate_phase(
     logger.log_figures(phase, predictions, figures(predictions, run.accelerator), state.step)
     seconds = time.perf_counter() - started
     logger.log_metrics(phase, values, seconds=seconds, target_epoch=state.target_epoch)
-    return float(values["loss"])
+    return predictions
+
+
+def calibrate(predictions: metrics.Predictions) -> dict[str, float] | None:
+    """Temperature and threshold of the logits, fitted on the validation seeds."""
+    from models.calibration import fit_calibration
+
+    calibration = fit_calibration(predictions.logit, predictions.label)
+    return None if calibration is None else asdict(calibration)
 
 
 def label_predictions(run: Run, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
@@ -265,14 +276,18 @@ def save(run: Run, state: TrainState) -> None:
 
 def export(run: Run, state: TrainState) -> None:
     """Write the trained network to RUN/model, for use anywhere. Collective."""
+    from models import export  # imports huggingface_hub, which the first step need not wait for
+
     weights = run.accelerator.get_state_dict(run.network)
     if run.accelerator.is_main_process:
-        models.save(
+        export.save(
             run.config.run_dir / "model",
             weights,
             settings=run.config.model_arguments(run.cubes.size),
             mean=state.mean,
             std=state.std,
+            power=state.power,
+            calibration=state.calibration,
             training={"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
         )
 

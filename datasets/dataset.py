@@ -1,6 +1,6 @@
 """Batches of slices on the device, cut from whole cubes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cache import DeviceCache, HostCache, Preparation
+from .cache import _channels_last as channels_last
 from .cache_choice import choose_cache
 from .cube_file import GRAVITIES, CubeFile, DataError
 from .sampler import EpochSampler, Ids, decode, evaluation_order, random_symmetries
@@ -60,6 +61,7 @@ class WholeCubeDataset:
         cache: str = "auto",
         process_index: int = 0,
         num_processes: int = 1,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         cubes.require(seeds)
         if batch_size % num_processes:
@@ -67,7 +69,7 @@ class WholeCubeDataset:
                 f"train_params.batch_size {batch_size} cannot be shared out evenly among {num_processes} "
                 f"processes; a multiple of {num_processes} can."
             )
-        self.cubes, self.seeds, self.device = cubes, seeds, device
+        self.cubes, self.seeds, self.device, self._transform = cubes, seeds, device, transform
         self.batch_size, self.seed = batch_size, seed
         self.axes, self.channels, self.symmetries = tuple(sorted(axes)), channels, symmetries
         self.process_index, self.num_processes = process_index, num_processes
@@ -144,6 +146,8 @@ class WholeCubeDataset:
         counts = torch.from_numpy(weights.astype(np.float32)).to(self.device)
         names = torch.from_numpy(ids)
         for step, images in enumerate(self._cache.images(ids, turns, first_step), first_step):
+            if self._transform is not None:
+                images = channels_last(self._transform(images))
             yield Batch(names[step], images, labels[step], counts[step], int(slices[step]))
 
 

@@ -1,53 +1,49 @@
-"""The networks. A new one is a file beside this and a line in `REGISTRY`."""
+"""The networks: registry, construction, and loading of trained ones.
+
+A new network is one file and one line in `REGISTRY`.
+"""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from models.batch_norm import synchronize_batch_norm
-from models.layers import ACTIVATIONS
+from models.errors import ModelError
+from models.layers import ACTIVATIONS, PADDINGS
+from models.lynx import Lynx
 from models.penguin import Penguin
 from models.racoon import Racoon
+from models.whitening import Whitening, isotropic_power
 
 if TYPE_CHECKING:
-    from models.export import TrainedNetwork, load, save
+    from models.export import TrainedNetwork
 
 __all__ = [
     "ACTIVATIONS",
+    "PADDINGS",
     "REGISTRY",
     "ModelError",
-    "TrainedNetwork",
+    "Whitening",
     "build_model",
+    "isotropic_power",
     "load",
-    "save",
     "synchronize_batch_norm",
 ]
 
 REGISTRY: dict[str, type[nn.Module]] = {
     "RACOON": Racoon,
     "PENGUIN": Penguin,
+    "LYNX": Lynx,
 }
 SPELLINGS = {"RACCOON": "RACOON"}
 
 
-def __getattr__(name: str) -> Any:
-    """What stands for trained networks, imported at its first use: the hub's library takes a while."""
-    if name not in ("TrainedNetwork", "export", "load", "save"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    export = importlib.import_module("models.export")  # `from models import export` would ask here again
-    return export if name == "export" else getattr(export, name)
-
-
-class ModelError(ValueError):
-    """A network that cannot be built or loaded as asked."""
-
-
 def architecture_name(architecture: str) -> str:
-    """The registered name of `architecture`, in any case and any known spelling."""
+    """The registered name of `architecture`, in any case and any accepted spelling. Raises ModelError."""
     name = SPELLINGS.get(architecture.upper(), architecture.upper())
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, 1)
@@ -66,15 +62,26 @@ def build_model(
     activation: str = "relu",
     channels: int = 1,
     size: int = 256,
+    padding: str = "zeros",
 ) -> nn.Module:
     """A network for slices (b, `channels`, `size`, `size`) that returns logits (b,).
 
     `layer_param` is the width L of the network, `dropout` the probability on its fully connected layers,
-    `size` any multiple of 64. The weights are drawn from torch's generator in its current state.
+    `size` any multiple of 64, `padding` that of the convolutions: `zeros`, or `circular` for a periodic box.
+    The weights are drawn from torch's generator in its current state. Raises ModelError.
     """
     name = architecture_name(architecture)
     if activation not in ACTIVATIONS:
         raise ModelError(f"model_params.activation: found '{activation}', allowed: {', '.join(ACTIVATIONS)}")
+    if padding not in PADDINGS:
+        raise ModelError(f"model_params.padding: found '{padding}', allowed: {', '.join(PADDINGS)}")
     if size < 64 or size % 64:
-        raise ModelError(f"the side of a slice: found {size}, allowed: a multiple of 64")
-    return REGISTRY[name](layer_param, dropout, activation, channels, size)
+        raise ModelError(f"side of a slice: found {size}, allowed: a multiple of 64")
+    return REGISTRY[name](layer_param, dropout, activation, channels, size, padding)
+
+
+def load(folder: str | Path) -> TrainedNetwork:
+    """The trained network in `folder`, in eval mode on the CPU. Raises ModelError if missing or damaged."""
+    from models import export  # imports huggingface_hub, which takes half a second
+
+    return export.load(folder)

@@ -70,13 +70,15 @@ class ProcessSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore
             self.running_var.lerp_((variance * n / (n - 1)).to(variance.dtype), self.momentum)  # type: ignore
-        output: Tensor = _Normalise.apply(input, self.weight, self.bias, mean, variance, n, self.eps)
+        weight = self.weight if self.affine else torch.ones_like(mean)
+        bias = self.bias if self.affine else torch.zeros_like(mean)
+        output: Tensor = _Normalise.apply(input, weight, bias, mean, variance, n, self.eps)
         return output
 
     def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance (channels,) over all processes, and the number of values they are of."""
         count = input.numel() // input.shape[1]
-        values = input.to(self.weight.dtype)
+        values = input.to(self.running_mean.dtype)  # type: ignore[union-attr]
         mean, variance = (part.double() for part in torch.batch_norm_update_stats(values, None, None, 0.0))
         sums = torch.cat([mean * count, (variance + mean * mean) * count, mean.new_tensor([count])])
         dist.all_reduce(sums)
@@ -97,8 +99,8 @@ def synchronize_batch_norm(network: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
                 continue
-            device = child.weight.device.type
-            kind = nn.SyncBatchNorm if device == "cuda" else ProcessSyncBatchNorm
-            replacement = kind(child.num_features, child.eps, child.momentum)
+            device = child.running_mean.device  # type: ignore[union-attr]
+            kind = nn.SyncBatchNorm if device.type == "cuda" else ProcessSyncBatchNorm
+            replacement = kind(child.num_features, child.eps, child.momentum, child.affine)
             replacement.load_state_dict(child.state_dict())
-            setattr(module, name, replacement.to(child.weight.device))
+            setattr(module, name, replacement.to(device))

@@ -1,6 +1,6 @@
 """A trained network as a folder that works anywhere: `model.safetensors`, `config.json` and a model card.
 
-The weights keep the names they have in the bare network, the numbers live in JSON, and nothing is ever
+The weights keep the names they have in the bare network, everything else is JSON, and nothing is ever
 unpickled. The folder has the form of a repository of the Hugging Face Hub.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import files
 import models
+from models.calibration import Calibration
 from models.model_card import model_card
+from models.whitening import Whitening
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HASH = "weights_sha256"
@@ -29,10 +32,11 @@ ONNX_TOLERANCE = 1e-4
 
 
 class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
-    """A trained network with the standardisation it needs: slices as the data file holds them -> logits.
+    """A trained network that takes slices as the data file holds them, and calibrated probabilities.
 
-    `mean` and `std` are those of the values it was trained on, (0, 1) where the file is standardised already.
-    `training` and `evaluation` describe where it comes from and how it did; they change nothing it computes.
+    `mean` and `std` standardize the slices ((0, 1) if the file is standardized). `power`, the isotropic power
+    spectrum P(n) of the training slices at n = 0, ..., N/2 - 1, whitens them (`Whitening`). `calibration`
+    holds `temperature` and `threshold`. `training` and `evaluation` are records that change no result.
     """
 
     def __init__(
@@ -42,10 +46,13 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
         layer_param: int,
         dropout: float = 0.0,
         activation: str = "relu",
+        padding: str = "zeros",
         channels: int = 1,
         size: int = 256,
         mean: float = 0.0,
         std: float = 1.0,
+        power: list[float] | None = None,
+        calibration: dict[str, float] | None = None,
         training: dict[str, Any] | None = None,
         evaluation: dict[str, Any] | None = None,
     ) -> None:
@@ -55,23 +62,27 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
             "layer_param": layer_param,
             "dropout": dropout,
             "activation": activation,
+            "padding": padding,
             "channels": channels,
             "size": size,
         }
-        self.mean, self.std = float(mean), float(std)
+        self.mean, self.std, self.power = float(mean), float(std), power
+        self.calibration = Calibration(**calibration) if calibration else Calibration(1.0, 0.0)
+        self.is_calibrated = calibration is not None
         self.training_record, self.evaluation_record = training or {}, evaluation or {}
-        self.network = models.build_model(
-            architecture=architecture,
-            layer_param=layer_param,
-            dropout=dropout,
-            activation=activation,
-            channels=channels,
-            size=size,
-        )
+        self.whitening = Whitening(power) if power is not None else nn.Identity()
+        self.network = models.build_model(**self.settings)
 
     def forward(self, slices: Tensor) -> Tensor:
-        """Slices (b, channels, N, N) in the data file's units -> logits (b,); positive means GR."""
-        return self.network((slices - self.mean) / self.std)
+        """Slices (b, channels, N, N) in the units of the data file -> logits (b,); positive means GR."""
+        return self.network(self.whitening((slices - self.mean) / self.std))
+
+    def probability(self, slices: Tensor) -> Tensor:
+        """Slices (b, channels, N, N) -> calibrated probabilities of General Relativity (b,).
+
+        Without calibration (no validation seeds in training) the sigmoid of the logit.
+        """
+        return self.calibration.probability(self(slices))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(
@@ -80,6 +91,8 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
             settings=self.settings,
             mean=self.mean,
             std=self.std,
+            power=self.power,
+            calibration=asdict(self.calibration) if self.is_calibrated else None,
             training=self.training_record,
         )
         if self.evaluation_record:
@@ -104,20 +117,26 @@ def save(
     settings: dict[str, Any],
     mean: float,
     std: float,
+    power: list[float] | None = None,
+    calibration: dict[str, float] | None = None,
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Write a network to `folder`; each file appears whole or not at all.
+    """Write a network to `folder`; each file appears complete or not at all.
 
-    `settings` are the arguments of `build_model`, `training` whatever else (JSON-able) says how it was trained.
-    Raises OSError where the folder cannot be written.
+    `settings` are the arguments of `build_model`; `training` is a JSON-able record of how it was trained.
+    The other arguments are those of `TrainedNetwork`. Raises OSError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     weights = safetensors.torch.save(tensors, {"format": "pt"})
-    config = {**settings, "mean": mean, "std": std, "training": training or {}}
+    config: dict[str, Any] = {**settings, "mean": mean, "std": std, "training": training or {}}
+    if power is not None:
+        config["power"] = power
+    if calibration is not None:
+        config["calibration"] = calibration
     config[HASH] = hashlib.sha256(weights).hexdigest()
-    _write(folder / WEIGHTS, weights)
+    files.write_atomically(folder / WEIGHTS, weights)
     _write_description(folder, config)
 
 
@@ -129,48 +148,50 @@ def load(folder: str | Path) -> TrainedNetwork:
     try:
         network = TrainedNetwork(**{key: config[key] for key in parameters & set(config)})
         return TrainedNetwork._load_as_safetensor(network, str(folder / WEIGHTS), "cpu", strict=True)
-    except (TypeError, RuntimeError, KeyError) as error:  # keys that are missing, weights of another network
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, OverflowError) as error:
+        if isinstance(error, models.ModelError):
+            raise
         raise models.ModelError(f"{folder}: weights and {CONFIG} do not belong together: {error}") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What `config.json` says. Raises ModelError if it is not there or not what `save` writes."""
+    """The content of `config.json`. Raises ModelError if it is missing or not what `save` writes."""
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise models.ModelError(f"{path}: no trained network is here: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise models.ModelError(f"{path}: damaged, not valid JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config or "layer_param" not in config:
-        raise models.ModelError(f"{path}: does not describe a network of this program")
+        raise models.ModelError(f"{path}: does not describe a network of gravity-cnn")
     return config
 
 
-def record_evaluation(folder: str | Path, numbers: dict[str, Any]) -> None:
-    """Put the numbers of an evaluation into `config.json` and the model card.
+def record_evaluation(folder: str | Path, results: dict[str, Any]) -> None:
+    """Add the results of an evaluation to `config.json` and the model card.
 
-    `numbers`: `data` (a name of the data), `seeds` [first, last + 1], `slices` (how many), `estimates`
-    {key: [value, low, high]} with keys of `card.TITLES`, and anything else worth keeping.
+    `results`: `data` (name of the data), `seeds` [first, last + 1], `slices` (their number), `estimates`
+    {key: [value, low, high]} with keys of `model_card.TITLES`, and any other JSON-able record.
     """
-    _write_description(Path(folder), {**read_config(folder), "evaluation": numbers})
+    _write_description(Path(folder), {**read_config(folder), "evaluation": results})
 
 
 def weights_hash(folder: str | Path) -> str:
-    """SHA-256 of the weights in `folder`, as `config.json` states it."""
+    """SHA-256 of the weights in `folder`, as recorded in `config.json`."""
     return str(read_config(folder).get(HASH))
 
 
 def require_onnx() -> None:
-    """Raises ModelError if the packages that write and check ONNX are not installed."""
+    """Raise ModelError if the packages that write and verify ONNX are not installed."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise models.ModelError(f'ONNX export needs {", ".join(missing)}: pip install -e ".[onnx]"')
 
 
 def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
-    """Write `network` as ONNX with a free batch size; return how far its logits are from torch's at most.
+    """Write `network` as ONNX with a free batch size; returns the largest difference from torch's logits.
 
-    Raises ModelError if packages are missing or the difference is above 1e-4 (relative to logits above 1).
+    Raises ModelError if packages are missing or the difference exceeds 1e-4 (relative to logits above 1).
     """
     require_onnx()
     import onnxruntime
@@ -180,7 +201,7 @@ def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
     shape = (int(settings["channels"]), int(settings["size"]), int(settings["size"]))
     generator = torch.Generator().manual_seed(0)
     slices = torch.randn((5, *shape), generator=generator) * network.std + network.mean
-    # the exporter lists the operators of torchvision that it does without
+    # the exporter lists the operators of torchvision that it lacks
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     program = torch.onnx.export(
         network,
@@ -192,8 +213,8 @@ def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
         verbose=False,
     )
     assert program is not None
-    serialised = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(serialised, providers=["CPUExecutionProvider"])
+    serialized = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         expected = network(slices)
     found = torch.from_numpy(session.run(None, {"slices": slices.numpy()})[0])
@@ -202,39 +223,26 @@ def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
         raise models.ModelError(
             f"{path}: ONNX logits differ from torch's by {difference:.1e}; nothing was written"
         )
-    _write(path, serialised)
+    files.write_atomically(path, serialized)
     return difference
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, whose hash must be the one that `config.json` beside it states."""
+    """The tensors in `path`, whose hash must be the one recorded in `config.json` beside it."""
     try:
         data = path.read_bytes()
-        stated = read_config(path.parent).get(HASH)
-        if stated and stated != hashlib.sha256(data).hexdigest():
+        recorded = read_config(path.parent).get(HASH)
+        if recorded and recorded != hashlib.sha256(data).hexdigest():
             raise models.ModelError(
-                f"{path}: damaged, its SHA-256 is not the one in {CONFIG}; train or copy it again"
+                f"{path}: damaged, its SHA-256 differs from the one in {CONFIG}. Copy or train it again."
             )
         return safetensors.torch.load(data)
     except OSError as error:
         raise models.ModelError(f"{path}: the weights cannot be read: {error.strerror}") from error
     except SafetensorError as error:
-        raise models.ModelError(f"{path}: damaged, no safetensors: {error}") from error
+        raise models.ModelError(f"{path}: damaged, not a safetensors file: {error}") from error
 
 
 def _write_description(folder: Path, config: dict[str, Any]) -> None:
-    _write(folder / CARD, str(model_card(config)).encode())
-    _write(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: after a crash it holds the old bytes or the new ones."""
-    temporary = path.with_name(f"{path.name}.part")  # the next writer takes it up
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(folder / CARD, str(model_card(config)))
+    files.write_atomically(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")

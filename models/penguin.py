@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, convolution_block
+from models.layers import ACTIVATIONS, Padding, convolution_block
 
 
 class Penguin(nn.Module):
@@ -14,12 +14,22 @@ class Penguin(nn.Module):
     -> (8L, 8, 8) -> (10L, 4, 4) -> 10L -> L -> 1 logit. The fully connected layers are normalised too.
     """
 
-    def __init__(self, layer_param: int, dropout: float, activation: str, channels: int, size: int) -> None:
+    def __init__(
+        self,
+        layer_param: int,
+        dropout: float,
+        activation: str,
+        channels: int,
+        size: int,
+        padding: Padding,
+    ) -> None:
         super().__init__()
         widths = [channels, *(factor * layer_param for factor in (1, 2, 4, 6, 8, 10))]
         self.features = nn.Sequential(
             *(
-                convolution_block(i, o, kernel=4, stride=2, padding=1, activation=activation)
+                convolution_block(
+                    i, o, kernel=4, stride=2, padding=1, activation=activation, padding_mode=padding
+                )
                 for i, o in pairwise(widths)
             )
         )

@@ -6,13 +6,24 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, convolution_block
+from models.layers import ACTIVATIONS, Padding, convolution_block
 
 
 class Racoon(nn.Module):
-    """For N = 256, width L: (C, 256, 256) -> (L, 64, 64) -> (4L, 16, 16) -> (8L, 4, 4) -> L -> 1 logit."""
+    """For N = 256, width L: (C, 256, 256) -> (L, 64, 64) -> (4L, 16, 16) -> (8L, 4, 4) -> L -> 1 logit.
 
-    def __init__(self, layer_param: int, dropout: float, activation: str, channels: int, size: int) -> None:
+    The convolutions have no padding: every `padding` gives the same network.
+    """
+
+    def __init__(
+        self,
+        layer_param: int,
+        dropout: float,
+        activation: str,
+        channels: int,
+        size: int,
+        padding: Padding,
+    ) -> None:
         super().__init__()
         widths = [channels, layer_param, 4 * layer_param, 8 * layer_param]
         self.features = nn.Sequential(

@@ -1,0 +1,48 @@
+"""The padding of the convolutions."""
+
+import pytest
+import torch
+
+import models
+
+
+@pytest.mark.parametrize(("padding", "periodic"), [("circular", True), ("zeros", False)])
+def test_penguin_with_circular_padding_sees_a_periodic_box(padding: str, periodic: bool) -> None:
+    torch.manual_seed(0)
+    network = models.build_model(
+        architecture="PENGUIN", layer_param=2, dropout=0.0, size=128, padding=padding
+    ).eval()
+    slices = torch.randn(2, 1, 128, 128)
+    # Six strides of 2: a shift by 64 cells moves the last feature map by one.
+    moved, features = network.features(slices.roll(64, 2)), network.features(slices)
+    assert torch.allclose(moved, features.roll(1, 2), atol=1e-5) == periodic
+
+
+@pytest.mark.parametrize("architecture", models.REGISTRY)
+def test_padding_changes_no_weights(architecture: str) -> None:
+    states = []
+    for options in ({}, {"padding": "zeros"}, {"padding": "circular"}):
+        torch.manual_seed(1)
+        network = models.build_model(
+            architecture=architecture, layer_param=4, dropout=0.0, size=64, **options
+        )
+        states.append(network.state_dict())
+    for state in states[1:]:
+        assert list(state) == list(states[0])
+        assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
+
+
+def test_racoon_is_the_same_network_with_any_padding() -> None:
+    logits = []
+    for padding in models.PADDINGS:
+        torch.manual_seed(1)
+        network = models.build_model(
+            architecture="RACOON", layer_param=4, dropout=0.0, size=64, padding=padding
+        )
+        logits.append(network(torch.randn(4, 1, 64, 64)))
+    assert torch.equal(*logits)
+
+
+def test_an_unknown_padding_is_rejected() -> None:
+    with pytest.raises(models.ModelError, match="padding: found 'reflect', allowed: zeros, circular"):
+        models.build_model(architecture="PENGUIN", layer_param=2, dropout=0.0, padding="reflect")

@@ -1,0 +1,125 @@
+"""LYNX: the definition of its powers, its invariance, and what it learns."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+import models
+from models.lynx import Lynx, fourier_power
+
+
+def lynx(**options: object) -> Lynx:
+    settings = {"architecture": "LYNX", "layer_param": 6, "dropout": 0.0, "size": 64, "padding": "circular"}
+    network = models.build_model(**(settings | options))
+    assert isinstance(network, Lynx)
+    return network
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_fourier_powers_are_those_of_the_convolution(channels: int) -> None:
+    convolution = lynx(channels=channels).filters
+    slices = randn(4, channels, 64, 64) + 0.3  # the mean of a slice counts too
+    expected = convolution(slices).square().mean((2, 3))
+    found = fourier_power(slices, convolution.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+    gradients = [torch.autograd.grad(p.log().sum(), convolution.weight)[0] for p in (expected, found)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_zero_padding_does_not_wrap_around() -> None:
+    network = lynx(padding="zeros")
+    slices = torch.zeros(1, 1, 64, 64)
+    slices[..., 0, 0] = 1.0  # in a corner, where a quarter (5 x 5) of each filter lies within the slice
+    expected = network.filters.weight[:, 0, :5, :5].square().sum((1, 2)) / 64**2
+    torch.testing.assert_close(network.filter_power(slices)[0], expected)
+
+
+def test_logits_do_not_change_under_periodic_shifts() -> None:
+    slices = randn(8, 1, 64, 64)
+    network = lynx()
+    logits = network(slices)
+    torch.testing.assert_close(network(slices.roll((5, -17), (2, 3))), logits, rtol=1e-3, atol=1e-3)
+    assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("padding", models.PADDINGS)
+def test_autocast_does_not_round_it(padding: str) -> None:
+    slices = randn(8, 1, 64, 64)
+    network = lynx(padding=padding)
+    expected = network(slices)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(slices), expected)
+
+
+def test_a_constant_slice_has_a_finite_logit() -> None:
+    assert lynx().eval()(torch.zeros(1, 1, 64, 64)).isfinite().all()
+
+
+def anisotropy() -> Tensor:
+    """P_GR / P_N (64, 64) of a universe in which it differs by direction alone; its mean over angles is 1."""
+    k = torch.fft.fftfreq(64, 1 / 64)
+    squared = (k[:, None] ** 2 + k**2).clamp(min=1)
+    return 1 + 0.2 * ((k[:, None] ** 4 + k**4) / squared**2 - 0.75)
+
+
+def twins(pairs: int, seed: int) -> Tensor:
+    """White Gaussian slices (2, pairs, 1, 64, 64), of Newton and of GR, that share their phases."""
+    modes = torch.fft.fft2(randn(pairs, 1, 64, 64, seed=seed))
+    return torch.fft.ifft2(torch.stack([modes, modes * anisotropy().sqrt()])).real
+
+
+def likelihood_ratio(slices: Tensor) -> Tensor:
+    """The optimal statistic of slices (b, 1, 64, 64), up to a constant."""
+    return (torch.fft.fft2(slices).abs().square() * (1 - 1 / anisotropy())).sum((1, 2, 3))
+
+
+def test_it_reaches_the_likelihood_ratio_of_a_planted_anisotropy() -> None:
+    torch.manual_seed(0)
+    network, slices = lynx(layer_param=8), twins(512, seed=1)
+    labels = torch.arange(2.0).repeat_interleave(32)
+    steps = 64
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.03)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        first = 32 * step % 512
+        logits = network(slices[:, first : first + 32].flatten(0, 1))
+        nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    test = twins(512, seed=2).flatten(0, 1)
+    labels = torch.arange(2).repeat_interleave(512)
+    with torch.inference_mode():
+        auc, optimal = (roc_auc_score(labels, f(test)) for f in (network.eval(), likelihood_ratio))
+    assert optimal > 0.8
+    assert auc > optimal - 0.02
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_synchronized_normalization_without_affine_parameters(process_group: None) -> None:
+    plain, synchronized = lynx(), lynx()
+    synchronized.load_state_dict(plain.state_dict())
+    models.synchronize_batch_norm(synchronized)
+    assert type(synchronized.normalization) is not nn.BatchNorm1d
+    slices = randn(8, 1, 64, 64)
+    for network in (plain, synchronized):
+        network(slices).square().sum().backward()
+    torch.testing.assert_close(
+        synchronized.filters.weight.grad, plain.filters.weight.grad, rtol=1e-2, atol=1e-3
+    )
+    for name, buffer in plain.state_dict().items():
+        torch.testing.assert_close(synchronized.state_dict()[name], buffer)

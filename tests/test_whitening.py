@@ -1,0 +1,89 @@
+"""Whitening and the isotropic power spectrum, against direct computations with NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from models.whitening import Whitening, isotropic_power
+
+SIZE = 64
+
+
+def red_slices(count: int = 6, channels: int = 2) -> torch.Tensor:
+    """Gaussian slices with a steep spectrum, P ~ n^-3, and a mean."""
+    generator = np.random.default_rng(0)
+    modes = np.fft.fft2(generator.standard_normal((count, channels, SIZE, SIZE)))
+    k = np.fft.fftfreq(SIZE, 1 / SIZE)
+    amplitude = np.maximum(np.hypot(k[:, None], k), 1) ** -1.5
+    return torch.from_numpy(np.fft.ifft2(modes * amplitude).real.astype(np.float32)) + 0.5
+
+
+def direct_power(slices: torch.Tensor) -> np.ndarray:
+    squares = np.abs(np.fft.fft2(slices.double().numpy())) ** 2 / SIZE**2
+    k = np.fft.fftfreq(SIZE, 1 / SIZE)
+    shells = np.rint(np.hypot(k[:, None], k)).astype(int)
+    return np.array([squares[..., shells == n].mean() for n in range(SIZE // 2)])
+
+
+def test_isotropic_power_is_the_mean_over_shells() -> None:
+    slices = red_slices()
+    np.testing.assert_allclose(isotropic_power(slices), direct_power(slices), rtol=1e-4)
+
+
+def test_white_noise_of_unit_variance_has_unit_power() -> None:
+    slices = torch.randn(64, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(isotropic_power(slices)[4:], 1.0, atol=0.1)
+
+
+def test_whitening_divides_every_mode_by_the_square_root_of_its_shell() -> None:
+    slices = red_slices()
+    power = direct_power(slices)
+    modes = np.fft.fft2(slices.double().numpy())
+    expected = np.zeros_like(modes)
+    for i, y in enumerate(np.fft.fftfreq(SIZE, 1 / SIZE)):
+        for j, x in enumerate(np.fft.fftfreq(SIZE, 1 / SIZE)):
+            n = round(np.hypot(x, y))
+            if 0 < n < SIZE // 2:
+                expected[..., i, j] = modes[..., i, j] / np.sqrt(power[n])
+    found = Whitening(isotropic_power(slices))(slices)
+    np.testing.assert_allclose(found, np.fft.ifft2(expected).real, atol=1e-4)
+
+
+def test_whitened_slices_have_a_flat_spectrum_and_no_mean() -> None:
+    slices = red_slices()
+    whitened = Whitening(isotropic_power(slices))(slices)
+    spectrum = isotropic_power(whitened)
+    np.testing.assert_allclose(spectrum[1:], 1.0, rtol=1e-4)
+    assert spectrum[0] < 1e-10
+
+
+def test_autocast_and_memory_format_do_not_change_it() -> None:
+    slices = red_slices()
+    whitening = Whitening(isotropic_power(slices))
+    expected = whitening(slices)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = whitening(slices.contiguous(memory_format=torch.channels_last))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_spectrum_of_numbers_gives_the_same_gain_and_adds_nothing_to_the_weights() -> None:
+    power = isotropic_power(red_slices())
+    whitening = Whitening(power.tolist())
+    assert torch.equal(whitening.gain, Whitening(power).gain)
+    assert whitening.state_dict() == {}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_shell_without_power_is_rejected(value: float) -> None:
+    power = torch.ones(32)
+    power[5] = value
+    with pytest.raises(models.ModelError, match=r"at n = 5 \(1 of 32 shells"):
+        Whitening(power)
+
+
+def test_the_power_of_the_mean_is_not_needed() -> None:
+    power = torch.ones(32)
+    power[0] = 0.0
+    assert Whitening(power)(torch.ones(1, 1, SIZE, SIZE)).abs().max() < 1e-6
