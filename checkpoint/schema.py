@@ -34,7 +34,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class SavedTrainState(Section):
-    """The counters of a run: the fields of run.TrainState, which documents them."""
+    """The counters of a run: the fields of run.TrainState, which documents them.
+
+    A field that was added later has a default, which older checkpoints get.
+    """
 
     mean: float
     std: Positive
@@ -42,6 +45,8 @@ class SavedTrainState(Section):
     step: Count
     step_in_epoch: Count
     seconds: float
+    waiting_seconds: float = 0.0
+    running_sums: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]
     evaluation_pending: bool
     first_epoch: Count
     target_epoch: Count

@@ -22,6 +22,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ class Training:
             "step": self.step,
             "step_in_epoch": self.step,
             "seconds": 1.5,
+            "waiting_seconds": 0.5,
+            "running_sums": [0.5, 1.0, 2.0],
             "evaluation_pending": False,
             "first_epoch": 0,
             "target_epoch": 4,
@@ -204,6 +207,11 @@ def in_children(target: Callable[..., None], *arguments: Any, world_size: int = 
     for child in children:
         child.join()
     return [child.exitcode for child in children]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fork_server() -> None:
+    forkserver.ensure_running()  # in the background, while the first tests run
 
 
 @pytest.fixture(autouse=True)
@@ -376,6 +384,8 @@ def to_format_1(state: dict[str, Any]) -> None:
         "stopped_early": "ended_early",
     }
     del state["format"]
+    for added in ("waiting_seconds", "running_sums"):
+        del state["train_state"][added]
     for new, old in renamed.items():
         state[old] = state.pop(new)
     for new, old in renamed_counters.items():
@@ -386,7 +396,8 @@ def to_format_1(state: dict[str, Any]) -> None:
 def test_a_run_of_format_1_resumes_bit_exactly(tmp_path: Path) -> None:
     whole = Training(tmp_path)
     whole.train(2)
-    whole.save(test_loss=0.5)
+    counters = whole.counters() | {"waiting_seconds": 0.0, "running_sums": [0.0, 0.0, 0.0]}
+    whole.save(test_loss=0.5, train_state=counters)
     before = Checkpoint(step_dir(tmp_path, 2)).state
     rewrite_state(step_dir(tmp_path, 2), to_format_1)
     assert "train_state" not in json.loads((step_dir(tmp_path, 2) / "state.json").read_text())
@@ -394,7 +405,10 @@ def test_a_run_of_format_1_resumes_bit_exactly(tmp_path: Path) -> None:
     assert program.verify(tmp_path)
     whole.train(3)
     resumed = Training(tmp_path)
-    assert_same(resumed.restore(), {"ids": torch.arange(2), "logits": torch.arange(2) / 2})
+    latest = resumed.checkpoints.latest_complete()
+    assert latest is not None
+    assert latest.train_state == counters
+    resumed.checkpoints.restore(latest, resumed.network, resumed.optimizer, data_identity=IDENTITY, seed=5)
     resumed.train(3)
     assert_same(resumed.everything(), whole.everything())
 
@@ -539,6 +553,7 @@ WRONG_STATES: dict[str, bytes | Callable[[dict[str, Any]], Any]] = {
     "huge seconds": keys("train_state", "seconds", value=10**400),
     "seconds NaN": keys("train_state", "seconds", value=float("nan")),
     "loss infinite": keys("test_loss", value=float("inf")),
+    "two sums": keys("train_state", "running_sums", value=[0.0, 0.0]),
     "std zero": keys("train_state", "std", value=0.0),
     "counters a list": keys("train_state", value=[1, 2]),
     "unknown counter": keys("train_state", "surprise", value=1),
