@@ -6,7 +6,7 @@ from standard input and answers each with one line. Keys of a request:
     arguments    of trainer.py
     out          file for standard output and standard error
     world_size   number of ranks (1)
-    send         [signal, function, n]: send this signal at call n, counted from 0, of e.g. "trainer.train_step"
+    send         [signal, function, n]: send this signal at call n of, say, "trainer.train_step", from 0
     rank         send it to this rank only (all ranks)
     max_bytes    size limit of every file, as on a full disk
 
