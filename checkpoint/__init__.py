@@ -1,8 +1,18 @@
-"""Checkpoints of the whole training state: when, which and how many (`manager`), folders on disk (`storage`),
-live state as named tensors (`tensors`).
+"""Checkpoints of the whole training state.
+
+`manager`: when, which and how many. `storage`: folders on disk. `schema`: the content of the JSON files.
+`tensors`: live state as named tensors.
 """
 
 from checkpoint.manager import CheckpointManager
+from checkpoint.schema import NewerFormatError
 from checkpoint.storage import Checkpoint, CheckpointError, list_checkpoints, select
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointManager", "list_checkpoints", "select"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointManager",
+    "NewerFormatError",
+    "list_checkpoints",
+    "select",
+]

@@ -1,9 +1,9 @@
-"""One checkpoint as a folder: written whole or not at all, and believed only if its manifest verifies.
+"""One checkpoint as a folder: written completely or not at all, and trusted only if its manifest matches.
 
-Everything in it is safetensors or JSON; nothing is ever unpickled. `manifest.json`, written last, holds the
-size and the SHA-256 of every other file. A complete checkpoint is called `step_00001234`, and the moment it
-gets that name is the moment it counts. Beside it there may be `step_N.partial`, being written, `step_N.old`,
-being replaced or deleted, and `step_N.damaged`, set aside.
+Every file is safetensors or JSON; nothing is ever unpickled. `manifest.json`, written last, holds the size
+and the SHA-256 of every other file. A complete checkpoint is named `step_00001234`; it counts from the moment
+it gets that name. Beside it there may be `step_N.partial` (being written), `step_N.old` (being replaced or
+deleted) and `step_N.damaged` (quarantined).
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
 import files
+from checkpoint import tensors as state_tensors
+from checkpoint.schema import PARTS, CheckpointError, NewerFormatError, parse_manifest, parse_state
 
 MANIFEST, STATE = "manifest.json", "state.json"
+CONTENT = {STATE, *(f"{part}.safetensors" for part in PARTS)}
 PARTIAL, OLD, DAMAGED = ".partial", ".old", ".damaged"
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A state that cannot be saved or restored; the message says where, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,90 +41,126 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken when it was saved."""
-        return int(self.folder.name.split("_")[1].split(".")[0])
+        """Optimizer steps taken when it was saved, from state.json."""
+        return self.train_state["step"]
 
     @cached_property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of each file; CheckpointError if the manifest is not the one that was written."""
-        text = self._content(MANIFEST)
+        """`bytes` and `sha256` of each file. Raises CheckpointError if the manifest was changed."""
+        content = self._content(MANIFEST)
         try:
-            entries: dict[str, dict[str, Any]] = json.loads(text)["files"]
-            if text == _manifest(entries):
-                return entries
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise CheckpointError(f"{self.folder}: {MANIFEST} is not what was written")
+            entries = parse_manifest(content)
+        except ValueError:
+            entries = {}
+        if entries.keys() != CONTENT or content != _manifest(entries):
+            raise CheckpointError(f"{self.folder}: {MANIFEST} is not what was written")
+        return entries
 
     def read(self, name: str) -> bytes:
-        """The content of one file; CheckpointError if it is not, byte for byte, what was written."""
-        content, expected = self._content(name), self.files[name]
-        if len(content) != expected["bytes"]:
-            raise CheckpointError(f"{self.folder}: {name} has {len(content)} of {expected['bytes']} bytes")
+        """The content of one file. Raises CheckpointError if any byte was changed."""
+        expected = self.files[name]
+        content = self._content(name, expected["bytes"])
         if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{self.folder}: {name} is not what was written, its SHA-256 differs")
+            raise CheckpointError(f"{self.folder}: {name} is not what was written: its SHA-256 differs")
         return content
 
-    def _content(self, name: str) -> bytes:
+    def _content(self, name: str, size: int | None = None) -> bytes:
+        path = self.folder / name
         try:
-            return (self.folder / name).read_bytes()
+            found = path.stat().st_size
+            if not path.is_file():  # opening a pipe would block
+                raise CheckpointError(f"{self.folder}: {name} is not a regular file")
+            if size is not None and found != size:
+                raise CheckpointError(f"{self.folder}: {name} has {found} of {size} bytes")
+            return path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
 
     def find_problem(self) -> str | None:
-        """What is wrong with it, read from disk now; None if it is complete."""
+        """Read and check everything on disk now; returns what is wrong, None for a complete checkpoint.
+
+        Raises NewerFormatError for the checkpoint of a newer version.
+        """
+        fresh = Checkpoint(self.folder)
         try:
-            fresh = Checkpoint(self.folder)
-            for name in fresh.files:
-                fresh.read(name)
+            if self.folder.name.split(".")[0] != step_dir(self.folder.parent, fresh.step).name:
+                return f"{STATE} was saved at step {fresh.step}"
+            parts = {part: fresh.tensors(part) for part in PARTS}
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             return str(error).removeprefix(f"{self.folder}: ")
-        return None
+        return state_tensors.find_problem(parts, fresh.state)
 
     def foreign_files(self) -> list[str]:
-        """What lies in the folder and is no part of it: never read, and deleted when the folder is."""
+        """Names in the folder that are no part of the checkpoint: never read, deleted with the folder."""
         return sorted({path.name for path in self.folder.iterdir()} - {MANIFEST, *self.files})
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part ("model", ...) in host memory."""
-        return safetensors.torch.load(self.read(f"{part}.safetensors"))
+        """The tensors of one part (`model`, `optimizer`, `random` or `extra`) in host memory."""
+        name = f"{part}.safetensors"
+        content = self.read(name)
+        try:
+            return safetensors.torch.load(content)
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: {name} is not a safetensors file: {error}") from None
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """The content of state.json."""
-        return json.loads(self.read(STATE))
+        """The content of state.json in the current format, whatever format it was written in.
+
+        Raises CheckpointError if it is not the state of a run, NewerFormatError if a newer version wrote it.
+        """
+        content = self.read(STATE)
+        try:
+            return parse_state(content)
+        except NewerFormatError as error:
+            raise NewerFormatError(f"{self.folder}: {error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {STATE} is not the state of a run: {error}") from None
 
     @property
     def train_state(self) -> dict[str, Any]:
-        """Where the run stood, as the trainer gave it."""
+        """The counters of the run, as the trainer passed them to `save`."""
         return self.state["train_state"]
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration under which it was saved."""
+        """The resolved experiment with which it was saved."""
         return self.state["config"]
 
 
 def step_dir(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step belongs."""
+    """The folder of the checkpoint of a step."""
     return folder / f"step_{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """What goes by the name of a complete checkpoint in `folder`, oldest first; nothing is verified."""
-    named = [Checkpoint(path) for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(named, key=lambda checkpoint: checkpoint.step)
+    """The folders that are named as complete checkpoints, oldest first; nothing is verified."""
+    paths = [path for path in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", path.name)]
+    return [Checkpoint(path) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
+
+
+def best_by_test_loss(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the lowest test loss, the oldest of equals; None if none was evaluated."""
+    evaluated = [one for one in checkpoints if one.state["test_loss"] is not None]
+    return min(evaluated, key=lambda one: (one.state["test_loss"], one.step), default=None)
 
 
 def latest_complete(folder: Path) -> Checkpoint | None:
     """The newest complete checkpoint in `folder`; None if there never was one.
 
-    What a killed run left half done is tidied up and damaged ones are set aside; a warning names them.
-    CheckpointError if only damaged ones are left: a run never silently begins anew. OSError as usual.
+    Removes what a killed run left incomplete and quarantines damaged checkpoints, with a warning for each.
+
+    Raises:
+        NewerFormatError: a newer version saved one of them; nothing was changed.
+        CheckpointError: only damaged ones are left: a run never silently starts again.
+        OSError: a folder cannot be read or renamed.
     """
     if not folder.is_dir():
         return None
-    _tidy(folder)
+    _require_known_formats(folder)
+    _clean_up(folder)
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         problem = checkpoint.find_problem()
@@ -131,46 +168,57 @@ def latest_complete(folder: Path) -> Checkpoint | None:
             for path, reason in damaged:
                 _quarantine(path, reason)
             if foreign := checkpoint.foreign_files():
-                logger.warning("%s: ignored, as not part of it: %s", checkpoint.folder, ", ".join(foreign))
+                logger.warning("%s: ignored other files: %s", checkpoint.folder, ", ".join(foreign))
             return checkpoint
         damaged.append((checkpoint.folder, problem))
-    damaged += [(path, "set aside earlier") for path in sorted(folder.glob(f"step_*{DAMAGED}*"))]
+    damaged += [(path, "quarantined earlier") for path in sorted(folder.glob(f"step_*{DAMAGED}*"))]
     if damaged:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in damaged)
         raise CheckpointError(
             f"{folder}: no complete checkpoint is left:\n{lines}\n"
-            "Put a copy of a complete one there to go on from it; to begin anew, remove that folder or "
-            "choose another model_params.name."
+            "To resume, copy a complete checkpoint there. To start again, remove that folder or choose "
+            "another model_params.name."
         )
     return None
 
 
-def _tidy(folder: Path) -> None:
+def _require_known_formats(folder: Path) -> None:
+    """Raise NewerFormatError if a newer version saved any checkpoint, also one that is being replaced."""
+    for path in sorted(folder.glob("step_*")):
+        try:
+            _ = Checkpoint(path).state
+        except NewerFormatError:
+            raise
+        except CheckpointError:
+            continue  # damaged
+
+
+def _clean_up(folder: Path) -> None:
     for path in folder.glob(f"step_*{PARTIAL}"):
         logger.warning("%s was being written when the run ended: removed", path)
         shutil.rmtree(path)
     for path in folder.glob(f"step_*{OLD}"):
         final = path.with_name(path.name.removesuffix(OLD))
         if not final.exists() and Checkpoint(path).find_problem() is None:
-            path.rename(final)  # killed before another took its place
+            path.rename(final)  # killed before the new one got the name
             files.sync_directory(folder)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _quarantine(path: Path, problem: str) -> None:
-    aside = path.with_name(path.name + DAMAGED)
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}-again")
-    path.rename(aside)
-    logger.warning("%s is damaged (%s): set aside as %s", path, problem, aside.name)
+    target = path.with_name(path.name + DAMAGED)
+    while target.exists():
+        target = target.with_name(f"{target.name}-again")
+    path.rename(target)
+    logger.warning("%s is damaged (%s): renamed to %s", path, problem, target.name)
 
 
-def write_checkpoint(folder: Path, parts: dict[str, dict[str, Tensor]], state: bytes) -> None:
-    """Write a checkpoint under its temporary name, verify it from disk, then give it its own name.
+def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> None:
+    """Write a checkpoint under a temporary name, verify it from disk, then rename it to `folder`.
 
-    OSError and CheckpointError leave nothing half done behind; a checkpoint of the same name stays until the
-    new one has been verified.
+    A checkpoint of the same name stays until the new one is verified. Raises OSError or CheckpointError, with
+    nothing incomplete left.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     try:
@@ -179,7 +227,7 @@ def write_checkpoint(folder: Path, parts: dict[str, dict[str, Tensor]], state: b
         partial.mkdir(parents=True)
         if first:
             files.sync_directory(folder.parent.parent)
-        # Serialised in memory: save_file gives its files the owner's permissions only, whatever the umask.
+        # Serialized in memory: save_file creates files that only the owner may read, whatever the umask.
         entries = {}
         for part, tensors in parts.items():
             name = f"{part}.safetensors"
@@ -188,9 +236,9 @@ def write_checkpoint(folder: Path, parts: dict[str, dict[str, Tensor]], state: b
         _write_file(partial / MANIFEST, _manifest(entries))
         files.sync_directory(partial)
         if problem := Checkpoint(partial).find_problem():
-            raise CheckpointError(f"{partial}: cannot be read back as it was written: {problem}")
+            raise CheckpointError(f"{partial}: what was written cannot be read back: {problem}")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+        shutil.rmtree(partial, ignore_errors=True)  # frees the space on a full disk
         raise
     old = _move_aside(folder) if folder.exists() else None
     partial.rename(folder)
@@ -201,23 +249,22 @@ def write_checkpoint(folder: Path, parts: dict[str, dict[str, Tensor]], state: b
 
 def rotate(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints and the one with the lowest test loss."""
-    kept = list_checkpoints(folder)
-    losses = {}
-    for checkpoint in kept:
+    checkpoints, readable = list_checkpoints(folder), []
+    for checkpoint in checkpoints:
         try:
-            losses[checkpoint.step] = checkpoint.state["test_loss"]
+            _ = checkpoint.state
+            readable.append(checkpoint)
         except CheckpointError as error:
             logger.warning("%s", error)
-    tested = {step: loss for step, loss in losses.items() if loss is not None}
-    best = min(tested, key=lambda step: (tested[step], step), default=None)
-    for checkpoint in kept[:-keep]:
-        if checkpoint.step != best:
+    best = best_by_test_loss(readable)
+    for checkpoint in checkpoints[:-keep]:
+        if checkpoint != best:
             _delete(checkpoint.folder)
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint such that a kill in between leaves nothing damaged under its name."""
-    # What cannot be deleted now (a file that is open over NFS) goes at the next start.
+    """Delete a checkpoint so that a kill in between leaves nothing damaged under its name."""
+    # What cannot be deleted now (a file that is open over NFS) is deleted when the run is resumed.
     shutil.rmtree(_move_aside(folder), ignore_errors=True)
 
 
@@ -233,33 +280,33 @@ def _write_file(path: Path, content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _manifest(files: dict[str, dict[str, Any]]) -> bytes:
-    """The manifest's bytes. It vouches for itself too: only exactly these are accepted when it is read."""
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": digest}, indent=1).encode()
+def _manifest(entries: dict[str, dict[str, Any]]) -> bytes:
+    """The bytes of the manifest. It holds a hash of itself: only exactly these bytes are accepted."""
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": entries, "sha256": digest}, indent=1).encode()
 
 
 def select(folder: Path, name: str) -> Checkpoint:
     """The `best` (by test loss), the `last`, or the checkpoint of step `name` among the complete ones.
 
-    CheckpointError, naming what is there, if there is none of that name, or if it may be a damaged one.
+    Raises CheckpointError if there is none, naming those that exist, or if a damaged one could be meant.
     """
-    complete = {}
-    for one in list_checkpoints(folder):
-        problem = one.find_problem()
+    complete = []
+    for checkpoint in list_checkpoints(folder):
+        problem = checkpoint.find_problem()
         if problem is None:
-            complete[str(one.step)] = one
-        elif name in ("best", "last", str(one.step)):
-            raise CheckpointError(f"{one.folder}: {problem}; allowed: the step of another one")
-    losses = {step: one.state["test_loss"] for step, one in complete.items()}
-    tested = {step: loss for step, loss in losses.items() if loss is not None}
-    choices = dict(complete)
+            complete.append(checkpoint)
+        elif name in ("best", "last") or checkpoint.folder.name == f"step_{name.zfill(8)}":
+            raise CheckpointError(
+                f"{checkpoint.folder} is damaged: {problem}. Select another checkpoint by its step."
+            )
+    choices = {str(checkpoint.step): checkpoint for checkpoint in complete}
     if complete:
-        choices["last"] = max(complete.values(), key=lambda one: one.step)
-    if tested:
-        choices["best"] = complete[min(tested, key=lambda step: (tested[step], int(step)))]
+        choices["last"] = complete[-1]
+    if (best := best_by_test_loss(complete)) is not None:
+        choices["best"] = best
     if name not in choices:
         raise CheckpointError(
-            f"{folder}: found no '{name}', allowed: {', '.join(choices) or 'none is there'}"
+            f"{folder}: found no checkpoint '{name}', allowed: {', '.join(choices) or 'none, there are none'}"
         )
     return choices[name]

@@ -1,8 +1,12 @@
-"""The state of a run on disk: exact, complete or not there, and well chosen whatever happened."""
+"""Checkpoints are exact, complete or absent, and selected correctly after every kind of failure."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -15,39 +19,56 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import state.folder
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-import checkpoint as program
-from checkpoint import Checkpoint, CheckpointError, CheckpointManager
+import distributed
+import files
+from checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointManager,
+    NewerFormatError,
+    list_checkpoints,
+    schema,
+    select,
+    storage,
+    tensors,
+)
+from checkpoint import __main__ as program
 
-ROOT = Path(program.__file__).parent
+ROOT = Path(__file__).parents[1]
 FILES = ["extra.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors"]
 FILES += ["random.safetensors", "state.json"]
 # Children are forked from a server that has imported torch: each costs milliseconds instead of seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch._dynamo", "accelerate", "safetensors.torch", "pytest"])
+PROCESSES.set_forkserver_preload(["torch._dynamo", "accelerate", "checkpoint", "pytest"])
 
-
-IDENTITY = {"architecture": "SMALL", "data": {"path": "/data/cubes.h5", "seeds": [0, 1], "hash": "a1"}}
+IDENTITY = {
+    "path": "/data/cubes.h5",
+    "bytes": 123,
+    "shape": [64, 64, 64],
+    "seeds": [0, 2],
+    "fingerprint": "a1",
+}
 
 
 class Training:
     """A small training that uses everything a checkpoint must hold."""
 
-    def __init__(self, run: Path, *, keep: int = 2, width: int = 4, **adam: Any) -> None:
+    def __init__(self, run_dir: Path, *, keep: int = 2, width: int = 4, **adam: Any) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         self.accelerator = Accelerator(cpu=True)
@@ -58,13 +79,13 @@ class Training:
         ).to(memory_format=torch.channels_last)  # fmt: skip
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, **adam)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
-        process = self.accelerator.process_index
-        torch.manual_seed(10 + process)
-        np.random.seed(20 + process)
-        random.seed(30 + process)
-        self.draw()  # after an even number of steps, normal numbers lie in store
+        rank = self.accelerator.process_index
+        torch.manual_seed(10 + rank)
+        np.random.seed(20 + rank)
+        random.seed(30 + rank)
+        self.draw()  # after an even number of steps, the generators hold a second normal number
         self.step = 0
-        self.checkpoints = CheckpointManager(run, self.accelerator, keep=keep)
+        self.checkpoints = CheckpointManager(run_dir, self.accelerator, keep=keep)
 
     def draw(self) -> list[float]:
         return [torch.rand(1).item(), np.random.standard_normal(), random.gauss(0, 1), random.random()]
@@ -77,25 +98,48 @@ class Training:
             self.optimizer.step()
             self.step += 1
 
+    def counters(self) -> dict[str, Any]:
+        return {
+            "mean": 0.0,
+            "std": 1.0,
+            "epoch": 3,
+            "step": self.step,
+            "step_in_epoch": self.step,
+            "seconds": 1.5,
+            "waiting_seconds": 0.5,
+            "running_sums": [0.5, 1.0, 2.0],
+            "evaluation_pending": False,
+            "first_epoch": 0,
+            "target_epoch": 4,
+            "test_loss": None,
+            "best_loss": 0.1,
+            "evaluations_without_improvement": 1,
+            "stopped_early": False,
+        }
+
+    def predictions(self) -> dict[str, torch.Tensor]:
+        ids = torch.arange(self.step)
+        return {"ids": ids, "logits": ids / 2} if self.step else {}
+
     def save(self, *, test_loss: float | None = None, wait: bool = True, **changes: Any) -> None:
         given = {
-            "progress": {"step": self.step, "epoch": 3, "best_loss": 0.1},
-            "tensors": {"logits": torch.arange(self.step, dtype=torch.float32)},
+            "train_state": self.counters(),
+            "tensors": self.predictions(),
             "config": {"train_params": {"lr": 0.01}},
-            "identity": IDENTITY,
+            "data_identity": IDENTITY,
         }
         self.checkpoints.save(self.network, self.optimizer, test_loss=test_loss, **(given | changes))
         if wait:
             self.checkpoints.close()
 
     def restore(self, **changes: Any) -> dict[str, torch.Tensor]:
-        latest = self.checkpoints.latest()
+        latest = self.checkpoints.latest_complete()
         assert latest is not None
-        given = {"identity": IDENTITY, "seed": 5} | changes
-        tensors = self.checkpoints.restore(latest, self.network, self.optimizer, **given)
-        self.step = latest.progress["step"]
-        assert latest.progress == {"step": self.step, "epoch": 3, "best_loss": 0.1}
-        return tensors
+        given = {"data_identity": IDENTITY, "seed": 5} | changes
+        restored = self.checkpoints.restore(latest, self.network, self.optimizer, **given)
+        self.step = latest.step
+        assert latest.train_state == self.counters()
+        return restored
 
     def everything(self) -> dict[str, Any]:
         """All that must be equal for two trainings to be equal, random generators included."""
@@ -120,25 +164,54 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(value, other[name]), name
 
 
-def steps(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def step_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def in_children(target: Callable[..., None], *arguments: Any, number: int = 1) -> list[int | None]:
-    """Run `target(process, number, port, *arguments)` in new processes; returns their exit codes."""
+def rewrite(folder: Path, **changes: bytes) -> None:
+    """Replace files of a checkpoint, named without suffix, and write a manifest that matches them."""
+    entries = {}
+    for name in FILES:
+        if name != "manifest.json":
+            data = changes.get(name.split(".")[0], (folder / name).read_bytes())
+            (folder / name).write_bytes(data)
+            entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_bytes(storage._manifest(entries))
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    rewrite(folder, state=json.dumps(state).encode())
+
+
+def in_children(target: Callable[..., None], *arguments: Any, world_size: int = 1) -> list[int | None]:
+    """Run `target(rank, world_size, port, *arguments)` in new processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [PROCESSES.Process(target=target, args=(i, number, port, *arguments)) for i in range(number)]
+    children = [
+        PROCESSES.Process(target=target, args=(rank, world_size, port, *arguments))
+        for rank in range(world_size)
+    ]
     for child in children:
         child.start()
     for child in children:
         child.join()
     return [child.exitcode for child in children]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fork_server() -> None:
+    forkserver.ensure_running()  # in the background, while the first tests run
 
 
 @pytest.fixture(autouse=True)
@@ -151,19 +224,22 @@ def _one_thread() -> Iterator[None]:
     GradientState._reset_state()
 
 
+# ---------------------------------------------------------------- save and restore
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 @pytest.mark.parametrize("adam", [{}, {"fused": True}, {"amsgrad": True}], ids=["plain", "fused", "amsgrad"])
-def test_a_restored_training_goes_on_bit_for_bit(tmp_path: Path, adam: dict[str, Any], steps: int) -> None:
+def test_a_restored_training_is_bit_exact(tmp_path: Path, adam: dict[str, Any], steps: int) -> None:
     whole = Training(tmp_path, **adam)
     whole.train(steps)
     whole.save()
     saved = whole.everything()
     whole.train(4)
     resumed = Training(tmp_path, **adam)
-    resumed.train(1)  # whatever it did before is forgotten
-    tensors = resumed.restore()
+    resumed.train(1)  # is overwritten
+    restored = resumed.restore()
     assert_same(resumed.everything(), saved)
-    assert_same(tensors, {"logits": torch.arange(steps, dtype=torch.float32)})
+    assert_same(restored, resumed.predictions())
     resumed.train(4)
     assert_same(resumed.everything(), whole.everything())
 
@@ -176,26 +252,26 @@ def test_a_checkpoint_before_the_first_step_restores(tmp_path: Path) -> None:
     resumed.train()
 
 
-def test_a_run_is_claimed_by_one_program_and_leaves_no_empty_folder(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "run"
-    first, second = Training(run).checkpoints, Training(run).checkpoints
+def test_only_one_program_locks_a_run_and_no_empty_folder_remains(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    first, second = Training(run_dir).checkpoints, Training(run_dir).checkpoints
     first.acquire_lock()
     with pytest.raises(CheckpointError, match="another program is training this run"):
         second.acquire_lock()
     second.close()
-    assert run.is_dir()
+    assert run_dir.is_dir()
     first.close()
-    assert not run.parent.exists()
+    assert not run_dir.parent.exists()
     second.acquire_lock()
-    (run / "config.yaml").touch()
+    (run_dir / "config.yaml").touch()
     second.close()
     first.acquire_lock()
     first.close()
-    assert (run / "config.yaml").exists()
+    assert (run_dir / "config.yaml").exists()
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
-    assert Training(tmp_path / "new").checkpoints.latest() is None
+    assert Training(tmp_path / "new").checkpoints.latest_complete() is None
 
 
 def test_the_optimizer_keeps_its_own_settings(tmp_path: Path) -> None:
@@ -208,29 +284,28 @@ def test_the_optimizer_keeps_its_own_settings(tmp_path: Path) -> None:
     assert second.optimizer.param_groups[0]["lr"] == 0.123
 
 
-def test_training_goes_on_while_the_exact_state_is_written(
+def test_training_continues_while_the_exact_state_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(tmp_path)
     training.train(2)
-    may_write, original = threading.Event(), state.folder.write
+    may_write, original = threading.Event(), storage.write_checkpoint
 
     def late(*arguments: Any) -> None:
         may_write.wait()
         original(*arguments)
 
-    monkeypatch.setattr(state, "write", late)
-    progress = {"step": 2, "epoch": 3, "best_loss": 0.1}
-    logits = torch.arange(2.0)
-    training.save(wait=False, progress=progress, tensors={"logits": logits})
+    monkeypatch.setattr(storage, "write_checkpoint", late)
+    counters, predictions, expected = training.counters(), training.predictions(), training.predictions()
+    training.save(wait=False, train_state=counters, tensors=predictions)
     saved = training.everything()
     training.train(3)
-    logits.zero_()
-    progress["epoch"] = 99
+    predictions["logits"].zero_()
+    counters["epoch"] = 99
     may_write.set()
     training.checkpoints.close()
     resumed = Training(tmp_path)
-    assert_same(resumed.restore(), {"logits": torch.arange(2.0)})
+    assert_same(resumed.restore(), expected)
     assert_same(resumed.everything(), saved)
 
 
@@ -242,21 +317,22 @@ def test_compiled_and_plain_networks_share_their_checkpoints(tmp_path: Path) -> 
     compiled.network = torch.compile(compiled.network)
     compiled.restore()
     compiled.save()
-    names = Checkpoint(tmp_path / "checkpoints" / "step_00000002").tensors("model")
-    assert names.keys() == plain.network.state_dict().keys()
+    assert Checkpoint(step_dir(tmp_path, 2)).tensors("model").keys() == plain.network.state_dict().keys()
 
 
 def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.train()
     training.save(test_loss=0.5)
-    folder = tmp_path / "checkpoints" / "step_00000001"
+    folder = step_dir(tmp_path, 1)
     assert sorted(path.name for path in folder.iterdir()) == FILES
     saved = json.loads((folder / "state.json").read_text())
-    assert saved["circumstances"].keys() == {"processes", "device", "python", "torch", "accelerate"}
-    assert saved["circumstances"]["torch"] == torch.__version__
+    assert saved["format"] == 2
+    assert saved["train_state"] == training.counters()
+    assert saved["environment"].keys() == {"num_processes", "device", "python", "torch", "accelerate"}
+    assert saved["environment"]["torch"] == torch.__version__
     assert saved["test_loss"] == 0.5
-    assert saved["identity"] == IDENTITY
+    assert saved["data_identity"] == IDENTITY
     moments = Checkpoint(folder).tensors("optimizer")
     assert moments.keys() == {
         f"{name}/{key}"
@@ -267,10 +343,17 @@ def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path: Path) -> Non
     assert {name: (value.dtype, len(value)) for name, value in rows.items()} == dict.fromkeys(
         ["torch", "numpy", "python"], (torch.uint8, 1)
     )
-    latest = training.checkpoints.latest()
+    latest = training.checkpoints.latest_complete()
     assert latest is not None
     assert (latest.step, latest.config) == (1, {"train_params": {"lr": 0.01}})
-    assert latest.progress["epoch"] == 3
+    assert latest.train_state["epoch"] == 3
+
+
+def test_the_schema_holds_the_counters_of_a_run() -> None:
+    import run
+
+    counters = {field.name for field in dataclasses.fields(run.TrainState)} - {"predictions"}
+    assert schema.SavedTrainState.model_fields.keys() == counters
 
 
 def test_nothing_is_ever_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +370,68 @@ def test_nothing_is_ever_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     training.save()
     Training(tmp_path).restore()
     assert program.verify(tmp_path)
+
+
+# ---------------------------------------------------------------- formats
+
+
+def to_format_1(state: dict[str, Any]) -> None:
+    """Rename the keys of state.json as the first version wrote them."""
+    renamed = {"train_state": "progress", "data_identity": "identity", "environment": "circumstances"}
+    renamed_counters = {
+        "evaluation_pending": "awaiting_test",
+        "evaluations_without_improvement": "tests_without_better",
+        "stopped_early": "ended_early",
+    }
+    del state["format"]
+    for added in ("waiting_seconds", "running_sums"):
+        del state["train_state"][added]
+    for new, old in renamed.items():
+        state[old] = state.pop(new)
+    for new, old in renamed_counters.items():
+        state["progress"][old] = state["progress"].pop(new)
+    state["circumstances"]["processes"] = state["circumstances"].pop("num_processes")
+
+
+def test_a_run_of_format_1_resumes_bit_exactly(tmp_path: Path) -> None:
+    whole = Training(tmp_path)
+    whole.train(2)
+    counters = whole.counters() | {"waiting_seconds": 0.0, "running_sums": [0.0, 0.0, 0.0]}
+    whole.save(test_loss=0.5, train_state=counters)
+    before = Checkpoint(step_dir(tmp_path, 2)).state
+    rewrite_state(step_dir(tmp_path, 2), to_format_1)
+    assert "train_state" not in json.loads((step_dir(tmp_path, 2) / "state.json").read_text())
+    assert Checkpoint(step_dir(tmp_path, 2)).state == before
+    assert program.verify(tmp_path)
+    whole.train(3)
+    resumed = Training(tmp_path)
+    latest = resumed.checkpoints.latest_complete()
+    assert latest is not None
+    assert latest.train_state == counters
+    resumed.checkpoints.restore(latest, resumed.network, resumed.optimizer, data_identity=IDENTITY, seed=5)
+    resumed.train(3)
+    assert_same(resumed.everything(), whole.everything())
+
+
+@pytest.mark.parametrize("suffix", ["", ".old"])
+def test_a_newer_format_is_rejected_and_nothing_is_changed(
+    run_dir: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = step_dir(run_dir, 1)
+    rewrite_state(folder, lambda state: state.update(format=3, train_state={"unknown": 1}))
+    folder.rename(folder.with_name(folder.name + suffix))
+    shutil.copytree(step_dir(run_dir, 2), step_dir(run_dir, 3))
+    flip(step_dir(run_dir, 3) / "model.safetensors")
+    before = content(run_dir)
+    with pytest.raises(NewerFormatError, match=r"state\.json has format 3.*Update the program") as error:
+        Training(run_dir).checkpoints.latest_complete()
+    assert str(folder) in str(error.value)
+    assert content(run_dir) == before
+    assert program.main(["verify", str(run_dir)]) == 2
+    assert "1 complete, 1 damaged, 1 of a newer version" in capsys.readouterr().out
+    if not suffix:
+        with pytest.raises(NewerFormatError):
+            select(run_dir / "checkpoints", "1")
 
 
 # ---------------------------------------------------------------- damage
@@ -306,165 +451,367 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run with checkpoints of step 1 and 2, and the state at step 1."""
-    run = tmp_path_factory.mktemp("run")
-    training = Training(run)
+    run_dir = tmp_path_factory.mktemp("run")
+    training = Training(run_dir)
     training.train()
     training.save(test_loss=0.7)
     saved = training.everything()
     training.train()
     training.save()
-    return run, saved
+    return run_dir, saved
 
 
 @pytest.fixture
-def run(two_checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+def run_dir(two_checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_checkpoints[0], tmp_path / "run"))
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, empty, os.unlink])
+@pytest.mark.parametrize("damage", [flip, truncate, empty, os.unlink, pipe])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_taken(
-    run: Path,
+def test_a_damaged_checkpoint_is_quarantined_and_the_previous_one_is_used(
+    run_dir: Path,
     two_checkpoints: tuple[Path, dict[str, Any]],
     name: str,
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    damage(run / "checkpoints" / "step_00000002" / name)
-    assert not program.verify(run)
-    training = Training(run)
+    damage(step_dir(run_dir, 2) / name)
+    assert not program.verify(run_dir)
+    training = Training(run_dir)
     training.restore()
     assert training.step == 1
     assert_same(training.everything(), two_checkpoints[1])
-    assert steps(run) == ["step_00000001", "step_00000002.damaged"]
+    assert names(run_dir) == ["step_00000001", "step_00000002.damaged"]
     assert "step_00000002" in caplog.text
     assert name in caplog.text
     training.train()
     training.save()  # the same step again, under its own name
-    assert steps(run) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
-    assert program.verify(run)
-    damage(run / "checkpoints" / "step_00000002" / name)
-    Training(run).restore()
-    assert steps(run)[1:] == ["step_00000002.damaged", "step_00000002.damaged-again"]
+    assert names(run_dir) == ["step_00000001", "step_00000002", "step_00000002.damaged"]
+    assert program.verify(run_dir)
+    damage(step_dir(run_dir, 2) / name)
+    Training(run_dir).restore()
+    assert names(run_dir)[1:] == ["step_00000002.damaged", "step_00000002.damaged-again"]
 
 
-def test_any_flipped_bit_of_the_manifest_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run / "checkpoints" / "step_00000002"
+def test_any_flipped_bit_of_the_manifest_is_detected(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = step_dir(run_dir, 2)
     manifest = (folder / "manifest.json").read_bytes()
     assert Checkpoint(folder).files
     for position in range(len(manifest)):
         for bit in range(8):
             damaged = bytearray(manifest)
             damaged[position] ^= 1 << bit
-            # On disk this takes a minute where others write too.
+            # In memory: thousands of writes take a minute on a busy disk.
             monkeypatch.setattr(Checkpoint, "_content", lambda self, name, content=damaged: bytes(content))
             with pytest.raises(CheckpointError, match=r"manifest\.json is not what was written"):
                 assert Checkpoint(folder).files
 
 
-def test_a_foreign_file_is_ignored_and_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (run / "checkpoints" / "step_00000002" / ".nfs0001").write_text("not ours")
-    (run / "checkpoints" / "step_00000002" / "notes").mkdir()
-    (run / "checkpoints" / "step_old").mkdir()
-    (run / "checkpoints" / "readme.txt").write_text("not ours either")
-    assert program.verify(run)
-    training = Training(run, keep=1)
+def keys(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return change
+
+
+NESTED: list[Any] = []
+for _ in range(300):
+    NESTED = [NESTED]
+WRONG_STATES: dict[str, bytes | Callable[[dict[str, Any]], Any]] = {
+    "not JSON": b"{",
+    "not UTF-8": b"\xff\xfe",
+    "null": b"null",
+    "a list": b"[]",
+    "no keys": b"{}",
+    "deeply nested": b"[" * 100_000,
+    "nested config": keys("config", "train_params", "lr", value=NESTED),
+    "5000 digits": b'{"format": ' + b"9" * 5000 + b"}",
+    "format text": keys("format", value="2"),
+    "format true": keys("format", value=True),
+    "format 0": keys("format", value=0),
+    "format beyond 64 bits": keys("format", value=2**70),
+    "no format": lambda state: state.pop("format") and state.pop("train_state"),
+    "no step": lambda state: state["train_state"].pop("step"),
+    "another step": keys("train_state", "step", value=3),
+    "step text": keys("train_state", "step", value="2"),
+    "step float": keys("train_state", "step", value=2.0),
+    "step true": keys("train_state", "step", value=True),
+    "step negative": keys("train_state", "step", value=-2),
+    "step of 64 bits": keys("train_state", "step", value=2**63),
+    "step beyond 64 bits": keys("train_state", "step", value=10**30),
+    "epoch beyond 64 bits": keys("train_state", "epoch", value=2**64),
+    "huge seconds": keys("train_state", "seconds", value=10**400),
+    "seconds NaN": keys("train_state", "seconds", value=float("nan")),
+    "loss infinite": keys("test_loss", value=float("inf")),
+    "two sums": keys("train_state", "running_sums", value=[0.0, 0.0]),
+    "std zero": keys("train_state", "std", value=0.0),
+    "counters a list": keys("train_state", value=[1, 2]),
+    "unknown counter": keys("train_state", "surprise", value=1),
+    "unknown key": keys("\x1b[31m" * 100, value=1),
+    "config a list": keys("config", value=[]),
+    "section a number": keys("config", "train_params", value=1),
+    "no environment": lambda state: state.pop("environment"),
+    "other ranks": keys("environment", "num_processes", value=2),
+    "shape of the data": keys("data_identity", "shape", value=[64]),
+    "scale negative": keys("scaler", value={"scale": -1.0}),
+}
+
+
+def assert_previous_is_used(run_dir: Path, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """After damage to the content of step 2."""
+    assert program.main(["verify", str(run_dir)]) == 2
+    output = capsys.readouterr()
+    assert "1 complete, 1 damaged" in output.out
+    assert named in output.out
+    assert "\x1b" not in output.out
+    assert len(output.out) < 1500
+    with pytest.raises(CheckpointError):
+        select(run_dir / "checkpoints", "2")
+    training = Training(run_dir)
+    training.restore()
+    assert training.step == 1
+    assert names(run_dir) == ["step_00000001", "step_00000002.damaged"]
+
+
+@pytest.mark.parametrize("case", WRONG_STATES)
+def test_a_wrong_state_in_a_valid_manifest_is_damage(
+    run_dir: Path, case: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = WRONG_STATES[case]
+    if isinstance(wrong, bytes):
+        rewrite(step_dir(run_dir, 2), state=wrong)
+    else:
+        rewrite_state(step_dir(run_dir, 2), wrong)
+    named = "random.safetensors" if case == "other ranks" else "state.json"
+    assert_previous_is_used(run_dir, named, capsys)
+    assert named in caplog.text
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], Any]:
+    return lambda part: part.update({name: change(part[name]).contiguous()})
+
+
+def noise(state: torch.Tensor) -> torch.Tensor:
+    return torch.randint(0, 256, state.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def with_word(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(state: torch.Tensor) -> torch.Tensor:
+        numbers = state.clone().view(torch.float64)
+        numbers[0, index] = value
+        return numbers.view(torch.uint8)
+
+    return change
+
+
+WRONG_TENSORS: dict[str, tuple[str, bytes | Callable[[dict[str, Any]], Any]]] = {
+    "no safetensors": ("model", b"not safetensors at all"),
+    "huge header": ("model", b"\xff" * 8 + b"{}"),
+    "weight of another shape": ("model", changed("0.weight", lambda weight: weight[:2])),
+    "weight of another type": ("model", changed("0.weight", torch.Tensor.double)),
+    "weight of 8 bits": ("model", changed("0.weight", lambda weight: weight.to(torch.float8_e4m3fn))),
+    "weight missing": ("model", lambda part: part.pop("0.weight")),
+    "weight NaN": ("model", changed("0.weight", lambda weight: weight * float("nan"))),
+    "moment of another shape": ("optimizer", changed("0.weight/exp_avg", lambda moment: moment[0])),
+    "moment infinite": ("optimizer", changed("0.weight/exp_avg", lambda moment: moment / 0)),
+    "moment missing": ("optimizer", lambda part: part.pop("0.weight/exp_avg_sq")),
+    "no moments": ("optimizer", lambda part: part.clear()),
+    "steps a vector": ("optimizer", changed("0.weight/step", lambda step: step.expand(3))),
+    "moment of nothing": ("optimizer", lambda part: part.update({"9.weight/exp_avg": torch.zeros(1)})),
+    "moment without name": ("optimizer", lambda part: part.update({"exp_avg": torch.zeros(1)})),
+    "torch missing": ("random", lambda part: part.pop("torch")),
+    "torch too short": ("random", changed("torch", lambda state: state[:, :100])),
+    "torch too long": ("random", changed("torch", lambda state: state.repeat(1, 2))),
+    "torch noise": ("random", changed("torch", noise)),
+    "torch floats": ("random", changed("torch", torch.Tensor.float)),
+    "torch of two ranks": ("random", changed("torch", lambda state: state.repeat(2, 1))),
+    "torch a vector": ("random", changed("torch", lambda state: state[0])),
+    "numpy noise": ("random", changed("numpy", noise)),
+    "numpy too short": ("random", changed("numpy", lambda state: state[:, :-3])),
+    "numpy beyond its words": ("random", changed("numpy", with_word(624, 700))),
+    "numpy beyond 32 bits": ("random", changed("numpy", with_word(3, 2.0**32))),
+    "python noise": ("random", changed("python", noise)),
+    "python empty": ("random", changed("python", lambda state: state[:, :0])),
+    "python beyond its words": ("random", changed("python", with_word(624, 700))),
+    "python NaN": ("random", changed("python", with_word(5, float("nan")))),
+    "python fractional": ("random", changed("python", with_word(5, 0.5))),
+    "device of two ranks": ("random", lambda part: part.update(cuda=torch.zeros(2, 16, dtype=torch.uint8))),
+    "predictions missing": ("extra", lambda part: part.clear()),
+    "logits missing": ("extra", lambda part: part.pop("logits")),
+    "other tensors": ("extra", lambda part: part.update(more=torch.zeros(2))),
+    "ids as floats": ("extra", changed("ids", torch.Tensor.float)),
+    "ids negative": ("extra", changed("ids", lambda ids: ids - 1)),
+    "ids twice": ("extra", changed("ids", torch.zeros_like)),
+    "logits NaN": ("extra", changed("logits", lambda logits: logits / 0)),
+    "fewer logits": ("extra", changed("logits", lambda logits: logits[:1])),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors_in_a_valid_manifest_are_damage(
+    run_dir: Path, case: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part, wrong = WRONG_TENSORS[case]
+    folder = step_dir(run_dir, 2)
+    if callable(wrong):
+        loaded = Checkpoint(folder).tensors(part)
+        wrong(loaded)
+        wrong = safetensors.torch.save(loaded)
+    rewrite(folder, **{part: wrong})
+    assert_previous_is_used(run_dir, "safetensors", capsys)
+    assert f"{folder} is damaged" in caplog.text
+
+
+def test_predictions_between_epochs_are_damage(run_dir: Path) -> None:
+    rewrite_state(step_dir(run_dir, 2), keys("train_state", "step_in_epoch", value=0))
+    assert "extra.safetensors" in str(Checkpoint(step_dir(run_dir, 2)).find_problem())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("model", changed("1.running_mean", lambda mean: mean[:2]), r"1\.running_mean: saved as \[2\] torch"),
+        (
+            "model",
+            changed("1.running_var", torch.Tensor.bfloat16),
+            r"1\.running_var: .*now \[4\] torch\.float32",
+        ),
+        ("optimizer", lambda part: [part.pop(key) for key in list(part) if "0.weight" in key], r"0\.weight"),
+    ],
+)
+def test_tensors_that_only_the_network_can_check_are_an_error(
+    run_dir: Path, part: str, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    loaded = Checkpoint(step_dir(run_dir, 2)).tensors(part)
+    change(loaded)
+    rewrite(step_dir(run_dir, 2), **{part: safetensors.torch.save(loaded)})
+    training = Training(run_dir)
+    before = training.everything()
+    with pytest.raises(CheckpointError, match=message):
+        training.restore()
+    assert_same(training.everything(), before)
+
+
+def test_other_files_are_ignored_and_named(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (step_dir(run_dir, 2) / ".nfs0001").write_text("not ours")
+    (step_dir(run_dir, 2) / "notes").mkdir()
+    (run_dir / "checkpoints" / "step_old").mkdir()
+    (run_dir / "checkpoints" / "readme.txt").write_text("not ours either")
+    assert program.verify(run_dir)
+    training = Training(run_dir, keep=1)
     training.restore()
     assert training.step == 2
     assert ".nfs0001, notes" in caplog.text
     training.train()
     training.save()
-    assert steps(run) == ["readme.txt", "step_00000001", "step_00000003", "step_old"]
+    assert names(run_dir) == ["readme.txt", "step_00000001", "step_00000003", "step_old"]
 
 
-def test_with_damaged_checkpoints_only_a_run_never_begins_anew(run: Path) -> None:
+def test_a_folder_under_the_name_of_another_step_is_damaged(
+    run_dir: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("step_00000007", f"step_{10**30}"):
+        shutil.copytree(step_dir(run_dir, 1), run_dir / "checkpoints" / name)
+    assert program.main(["verify", str(run_dir)]) == 2
+    assert "2 complete, 2 damaged" in capsys.readouterr().out
+    training = Training(run_dir)
+    training.restore()
+    assert training.step == 2
+    assert f"step_{10**30} is damaged (state.json was saved at step 1)" in caplog.text
+    assert names(run_dir)[2:] == ["step_00000007.damaged", f"step_{10**30}.damaged"]
+
+
+def test_a_run_with_damaged_checkpoints_only_never_starts_again(run_dir: Path) -> None:
     for step in (1, 2):
-        flip(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
+        flip(step_dir(run_dir, step) / "model.safetensors")
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no complete checkpoint is left") as error:
-            Training(run).checkpoints.latest()
+            Training(run_dir).checkpoints.latest_complete()
         assert "step_00000001: model.safetensors is not what was written" in str(error.value)
-        assert "to begin anew, remove that folder" in str(error.value)
+        assert "To start again, remove that folder" in str(error.value)
     for step in (1, 2):
-        folder = run / "checkpoints" / f"step_0000000{step}"
-        folder.rename(folder.with_name(folder.name + ".damaged"))
-    with pytest.raises(CheckpointError, match="set aside earlier"):
-        Training(run).checkpoints.latest()
+        step_dir(run_dir, step).rename(f"{step_dir(run_dir, step)}.damaged")
+    with pytest.raises(CheckpointError, match="quarantined earlier"):
+        Training(run_dir).checkpoints.latest_complete()
 
 
-def test_damage_after_the_choice_is_an_error_too(run: Path) -> None:
-    training = Training(run)
-    latest = training.checkpoints.latest()
+def test_damage_after_the_selection_is_an_error(run_dir: Path) -> None:
+    training = Training(run_dir)
+    latest = training.checkpoints.latest_complete()
     assert latest is not None
     before = training.everything()
     flip(latest.folder / "optimizer.safetensors")
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is not what was written"):
-        training.checkpoints.restore(latest, training.network, training.optimizer, identity=IDENTITY, seed=0)
+        training.checkpoints.restore(
+            latest, training.network, training.optimizer, data_identity=IDENTITY, seed=0
+        )
     assert_same(training.everything(), before)
 
 
-def test_only_what_got_its_name_counts(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = run / "checkpoints"
+def test_only_a_renamed_checkpoint_counts(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = run_dir / "checkpoints"
     shutil.copytree(folder / "step_00000002", folder / "step_00000009.partial")
     truncate(folder / "step_00000009.partial" / "model.safetensors")
-    shutil.copytree(folder / "step_00000002", folder / "step_00000008.partial")  # whole, and yet not named
+    shutil.copytree(folder / "step_00000002", folder / "step_00000008.partial")  # complete, but not renamed
     shutil.copytree(folder / "step_00000001", folder / "step_00000001.old")  # being deleted
     (folder / "step_00000002").rename(folder / "step_00000002.old")  # being replaced
-    assert program.verify(run)
-    training = Training(run)
+    assert program.verify(run_dir)
+    training = Training(run_dir)
     training.restore()
     assert training.step == 2
-    assert steps(run) == ["step_00000001", "step_00000002"]
+    assert names(run_dir) == ["step_00000001", "step_00000002"]
     assert "step_00000009.partial was being written when the run ended" in caplog.text
     assert "step_00000008.partial was being written when the run ended" in caplog.text
 
 
-# ---------------------------------------------------------------- what must not be restored
+# ---------------------------------------------------------------- what must not be restored or saved
 
 
-def test_another_network_or_other_data_is_refused_and_nothing_is_changed(run: Path) -> None:
-    training = Training(run, width=8)
+def test_another_network_or_other_data_is_rejected_and_nothing_is_changed(run_dir: Path) -> None:
+    training = Training(run_dir, width=8)
     before = training.everything()
+    other = IDENTITY | {"path": "/moved.h5", "seeds": [0, 3], "fingerprint": "b2"}
     with pytest.raises(CheckpointError) as error:
-        training.restore(
-            identity={"architecture": "WIDE", "data": {"path": "/moved.h5", "seeds": [0, 1, 2], "hash": "a1"}}
-        )
-    assert "architecture: was 'SMALL', is 'WIDE'" in str(error.value)
-    assert "data.seeds: was [0, 1], is [0, 1, 2]" in str(error.value)
+        training.restore(data_identity=other)
+    assert "data_params.datafile.fingerprint: was 'a1', is 'b2'" in str(error.value)
+    assert "data_params.datafile.seeds: was [0, 2], is [0, 3]" in str(error.value)
     assert "0.weight: saved as [4, 2, 3, 3] torch.float32, now [8, 2, 3, 3] torch.float32" in str(error.value)
     assert "another model_params.name" in str(error.value)
-    assert "hash" not in str(error.value)
+    assert "path" not in str(error.value)
     assert_same(training.everything(), before)
 
 
-def test_data_may_move_and_tuples_are_lists(run: Path) -> None:
-    training = Training(run)
-    training.restore(
-        identity={"architecture": "SMALL", "data": {"path": "/moved.h5", "seeds": (0, 1), "hash": "a1"}}
-    )
+def test_data_may_move_and_tuples_equal_lists(run_dir: Path) -> None:
+    training = Training(run_dir)
+    training.restore(data_identity=IDENTITY | {"path": "/moved.h5", "bytes": 9, "seeds": (0, 2)})
     assert training.step == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_never_saved(run: Path, value: float) -> None:
-    training = Training(run)
+def test_weights_that_are_not_finite_are_never_saved(run_dir: Path, value: float) -> None:
+    training = Training(run_dir)
     training.restore()
-    before = content(run)
+    before = content(run_dir)
     training.train()
     with torch.no_grad():
         training.network[0].weight[1, 0, 0, 0] = value
-    with pytest.raises(
-        CheckpointError, match=r"step 3 is not saved, these are not finite: 0\.weight"
-    ) as error:
+    with pytest.raises(CheckpointError, match=r"step 3 is not saved: 0\.weight not finite") as error:
         training.save()
-    assert "step_00000002 is untouched" in str(error.value)
-    assert content(run) == before
+    assert "step_00000002 is unchanged" in str(error.value)
+    assert content(run_dir) == before
 
 
-def test_a_state_split_over_processes_is_refused(tmp_path: Path) -> None:
+def test_a_sharded_state_is_rejected(tmp_path: Path) -> None:
     class Sharded:
         distributed_type = type("Kind", (), {"value": "FSDP"})
 
@@ -472,7 +819,7 @@ def test_a_state_split_over_processes_is_refused(tmp_path: Path) -> None:
         CheckpointManager(tmp_path, Sharded(), keep=1)
 
 
-def test_the_gradient_scaler_goes_on(tmp_path: Path) -> None:
+def test_the_gradient_scaler_is_restored(tmp_path: Path) -> None:
     first = Training(tmp_path)
     first.train()
     first.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
@@ -485,17 +832,13 @@ def test_the_gradient_scaler_goes_on(tmp_path: Path) -> None:
     assert second.accelerator.scaler.get_scale() == 2.0**20
 
 
-def test_other_circumstances_are_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = run / "checkpoints" / "step_00000002"
-    saved = json.loads((folder / "state.json").read_text())
-    saved["circumstances"]["torch"] = "1.0"
-    parts = {part: Checkpoint(folder).tensors(part) for part in ("model", "optimizer", "random", "extra")}
-    state.write(folder, parts, json.dumps(saved).encode())
-    Training(run).restore()
+def test_another_environment_is_reported(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite_state(step_dir(run_dir, 2), keys("environment", "torch", value="1.0"))
+    Training(run_dir).restore()
     assert f"torch: was '1.0', is '{torch.__version__}'" in caplog.text
 
 
-# ---------------------------------------------------------------- rotation
+# ---------------------------------------------------------------- rotation and selection
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -504,9 +847,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for loss in (0.9, 0.3, float("nan"), 0.5, None, 0.3, 0.2, 0.4):
         training.train()
         training.save(test_loss=loss)
-        kept.append([int(name[-1]) for name in steps(tmp_path)])
-    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6], [2, 6, 7][1:], [7, 8]]
+        kept.append([int(name[-1]) for name in names(tmp_path)])
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6], [6, 7], [7, 8]]
     assert program.verify(tmp_path)
+
+
+def test_a_checkpoint_is_selected_by_name(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints"
+    assert [one.step for one in list_checkpoints(folder)] == [1, 2]
+    assert [select(folder, name).step for name in ("best", "last", "1", "2")] == [1, 2, 1, 2]
+    with pytest.raises(CheckpointError, match=r"found no checkpoint '7', allowed: 1, 2, last, best"):
+        select(folder, "7")
+    flip(step_dir(run_dir, 1) / "model.safetensors")
+    for name in ("best", "last", "1"):
+        with pytest.raises(CheckpointError, match=r"step_00000001 is damaged: model\.safetensors"):
+            select(folder, name)
+    assert select(folder, "2").step == 2
 
 
 def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
@@ -514,16 +870,18 @@ def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     training.train()
     training.save()
     training.save(test_loss=0.5)
-    assert steps(tmp_path) == ["step_00000001"]
-    assert Checkpoint(tmp_path / "checkpoints" / "step_00000001").state["test_loss"] == 0.5
+    assert names(tmp_path) == ["step_00000001"]
+    assert Checkpoint(step_dir(tmp_path, 1)).state["test_loss"] == 0.5
 
 
-def test_old_ones_stay_if_the_new_one_cannot_be_read_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(run, keep=1)
+def test_old_ones_stay_if_the_new_one_cannot_be_read_back(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(run_dir, keep=1)
     training.restore()
-    before = content(run)
+    before = content(run_dir)
     training.train()
-    write = state.folder._write_file
+    write = storage._write_file
 
     def bad_disk(path: Path, data: bytes) -> dict[str, Any]:
         result = write(path, data)
@@ -531,40 +889,40 @@ def test_old_ones_stay_if_the_new_one_cannot_be_read_back(run: Path, monkeypatch
             flip(path)
         return result
 
-    monkeypatch.setattr(state.folder, "_write_file", bad_disk)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read back as it was written: optimizer\.safetensors"
-    ):
+    monkeypatch.setattr(storage, "_write_file", bad_disk)
+    with pytest.raises(CheckpointError, match=r"cannot be read back: optimizer\.safetensors"):
         training.save()
-    assert content(run) == before
+    assert content(run_dir) == before
 
 
 # ---------------------------------------------------------------- disks and permissions
 
 
-def test_an_error_in_the_background_surfaces_everywhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(run)
+def test_an_error_in_the_background_is_raised_by_every_method(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(run_dir)
     training.restore()
-    training.checkpoints.check()
-    assert training.checkpoints.minutes < 1
+    training.checkpoints.raise_write_error()
+    assert training.checkpoints.minutes_since_save < 1
     training.train()
 
     def broken(*arguments: Any) -> None:
         raise OSError(122, "Disk quota exceeded", "/quota/model.safetensors")
 
-    monkeypatch.setattr(state, "write", broken)
+    monkeypatch.setattr(storage, "write_checkpoint", broken)
     training.save(wait=False)
-    for surface in (training.checkpoints.close, training.checkpoints.check, training.save):
+    for method in (training.checkpoints.close, training.checkpoints.raise_write_error, training.save):
         with pytest.raises(CheckpointError, match=r"/quota/model\.safetensors: Disk quota exceeded") as error:
-            surface()
-        assert "step_00000002 is untouched" in str(error.value)
-    assert training.checkpoints.minutes == float("inf")
+            method()
+        assert "step_00000002 is unchanged" in str(error.value)
+    assert training.checkpoints.minutes_since_save == float("inf")
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(run: Path) -> None:
-    training = Training(run)
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(run_dir: Path) -> None:
+    training = Training(run_dir)
     training.restore()
-    before = content(run)
+    before = content(run_dir)
     training.train()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Room for the weights, not for the moments.
@@ -574,10 +932,9 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(run: Path) -> None:
             training.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "step_00000002 is untouched" in str(error.value)
-    assert content(run) == before
-    assert steps(run) == ["step_00000001", "step_00000002"]
-    resumed = Training(run)
+    assert "step_00000002 is unchanged" in str(error.value)
+    assert content(run_dir) == before
+    resumed = Training(run_dir)
     resumed.restore()
     resumed.train()
     resumed.save()
@@ -596,7 +953,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_up_over_a_run(small_disk: Path) -> None:
+def test_a_disk_that_fills_up_during_a_run(small_disk: Path) -> None:
     training = Training(small_disk / "run", keep=100)
     with pytest.raises(CheckpointError, match="No space left on device"):  # noqa: PT012
         for _ in range(100):
@@ -629,21 +986,28 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         training.save()
 
 
-def save_as_nobody(process: int, number: int, port: int, run: str) -> None:
-    training = Training(Path(run))
+def drop_capabilities() -> None:
+    """Let permissions apply to this thread, also if its user is root. See capset(2)."""
+    version_3, this_thread = 0x20080522, 0
+    header = (ctypes.c_uint32 * 2)(version_3, this_thread)
+    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
+
+
+def save_without_permission(rank: int, world_size: int, port: int, run_dir: Path, out: Path) -> None:
+    training = Training(run_dir)
     training.train()
-    os.setuid(65534)
+    drop_capabilities()
     try:
         training.save()
     except CheckpointError as error:
-        os._exit(7 if "Permission denied" in str(error) and "none" not in str(error) else 1)
+        out.write_text(str(error))
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without permissions")
-def test_a_folder_without_permission_is_named() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o555)
-        assert in_children(save_as_nobody, folder) == [7]
+@pytest.mark.skipif(sys.platform != "linux", reason="needs capset")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    assert in_children(save_without_permission, tmp_path / "run", tmp_path / "error") == [0]
+    assert (tmp_path / "error").read_text().startswith(f"{tmp_path}/run/checkpoints: Permission denied.")
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
@@ -651,7 +1015,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path: Path, umask: int, file
     before = os.umask(umask)
     try:
         training = Training(tmp_path / "run")
-        training.checkpoints.latest()
+        training.checkpoints.latest_complete()
         training.save()
     finally:
         os.umask(before)
@@ -663,7 +1027,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path: Path, umask: int, file
 
 
 class Boundaries:
-    """Every call that changes the disk; SIGKILL at the one of the given number, also inside a write."""
+    """Every call that changes the disk; SIGKILL at the one of the given index, also inside a write."""
 
     def __init__(self, fatal: int) -> None:
         self.passed, self.fatal = 0, fatal
@@ -694,77 +1058,81 @@ class Boundaries:
             yield types.SimpleNamespace(write=in_two_parts, flush=file.flush, fileno=file.fileno)
 
 
-def save_and_die(process: int, number: int, port: int, run: str, fatal: int, again: bool) -> None:
+def save_with_kills(rank: int, world_size: int, port: int, start: Path, again: bool) -> None:
+    """Fork one process per boundary, in a copy of the run each, until one survives its save."""
     torch.set_num_threads(1)
-    training = Training(Path(run), keep=1)
+    training = Training(start, keep=1)
     training.restore()
     training.train(0 if again else 1)
-    boundaries = Boundaries(fatal)
-    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, boundaries.guard(getattr(os, name)))
-    state.folder.open = boundaries.open
-    training.save()
-    os._exit(0)
+    generator = random.getstate()
+    for fatal in itertools.count():
+        run_dir = Path(shutil.copytree(start, start.with_name(str(fatal))))
+        child = os.fork()
+        if child == 0:
+            random.setstate(generator)  # Python seeds it again after a fork
+            training.checkpoints = CheckpointManager(run_dir, training.accelerator, keep=1)
+            boundaries = Boundaries(fatal)
+            for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
+                setattr(os, name, boundaries.guard(getattr(os, name)))
+            files.open = boundaries.open  # type: ignore[attr-defined]
+            training.save()
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != -signal.SIGKILL:
+            os._exit(status)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
 def test_a_kill_at_every_write_boundary_leaves_a_complete_checkpoint(tmp_path: Path, again: bool) -> None:
-    start = tmp_path / "start"
-    training = Training(start, keep=1)
+    training = Training(tmp_path / "start", keep=1)
     training.train(2)
     training.save()
     before = training.everything()
     training.train(0 if again else 1)
     after = training.everything()
-    outcomes = []
-    for fatal in range(1000):
-        run = Path(shutil.copytree(start, tmp_path / str(fatal)))
-        [code] = in_children(save_and_die, str(run), fatal, again)
-        complete = [
-            path for path in run.glob("checkpoints/step_*") if Checkpoint(path).find_problem() is None
-        ]
-        assert complete, f"no complete checkpoint after a kill at boundary {fatal}"
-        resumed = Training(run, keep=1)
+    assert in_children(save_with_kills, tmp_path / "start", again) == [0]
+    resumed_steps = []
+    for run_dir in sorted(tmp_path.glob("[0-9]*"), key=lambda path: int(path.name)):
+        complete = [one for one in run_dir.glob("checkpoints/step_*") if not Checkpoint(one).find_problem()]
+        assert complete, f"no complete checkpoint after a kill at boundary {run_dir.name}"
+        resumed = Training(run_dir, keep=1)
         resumed.restore()
+        resumed_steps.append(resumed.step)
         assert_same(resumed.everything(), before if resumed.step == 2 else after)
-        assert all(name.removeprefix("step_").isdigit() for name in steps(run)), steps(run)
+        assert all(name.removeprefix("step_").isdigit() for name in names(run_dir)), names(run_dir)
         resumed.train()
         resumed.save()
-        assert program.verify(run)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        outcomes.append(resumed.step - 1)
-    # Files: opened, two writes, synced. Then the folder, its name, and the old one's end.
-    assert len(outcomes) > 4 * len(FILES) + 8
+        assert program.verify(run_dir)
+    # Of six files: opened, written twice, synced. Then the folder, its name, and the end of the old one.
+    assert len(resumed_steps) > 4 * len(FILES) + 8
     if not again:
-        assert outcomes == sorted(outcomes)
-        assert set(outcomes) == {2, 3}
+        assert resumed_steps == sorted(resumed_steps)
+        assert set(resumed_steps) == {2, 3}
 
 
-def test_everything_is_durable_before_it_counts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut may lose what was not synced: each name must come after what it names."""
-    training = Training(run, keep=1)
+def test_everything_is_durable_before_it_counts(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure may lose what was not synced: each name must come after what it names."""
+    training = Training(run_dir, keep=1)
     training.restore()
     training.train()
     events: list[tuple[str, str]] = []
     fsync, rename, unlink = os.fsync, os.rename, os.unlink
 
-    def note_sync(descriptor: int) -> None:
+    def record_sync(descriptor: int) -> None:
         events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
         fsync(descriptor)
 
-    def note_rename(source: Any, target: Any) -> None:
+    def record_rename(source: Any, target: Any) -> None:
         events.append(("rename", Path(target).name))
         rename(source, target)
 
-    def note_unlink(path: Any, **keywords: Any) -> None:
+    def record_unlink(path: Any, **keywords: Any) -> None:
         events.append(("unlink", Path(path).name))
         unlink(path, **keywords)
 
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(os, "rename", note_rename)
-    monkeypatch.setattr(os, "unlink", note_unlink)
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(os, "unlink", record_unlink)
     training.save()
     assert {name for _, name in events[:5]} == set(FILES) - {"manifest.json"}
     assert events[5:10] == [
@@ -777,137 +1145,137 @@ def test_everything_is_durable_before_it_counts(run: Path, monkeypatch: pytest.M
     assert {kind for kind, _ in events[10:]} == {"unlink"}
 
 
-# ---------------------------------------------------------------- several processes
+# ---------------------------------------------------------------- several ranks
 
 
-def join_world(process: int, number: int, port: int) -> None:
+def join_group(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": str(number)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     logging.basicConfig(level=logging.WARNING)
 
 
-def save_in_world(process: int, number: int, port: int, run: str, out: str) -> None:
-    join_world(process, number, port)
-    training = Training(Path(run))
-    assert training.accelerator.num_processes == number
-    assert training.checkpoints.latest() is None
+def save_in_group(rank: int, world_size: int, port: int, run_dir: Path, out: Path) -> None:
+    join_group(rank, world_size, port)
+    training = Training(run_dir)
+    assert training.accelerator.num_processes == world_size
+    assert training.checkpoints.latest_complete() is None
     training.train(2)
     training.save()
     training.train(2)
-    np.save(f"{out}/whole-{process}.npy", np.array(training.draw()))
+    np.save(out / f"whole-{rank}.npy", np.array(training.draw()))
     weights = training.accelerator.unwrap_model(training.network).state_dict()
-    np.save(f"{out}/whole-weight-{process}.npy", weights["0.weight"].numpy())
+    np.save(out / f"whole-weight-{rank}.npy", weights["0.weight"].numpy())
 
 
-def restore_in_world(process: int, number: int, port: int, run: str, out: str) -> None:
-    join_world(process, number, port)
-    training = Training(Path(run))
+def restore_in_group(rank: int, world_size: int, port: int, run_dir: Path, out: Path) -> None:
+    join_group(rank, world_size, port)
+    training = Training(run_dir)
     training.restore()
     network = training.accelerator.unwrap_model(training.network)
-    np.save(f"{out}/restored-{number}-{process}.npy", network.state_dict()["0.weight"].numpy())
+    np.save(out / f"restored-{world_size}-{rank}.npy", network.state_dict()["0.weight"].numpy())
     state = torch.get_rng_state()
-    np.save(f"{out}/drawn-{number}-{process}.npy", np.array(training.draw()))
-    if number == 2:
-        training.restore()
-        assert torch.equal(torch.get_rng_state(), state)
+    np.save(out / f"drawn-{world_size}-{rank}.npy", np.array(training.draw()))
+    training.restore()
+    assert torch.equal(torch.get_rng_state(), state)  # derived states are the same each time
+    if world_size == 2:
         training.train(2)
-        np.save(f"{out}/resumed-{process}.npy", np.array(training.draw()))
-        np.save(f"{out}/resumed-weight-{process}.npy", network.state_dict()["0.weight"].numpy())
+        np.save(out / f"resumed-{rank}.npy", np.array(training.draw()))
+        np.save(out / f"resumed-weight-{rank}.npy", network.state_dict()["0.weight"].numpy())
 
 
-def test_two_processes_save_and_one_two_or_three_go_on(tmp_path: Path) -> None:
-    run, out = str(tmp_path / "run"), str(tmp_path)
-    assert in_children(save_in_world, run, out, number=2) == [0, 0]
-    rows = Checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002").tensors("random")
+def test_one_two_or_three_ranks_resume_a_run_of_two(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert in_children(save_in_group, run_dir, tmp_path, world_size=2) == [0, 0]
+    saved = Checkpoint(step_dir(run_dir, 2))
+    rows = saved.tensors("random")
     assert {name: len(row) for name, row in rows.items()} == {"torch": 2, "numpy": 2, "python": 2}
     assert all(not torch.equal(row[0], row[1]) for row in rows.values())
-    weights = Checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002").tensors("model")["0.weight"]
-    for number in (1, 2, 3):
-        for attempt in range(2):  # derived states are the same each time
-            assert in_children(restore_in_world, run, out, number=number) == [0] * number
-            drawn = [np.load(f"{out}/drawn-{number}-{process}.npy") for process in range(number)]
-            if attempt == 0:
-                first = drawn
-        assert np.array_equal(first, drawn)
-        assert len({values.tobytes() for values in drawn}) == number
-        for process in range(number):
-            assert np.array_equal(np.load(f"{out}/restored-{number}-{process}.npy"), weights.numpy())
-    assert np.array_equal(np.load(f"{out}/drawn-1-0.npy"), np.load(f"{out}/drawn-3-0.npy"))
-    assert np.array_equal(np.load(f"{out}/drawn-2-1.npy"), np.load(f"{out}/drawn-3-1.npy"))
-    for process in range(2):
-        for what in ("", "-weight"):
-            whole, resumed = (np.load(f"{out}/{name}{what}-{process}.npy") for name in ("whole", "resumed"))
-            assert np.array_equal(whole, resumed)
+    weights = saved.tensors("model")["0.weight"]
+    for world_size in (1, 2, 3):
+        assert in_children(restore_in_group, run_dir, tmp_path, world_size=world_size) == [0] * world_size
+        drawn = [np.load(tmp_path / f"drawn-{world_size}-{rank}.npy") for rank in range(world_size)]
+        assert len({values.tobytes() for values in drawn}) == world_size
+        for rank in range(world_size):
+            restored = np.load(tmp_path / f"restored-{world_size}-{rank}.npy")
+            assert np.array_equal(restored, weights.numpy())
+    for one, other in (("drawn-1-0", "drawn-3-0"), ("drawn-2-1", "drawn-3-1")):
+        assert np.array_equal(np.load(tmp_path / f"{one}.npy"), np.load(tmp_path / f"{other}.npy"))
+    for rank, what in itertools.product(range(2), ("", "-weight")):
+        whole, resumed = (np.load(tmp_path / f"{name}{what}-{rank}.npy") for name in ("whole", "resumed"))
+        assert np.array_equal(whole, resumed)
 
 
-def fail_in_world(process: int, number: int, port: int, run: str) -> None:
-    join_world(process, number, port)
-    training = Training(Path(run))
+def fail_in_group(rank: int, world_size: int, port: int, run_dir: Path, out: Path) -> None:
+    join_group(rank, world_size, port)
+    training = Training(run_dir)
     training.restore()
     training.train()
 
     def broken(*arguments: Any) -> None:
         raise OSError(28, "No space left on device", "/full")
 
-    state.write = broken  # called on the main process alone
+    storage.write_checkpoint = broken  # called on the main process only
     training.save(wait=False)
-    training.checkpoints.check()  # several processes stop together, at the next save
+    training.checkpoints.raise_write_error()  # does nothing: all ranks stop at the next save
     try:
         training.save()
-    except CheckpointError as error:
-        os._exit(10 + ("No space left on device" in str(error)))
-
-
-def choose_in_world(process: int, number: int, port: int, run: str) -> None:
-    join_world(process, number, port)
+    except (CheckpointError, distributed.LaunchError) as error:
+        (out / f"save-{rank}").write_text(f"{type(error).__name__}: {error}")
+    flip(step_dir(run_dir, 1) / "model.safetensors") if rank == 0 else None
     try:
-        Training(Path(run)).checkpoints.latest()
-    except CheckpointError as error:
-        os._exit(10 + ("no complete checkpoint" in str(error)))
+        training.checkpoints.latest_complete()
+    except (CheckpointError, distributed.LaunchError) as error:
+        (out / f"latest-{rank}").write_text(f"{type(error).__name__}: {error}")
+    os._exit(0)
 
 
-def test_an_error_of_the_main_process_stops_all(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    training = Training(run)
+def test_an_error_of_the_main_process_is_raised_on_all_ranks(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
     training.train()
     training.save()
-    assert in_children(fail_in_world, str(run), number=2) == [11, 10]
-    flip(run / "checkpoints" / "step_00000001" / "model.safetensors")
-    assert in_children(choose_in_world, str(run), number=2) == [11, 10]
+    assert in_children(fail_in_group, tmp_path / "run", tmp_path, world_size=2) == [0, 0]
+    for name, text in (("save", "No space left on device"), ("latest", "no complete checkpoint")):
+        main, other = ((tmp_path / f"{name}-{rank}").read_text() for rank in range(2))
+        assert main.startswith("CheckpointError")
+        assert other.startswith("LaunchError")
+        assert text in main
+        assert text in other
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_generator_of_the_device_goes_on() -> None:
+def test_the_generator_of_the_device_is_restored() -> None:
     device = torch.device("cuda")
-    saved = state.tensors._generators(device)
+    saved = tensors._generators(device)
     assert saved["cuda"].dtype == torch.uint8
     drawn = torch.rand(5, device=device)
     torch.rand(5, device=device)
-    state.tensors._set_generators(saved, device)
+    tensors._set_generators(saved, device)
     assert torch.equal(torch.rand(5, device=device), drawn)
 
 
 # ---------------------------------------------------------------- the program
 
 
-def test_verify_lists_the_checkpoints_and_never_writes(run: Path) -> None:
-    folder = run / "checkpoints"
-    command = [sys.executable, str(ROOT / "checkpoint.py"), "verify", str(run)]
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    good = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert good.returncode == 0, good.stderr
-    lines = good.stdout.splitlines()
+def test_verify_lists_the_checkpoints_and_never_writes(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    command = [sys.executable, "-m", "checkpoint", "verify", str(run_dir)]
+    complete = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert complete.returncode == 0, complete.stderr
+    lines = complete.stdout.splitlines()
     assert lines[1].split()[0:2] == ["step_00000001", "3"]
     assert lines[1].split()[3:] == ["0.700000", "complete"]
     assert lines[2].split()[3:] == ["-", "complete"]
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    truncate(folder / "step_00000002" / "random.safetensors")
-    bad = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert bad.returncode == 2
-    assert "random.safetensors has" in bad.stdout
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    truncate(step_dir(run_dir, 2) / "random.safetensors")
+    assert program.main(["verify", str(run_dir)]) == 2
+    assert "random.safetensors has" in capsys.readouterr().out
 
 
 def test_verify_needs_a_complete_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not program.verify(tmp_path)
     assert f"0 complete, 0 damaged in {tmp_path}/checkpoints" in capsys.readouterr().out
+    assert not program.verify(tmp_path / "absent")
+    assert "no such folder" in capsys.readouterr().err

@@ -1,33 +1,34 @@
-"""A run that is killed, stopped and started again ends as the one that was left alone: to the last bit."""
+"""A run that is killed, stopped and resumed ends bit for bit as an uninterrupted one."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from test_checkpoint import rewrite_state, to_format_1
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, list_checkpoints
 
-KILLS, KILLS_OF_TWO = 24, 6
-"""At random instants, of runs of one and of two processes."""
-TIMING = {"seconds", "slices_per_second"}
+TIMING = {"seconds", "slices_per_second", "waiting_seconds", "data_waiting_share"}
+STEPS, EPOCHS = 5, 3
+KILLED, STOPPED, FAILED = -signal.SIGKILL, 0, 2
 
 
 class Trainer:
-    """Starts trainer.py in processes of its own, on one experiment with everything random switched on."""
+    """Starts trainer.py in new processes, on one experiment that uses everything random."""
 
     def __init__(self, folder: Path, universe: Path) -> None:
-        self.folder, self.runs = folder, folder / "runs"
+        self.folder = folder
         self.experiment = folder / "experiment.yaml"
         self.experiment.write_text(
             yaml.safe_dump(
@@ -47,10 +48,10 @@ class Trainer:
                         "symmetries": True,
                     },
                     "train_params": {
-                        "epochs": 3,
+                        "epochs": EPOCHS,
                         "lr": 0.001,
-                        "log_dir": str(self.runs),
-                        "batch_size": 24,
+                        "log_dir": "given at each start",
+                        "batch_size": 60,  # the last batch of an epoch is shorter
                         "gradient_accumulation_steps": 2,
                         "schedule": "cosine",
                         "warmup_epochs": 1,
@@ -61,7 +62,7 @@ class Trainer:
                 }
             )
         )
-        program = [sys.executable, str(Path(__file__).parent / "restarts.py")]
+        program = [sys.executable, str(Path(__file__).parent / "forked_restarts.py")]
         self._server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def close(self) -> None:
@@ -69,18 +70,32 @@ class Trainer:
             assert self._server.stdin is not None
             self._server.stdin.close()
 
-    def start(self, name: str, *overrides: str, **order: Any) -> dict[str, Any]:
-        """One start of the run `name`; see restarts.py for what `order` may hold."""
+    def start(self, name: str, *overrides: str, **request: Any) -> list[int]:
+        """Start the run in folder `name` once; returns its exit codes. `request`: see forked_restarts.py."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        order["arguments"] = [str(self.experiment), f"model_params.name={name}", *overrides]
-        order["out"] = str(self.folder / f"{name}.out")
-        self._server.stdin.write(json.dumps(order) + "\n")
+        log_dir = f"train_params.log_dir={self.folder / name}"
+        request["arguments"] = [str(self.experiment), log_dir, *overrides]
+        request["out"] = str(self.folder / f"{name}.out")
+        self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
-        return answer
+        codes: list[int] = json.loads(self._server.stdout.readline())["codes"]
+        return codes
 
-    def said(self, name: str) -> str:
+    def finish(self, name: str, *overrides: str, **request: Any) -> dict[str, Any]:
+        """Start the run and let it end; returns what it leaves."""
+        assert set(self.start(name, *overrides, **request)) == {0}, self.output(name)
+        return ending(self.run_dir(name))
+
+    def copy(self, source: str, name: str) -> str:
+        """A copy of a run, to be resumed in another folder."""
+        shutil.copytree(self.folder / source, self.folder / name)
+        return name
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / name / "run"
+
+    def output(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text()
 
 
@@ -91,15 +106,14 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Iterato
     trainer.close()
 
 
-def complete(run: Path) -> list[Checkpoint]:
-    """The complete checkpoints, oldest first; nothing is tidied up."""
-    found = [Checkpoint(path) for path in sorted(run.glob("checkpoints/step_????????"))]
-    return [checkpoint for checkpoint in found if checkpoint.find_problem() is None]
+def complete(run_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints, oldest first; nothing is cleaned up."""
+    return [one for one in list_checkpoints(run_dir / "checkpoints") if one.find_problem() is None]
 
 
-def shown_by_tensorboard(run: Path) -> dict[str, list[tuple[int, bytes]]]:
-    """(step, value) of each point of each tag that TensorBoard shows; no values of speeds."""
-    events = EventAccumulator(str(run), size_guidance={"tensors": 0})
+def tensorboard_points(run_dir: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """(step, value) of each point of each tag that TensorBoard shows; without the values of timings."""
+    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
     events.Reload()
     return {
         tag: [
@@ -110,241 +124,228 @@ def shown_by_tensorboard(run: Path) -> dict[str, list[tuple[int, bytes]]]:
     }
 
 
-def ending(run: Path) -> dict[str, Any]:
-    """All that a run leaves, apart from what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def without_timing(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in TIMING}
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def ending(run_dir: Path) -> dict[str, Any]:
+    """All that a run leaves, apart from timings."""
     ended = {
-        "metrics": [{key: value for key, value in line.items() if key not in TIMING} for line in lines],
-        "tensorboard": shown_by_tensorboard(run),
-        "network": (run / "model" / "model.safetensors").read_bytes(),
-        "suffixes": {path.suffix for path in run.rglob("*") if path.is_file()},
+        "metrics": [without_timing(record) for record in records(run_dir)],
+        "tensorboard": tensorboard_points(run_dir),
+        "network": (run_dir / "model" / "model.safetensors").read_bytes(),
+        "suffixes": {path.suffix for path in run_dir.rglob("*") if path.is_file()},
     }
-    # The last one, and the one before from the middle of an epoch with the sample ids of its first steps.
-    for checkpoint in complete(run)[-2:]:
+    # The last one, and the one before from within an epoch, with the sample ids of its first steps.
+    for checkpoint in complete(run_dir)[-2:]:
         name = checkpoint.folder.name
-        ended[f"{name}/progress"] = {k: v for k, v in checkpoint.progress.items() if k not in TIMING}
+        ended[f"{name}/train_state"] = without_timing(checkpoint.train_state)
         for part in ("model", "optimizer", "random", "extra"):
             ended[f"{name}/{part}"] = checkpoint.read(f"{part}.safetensors")
     return ended
 
 
-def assert_equal(ended: dict[str, Any], expected: dict[str, Any], history: object) -> None:
-    assert ended.keys() == expected.keys(), history
+def assert_equal(ended: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert ended.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, bytes):  # pytest would take minutes to show how they differ
             same = ended[key] == value
-            assert same, f"{key} differs after {history}"
+            assert same, f"{key} differs"
         else:
-            assert ended[key] == value, f"{key} differs after {history}"
-
-
-class Whole(NamedTuple):
-    """A run that nobody disturbed."""
-
-    ended: dict[str, Any]
-    seconds: float
-
-
-def undisturbed(trainer: Trainer, name: str, *overrides: str, **order: Any) -> Whole:
-    answer = trainer.start(name, *overrides, **order)
-    assert set(answer["codes"]) == {0}, trainer.said(name)
-    return Whole(ending(trainer.runs / name), answer["seconds"])
+            assert ended[key] == value, f"{key} differs"
 
 
 @pytest.fixture(scope="module")
-def whole(trainer: Trainer) -> Whole:
-    undisturbed(trainer, "warm")  # the first start may have to compile
-    return undisturbed(trainer, "whole")
+def whole(trainer: Trainer) -> dict[str, Any]:
+    """What an uninterrupted run leaves."""
+    return trainer.finish("whole")
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(trainer: Trainer) -> Whole:
-    undisturbed(trainer, "warm-of-two", processes=2)
-    return undisturbed(trainer, "whole-of-two", processes=2)
+def whole_of_two(trainer: Trainer) -> dict[str, Any]:
+    return trainer.finish("whole-of-two", world_size=2)
 
 
-def finished(run: Path, epochs: int = 3) -> bool:
-    progress = complete(run)[-1].progress if complete(run) else {"epoch": 0}
-    return progress["epoch"] == epochs and not progress["evaluation_pending"]
+@pytest.fixture(scope="module")
+def interrupted(trainer: Trainer) -> str:
+    """The name of a run that was killed in its second epoch; to be copied."""
+    assert trainer.start("interrupted", send=["SIGKILL", "trainer.train_step", 8]) == [KILLED]
+    return "interrupted"
 
 
-def until_finished(
-    trainer: Trainer, name: str, kill: Callable[[], dict[str, Any]], processes: int = 1
-) -> list[dict[str, Any]]:
-    """Start the run again and again, each time with a kill, until it is finished; returns the kills."""
-    kills = []
-    while not finished(trainer.runs / name):
-        order = kill()
-        codes = trainer.start(name, processes=processes, **order)["codes"]
-        if codes == [0] * processes:
-            break
-        assert -signal.SIGKILL in codes, trainer.said(name)
-        kills.append(order | {"left": [checkpoint.step for checkpoint in complete(trainer.runs / name)]})
-    return kills
+@pytest.fixture(scope="module")
+def interrupted_of_two(trainer: Trainer) -> str:
+    """The name of a run of two ranks that was killed; to be copied."""
+    request = {"world_size": 2, "rank": 0, "send": ["SIGKILL", "trainer.train_step", STEPS]}
+    assert trainer.start("interrupted-of-two", **request) == [KILLED, FAILED]
+    return "interrupted-of-two"
 
 
-def test_a_run_leaves_no_file_that_could_be_unpickled(whole: Whole) -> None:
-    # the lock has no suffix and no content
-    assert whole.ended["suffixes"] <= {"", ".safetensors", ".json", ".jsonl", ".yaml", ".md", ".0"}
+def test_a_run_leaves_no_file_that_could_be_unpickled(whole: dict[str, Any]) -> None:
+    # The lock has no suffix and no content.
+    assert whole["suffixes"] <= {"", ".safetensors", ".json", ".jsonl", ".yaml", ".md", ".0"}
 
 
-def test_each_tag_has_each_step_once(whole: Whole) -> None:
-    for tag, points in whole.ended["tensorboard"].items():
+def test_each_tag_has_each_step_once(whole: dict[str, Any]) -> None:
+    for tag, points in whole["tensorboard"].items():
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), tag
 
 
-def killed_again_and_again(
-    trainer: Trainer, kill: Callable[[], dict[str, Any]], kills: int, whole: Whole, processes: int = 1
+def test_kills_at_random_steps_change_nothing(trainer: Trainer, whole: dict[str, Any]) -> None:
+    generator, kills = random.Random(20), 0
+    while (
+        codes := trainer.start("killed", send=["SIGKILL", "trainer.train_step", generator.randrange(9)])
+    ) != [0]:
+        assert codes == [KILLED], trainer.output("killed")
+        kills += 1
+        assert kills < 50, trainer.output("killed")
+    assert kills > 2
+    assert_equal(ending(trainer.run_dir("killed")), whole)
+
+
+# In the order in which one run gets to them: it resumes after each kill.
+PLACES = [
+    ("trainer.setup_run", 0),  # before anything exists
+    ("config.Config.save", 0),
+    ("checkpoint.storage.write_checkpoint", 0),  # of step 2, before it is written
+    ("checkpoint.storage.rotate", 0),  # of step 2, after it is written
+    ("trainer.train_step", 0),  # at once after a resume
+    ("run.TrainState.end_epoch", 0),
+    ("logger.RunLogger.log_metrics", 0),
+    ("trainer.save", 1),  # of epoch 1, after its metrics were logged
+    ("trainer.evaluate", 0),
+    ("run.TrainState.end_evaluation", 0),  # after the evaluation was logged, before a checkpoint knows of it
+    ("checkpoint.storage.rotate", 2),
+    ("trainer.export", 0),
+    ("checkpoint.storage.write_checkpoint", 0),  # of the last step, after the network was exported
+]
+
+
+def test_kills_at_every_kind_of_place_change_nothing(trainer: Trainer, whole: dict[str, Any]) -> None:
+    for place, call in PLACES:
+        codes = trainer.start("placed", send=["SIGKILL", place, call])
+        assert codes == [KILLED], f"{place} {call}: {trainer.output('placed')}"
+        if place == "run.TrainState.end_evaluation":
+            assert [record["phase"] for record in records(trainer.run_dir("placed"))] == [
+                "train",
+                "train",
+                "test",
+            ]
+            assert complete(trainer.run_dir("placed"))[-1].step < 2 * STEPS
+    assert_equal(trainer.finish("placed"), whole)
+
+
+def test_signals_end_the_run_with_a_checkpoint_and_change_nothing(
+    trainer: Trainer, whole: dict[str, Any]
 ) -> None:
-    """Runs that get at least so many kills all together, each of which ends as the undisturbed one."""
-    done = 0
-    for name in (f"killed-{processes}-{run}" for run in itertools.count()):
-        history = until_finished(trainer, name, kill, processes)
-        assert_equal(ending(trainer.runs / name), whole.ended, history)
-        done += len(history)
-        if done >= kills:
-            return
+    for name, function, call, step in (
+        ("SIGTERM", "trainer.train_step", 3, 4),
+        ("SIGINT", "trainer.train_step", 1, 6),
+        ("SIGUSR1", "trainer.train_step", 3, 2 * STEPS),  # in the last step of an epoch
+        ("SIGTERM", "trainer.evaluate", 0, 2 * STEPS),
+        ("SIGTERM", "checkpoint.storage.write_checkpoint", 0, None),
+    ):
+        assert trainer.start("signals", send=[name, function, call]) == [STOPPED], trainer.output("signals")
+        stopped = complete(trainer.run_dir("signals"))[-1].step
+        assert f"stopped at step {stopped} ({name}); the same command resumes" in trainer.output("signals")
+        assert step in (None, stopped), (name, function)
+        assert not (trainer.run_dir("signals") / "model").exists()
+    assert_equal(trainer.finish("signals"), whole)
 
 
-def test_kills_at_random_instants_change_nothing(trainer: Trainer, whole: Whole) -> None:
-    chance = random.Random(20)
-    kill = lambda: (  # noqa: E731
-        {"call": chance.randrange(80)}  # inside a save
-        if chance.random() < 0.35
-        else {"after": chance.uniform(0.1, 0.6) * whole.seconds}
-    )
-    killed_again_and_again(trainer, kill, KILLS, whole)
-
-
-def test_kills_of_one_of_two_processes_change_nothing(trainer: Trainer, whole_of_two: Whole) -> None:
-    chance = random.Random(21)
-
-    def kill() -> dict[str, Any]:
-        if chance.random() < 0.4:
-            return {"call": chance.randrange(80)}
-        return {"rank": chance.randrange(2), "send": ["SIGKILL", "trainer.train_step", chance.randrange(20)]}
-
-    killed_again_and_again(trainer, kill, KILLS_OF_TWO, whole_of_two, processes=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "function", "call", "step"),
-    [
-        ("SIGTERM", "trainer.train_step", 6, 7),
-        ("SIGINT", "trainer.train_step", 15, 16),
-        ("SIGUSR1", "trainer.train_step", 10, 12),  # in the last step of an epoch
-        ("SIGTERM", "trainer.test", 0, 22),
-        ("SIGTERM", "state.write", 3, None),
-    ],
-)
-def test_a_signal_ends_the_run_well_and_changes_nothing(
-    trainer: Trainer, whole: Whole, name: str, function: str, call: int, step: int | None
+def test_two_ranks_survive_a_signal_and_kills_of_one_of_them(
+    trainer: Trainer, whole_of_two: dict[str, Any], interrupted_of_two: str
 ) -> None:
-    run = f"{name}-{function}-{call}"
-    assert trainer.start(run, send=[name, function, call])["codes"] == [0], trainer.said(run)
-    stopped = complete(trainer.runs / run)[-1].step
-    assert f"stopped at step {stopped} ({name}); the same command goes on" in trainer.said(run)
-    assert step in (None, stopped)
-    assert not (trainer.runs / run / "model").exists()
-    assert trainer.start(run)["codes"] == [0]
-    assert_equal(ending(trainer.runs / run), whole.ended, run)
+    name = trainer.copy(interrupted_of_two, "two")
+    one_signal = {"world_size": 2, "rank": 1, "send": ["SIGTERM", "trainer.train_step", 1]}
+    assert trainer.start(name, **one_signal) == [STOPPED, STOPPED], trainer.output(name)
+    assert complete(trainer.run_dir(name))[-1].train_state["step_in_epoch"]
+    one_kill = {"world_size": 2, "rank": 1, "send": ["SIGKILL", "trainer.train_step", 4]}
+    assert trainer.start(name, **one_kill) == [FAILED, KILLED], trainer.output(name)
+    assert "LaunchError: " in trainer.output(name)
+    assert "Traceback" not in trainer.output(name)
+    in_evaluation = {"world_size": 2, "rank": 0, "send": ["SIGKILL", "metrics.PredictionBuffer.add", 6]}
+    assert trainer.start(name, **in_evaluation)[0] == KILLED, trainer.output(name)
+    assert_equal(trainer.finish(name, world_size=2), whole_of_two)
 
 
-def test_two_processes_stop_together_though_one_got_the_signal(trainer: Trainer, whole_of_two: Whole) -> None:
-    order = {"processes": 2, "rank": 1, "send": ["SIGTERM", "trainer.train_step", 6]}
-    assert trainer.start("signal-of-two", **order)["codes"] == [0, 0], trainer.said("signal-of-two")
-    assert complete(trainer.runs / "signal-of-two")[-1].progress["step_in_epoch"]
-    assert trainer.start("signal-of-two", processes=2)["codes"] == [0, 0]
-    assert_equal(ending(trainer.runs / "signal-of-two"), whole_of_two.ended, "a signal")
-
-
-def test_a_process_whose_partner_is_gone_says_so(trainer: Trainer) -> None:
-    order = {"processes": 2, "rank": 1, "send": ["SIGKILL", "trainer.train_step", 6]}
-    assert trainer.start("left-alone", **order)["codes"] == [2, -signal.SIGKILL], trainer.said("left-alone")
-    assert "LaunchError: another process ended; its message says why" in trainer.said("left-alone")
-    assert "Traceback" not in trainer.said("left-alone")
-
-
-def test_the_last_bits_of_sums_over_three_processes_are_kept(trainer: Trainer) -> None:
-    """DDP changes the order of its sums after its first step, and each process has buffers of its own."""
+def test_the_last_bits_of_sums_over_three_ranks_are_kept(trainer: Trainer) -> None:
+    """DDP changes the order of its sums after its first step, and each rank has buffers of its own."""
     override = "train_params.sync_batch_norm=false"
-    whole = undisturbed(trainer, "whole-of-three", override, processes=3)
-    for send in (["SIGKILL", "trainer.train_step", 7], ["SIGTERM", "trainer.test", 0]):
-        name = f"{send[0]}-of-three"
-        codes = trainer.start(name, override, processes=3, send=send)["codes"]
-        assert set(codes) == {-signal.SIGKILL if send[0] == "SIGKILL" else 0}, trainer.said(name)
-        assert_equal(undisturbed(trainer, name, override, processes=3).ended, whole.ended, send)
+    expected = trainer.finish("whole-of-three", override, world_size=3)
+    kill = {"world_size": 3, "send": ["SIGKILL", "trainer.train_step", 7]}
+    assert set(trainer.start("three", override, **kill)) == {KILLED}, trainer.output("three")
+    stop = {"world_size": 3, "send": ["SIGTERM", "trainer.evaluate", 0]}
+    assert set(trainer.start("three", override, **stop)) == {STOPPED}, trainer.output("three")
+    assert_equal(trainer.finish("three", override, world_size=3), expected)
 
 
-def test_a_kill_between_a_test_and_its_checkpoint_logs_the_test_once(trainer: Trainer, whole: Whole) -> None:
-    assert trainer.start("tested", send=["SIGTERM", "trainer.test", 0])["codes"] == [0]
-    assert trainer.start("tested", send=["SIGKILL", "trainer.save", 0])["codes"] == [-signal.SIGKILL]
-    lines = (trainer.runs / "tested" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["phase"] for line in lines] == ["train", "train", "test"]
-    assert trainer.start("tested")["codes"] == [0]
-    assert_equal(ending(trainer.runs / "tested"), whole.ended, "a kill after a test")
+def test_max_minutes_stops_a_run_and_changes_nothing(trainer: Trainer, whole: dict[str, Any]) -> None:
+    assert trainer.start("timed", "train_params.max_minutes=1e-6") == [STOPPED]
+    assert "stopped at step 1 (max_minutes); the same command resumes" in trainer.output("timed")
+    assert_equal(trainer.finish("timed"), whole)
 
 
-def test_the_time_that_is_granted_is_kept_and_changes_nothing(trainer: Trainer, whole: Whole) -> None:
-    stops = 0
-    while not finished(trainer.runs / "timed"):
-        assert stops < 40
-        minutes = whole.seconds / 60 / 3
-        assert trainer.start("timed", f"train_params.max_minutes={minutes}")["codes"] == [0]
-        stops += 1
-    assert stops > 1
-    assert "(max_minutes); the same command goes on" in trainer.said("timed")
-    assert_equal(ending(trainer.runs / "timed"), whole.ended, f"{stops} stops")
+def test_a_finished_run_that_is_extended_may_be_killed(trainer: Trainer, whole: dict[str, Any]) -> None:
+    expected = trainer.finish(trainer.copy("whole", "extended"), "train_params.epochs=1")
+    name = trainer.copy("whole", "extended-killed")
+    kill = ["SIGKILL", "trainer.train_step", 3]
+    assert trainer.start(name, "train_params.epochs=1", send=kill) == [KILLED]
+    ended = trainer.finish(name, "train_params.epochs=1")
+    assert [record["epoch"] for record in ended["metrics"] if record["phase"] == "train"] == [1, 2, 3, 4]
+    assert_equal(ended, expected)
 
 
-def test_a_finished_run_that_goes_on_may_be_killed_too(trainer: Trainer) -> None:
-    for name in ("twice", "twice-killed"):
-        undisturbed(trainer, name, "train_params.epochs=1")
-    expected = undisturbed(trainer, "twice", "train_params.epochs=2")
-    order = {"send": ["SIGKILL", "trainer.train_step", 13]}
-    codes = trainer.start("twice-killed", "train_params.epochs=2", **order)["codes"]
-    assert codes == [-signal.SIGKILL]
-    ended = undisturbed(trainer, "twice-killed", "train_params.epochs=2").ended
-    assert [line["epoch"] for line in ended["metrics"] if line["phase"] == "train"] == [1, 2, 3]
-    assert_equal(ended, expected.ended, "a kill")
+def test_a_full_disk_ends_the_run_and_changes_nothing(
+    trainer: Trainer, whole: dict[str, Any], interrupted: str
+) -> None:
+    name = trainer.copy(interrupted, "full")
+    before = complete(trainer.run_dir(name))[-1]
+    largest = max(file["bytes"] for file in before.files.values())
+    assert trainer.start(name, max_bytes=largest - 1) == [FAILED]
+    output = trainer.output(name)
+    assert "CheckpointError" in output
+    assert "File too large" in output
+    assert f"{before.folder} is unchanged" in output
+    assert "Traceback" not in output
+    assert complete(trainer.run_dir(name))[-1].step == before.step
+    assert_equal(trainer.finish(name), whole)
 
 
-def test_a_full_disk_ends_the_run_and_changes_nothing(trainer: Trainer, whole: Whole) -> None:
-    assert trainer.start("full", send=["SIGKILL", "trainer.train_step", 8])["codes"] == [-signal.SIGKILL]
-    [*_, before] = complete(trainer.runs / "full")
-    # The moments are the largest of the files.
-    sizes = sorted(file["bytes"] for file in before.files.values())
-    assert trainer.start("full", room=sizes[-1] - 1)["codes"] == [2]
-    said = trainer.said("full")
-    assert "CheckpointError" in said
-    assert "File too large" in said
-    assert f"{before.folder} is untouched" in said
-    assert "Traceback" not in said
-    assert complete(trainer.runs / "full")[-1].step == before.step
-    assert trainer.start("full")["codes"] == [0]
-    assert_equal(ending(trainer.runs / "full"), whole.ended, "a full disk")
-
-
-def test_a_damaged_checkpoint_costs_its_steps_only(trainer: Trainer, whole: Whole) -> None:
-    assert trainer.start("hurt", send=["SIGKILL", "trainer.train_step", 15])["codes"] == [-signal.SIGKILL]
-    newest = complete(trainer.runs / "hurt")[-1].folder
+def test_a_damaged_checkpoint_costs_only_its_steps(
+    trainer: Trainer, whole: dict[str, Any], interrupted: str
+) -> None:
+    name = trainer.copy(interrupted, "damaged")
+    newest = complete(trainer.run_dir(name))[-1].folder
     (newest / "model.safetensors").write_bytes(b"")
-    assert trainer.start("hurt")["codes"] == [0]
-    assert f"{newest} is damaged (model.safetensors has 0 of" in trainer.said("hurt")
-    assert_equal(ending(trainer.runs / "hurt"), whole.ended, "damage")
-    for checkpoint in complete(trainer.runs / "hurt"):
+    assert_equal(trainer.finish(name), whole)
+    assert f"{newest} is damaged (model.safetensors has 0 of" in trainer.output(name)
+    for checkpoint in complete(trainer.run_dir(name)):
         (checkpoint.folder / "state.json").unlink()
-    assert trainer.start("hurt")["codes"] == [2]
-    assert "no complete checkpoint is left" in trainer.said("hurt")
+    assert trainer.start(name) == [FAILED]
+    assert "no complete checkpoint is left" in trainer.output(name)
+    assert "Traceback" not in trainer.output(name)
 
 
-def test_a_run_of_two_processes_goes_on_with_one(trainer: Trainer) -> None:
-    order = {"processes": 2, "send": ["SIGKILL", "trainer.train_step", 8]}
-    assert -signal.SIGKILL in trainer.start("fewer", **order)["codes"]
-    before = complete(trainer.runs / "fewer")[-1]
-    assert trainer.start("fewer")["codes"] == [0]
-    assert f"{before.folder}: the bits may differ from here on, as processes: was 2, is 1" in trainer.said(
-        "fewer"
-    )
-    assert finished(trainer.runs / "fewer")
+def test_a_run_of_format_1_ends_as_if_it_were_new(
+    trainer: Trainer, whole: dict[str, Any], interrupted: str
+) -> None:
+    name = trainer.copy(interrupted, "format-1")
+    for checkpoint in complete(trainer.run_dir(name)):
+        rewrite_state(checkpoint.folder, to_format_1)
+    assert trainer.finish(name)["network"] == whole["network"]
+    assert "resumed from" in trainer.output(name)
+
+
+def test_a_run_of_two_ranks_resumes_with_one(trainer: Trainer, interrupted_of_two: str) -> None:
+    name = trainer.copy(interrupted_of_two, "fewer")
+    before = complete(trainer.run_dir(name))[-1]
+    trainer.finish(name)
+    warning = f"{before.folder}: results may differ in the last bits from here on: num_processes: was 2, is 1"
+    assert warning in trainer.output(name)
+    assert complete(trainer.run_dir(name))[-1].step == EPOCHS * STEPS
