@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -16,39 +17,99 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 RANK_VARIABLES = {
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
     "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
-    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+}
+LOCAL_RANK_VARIABLES = {
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
 }
 
 
-def adopt_mpi_ranks() -> None:
-    """Set torch's rank variables from those of MPI, unless they are set."""
-    for name, others in RANK_VARIABLES.items():
-        for other in others:
-            if other in os.environ:
-                os.environ.setdefault(name, os.environ[other])
+def setup_ranks() -> None:
+    """Set torch's rank variables from those of MPI and SLURM where they are not set, and check them.
+
+    Raises:
+        ValueError: if a variable is missing, not an integer, or inconsistent with the others.
+    """
+    _adopt(RANK_VARIABLES)
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"RANK is set ({os.environ['RANK']}), but WORLD_SIZE is not. "
+            "Set both, or start the ranks with accelerate launch or torchrun."
+        )
+    if world_size() == 1:
+        return  # SLURM_LOCALID is also set where the launcher that srun started has a single process
+    _adopt(LOCAL_RANK_VARIABLES)
+    for name in ("RANK", "LOCAL_RANK"):
+        if name not in os.environ:
+            raise ValueError(
+                f"WORLD_SIZE is {world_size()}, but {name} is not set. "
+                "Set it, or start the ranks with accelerate launch or torchrun."
+            )
+    read_int("MASTER_PORT", 29500)
+    for number, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if size in os.environ and read_int(number, 0) >= read_int(size, 1, minimum=1):
+            raise ValueError(
+                f"{number} is {os.environ[number]}, but {size} is {os.environ[size]}. "
+                f"Number the ranks from 0 to {size} - 1."
+            )
+
+
+def _adopt(variables: Mapping[str, tuple[str, ...]]) -> None:
+    for name, sources in variables.items():
+        for source in sources:
+            if source in os.environ:
+                os.environ.setdefault(name, os.environ[source])
 
 
 def world_size() -> int:
     """Number of ranks in this launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return read_int("WORLD_SIZE", 1, minimum=1)
 
 
 def rank() -> int:
     """This process's rank in the launch."""
-    return int(os.environ.get("RANK", "0"))
+    return read_int("RANK", 0)
 
 
 def local_world_size() -> int:
     """Number of ranks of this launch on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return read_int("LOCAL_WORLD_SIZE", 1, minimum=1)
+
+
+def launch_seconds() -> float:
+    """How long ranks wait for one another at the start; to be raised where importing torch takes minutes."""
+    found = os.environ.get("LAUNCH_SECONDS", "50")
+    try:
+        seconds = float(found)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(
+            f"environment variable LAUNCH_SECONDS: found {found!r}, allowed: a number of seconds. "
+            "Correct it or unset it."
+        )
+    return seconds
+
+
+def read_int(name: str, default: int, *, minimum: int = 0) -> int:
+    """The integer in an environment variable. Raises ValueError that names the variable."""
+    found = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", found) or int(found) < minimum:
+        raise ValueError(
+            f"environment variable {name}: found {found[:40]!r}, allowed: an integer of at least {minimum}. "
+            "Correct it or unset it."
+        )
+    return int(found)
 
 
 def available_cores() -> int:
-    """Cores this process may use: the minimum of its affinity mask, cgroup (version 2) and SLURM task."""
+    """Cores this process may use: the minimum of its affinity mask, cgroups (version 2) and SLURM task.
+
+    Raises ValueError if SLURM_CPUS_PER_TASK is not an integer.
+    """
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     if "SLURM_CPUS_PER_TASK" in os.environ:
-        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+        limits.append(read_int("SLURM_CPUS_PER_TASK", 1, minimum=1))
     with contextlib.suppress(OSError):  # there are no cgroups here
         for folder in _cgroups("cpu"):
             if (folder / "cpu.max").is_file():
@@ -59,10 +120,10 @@ def available_cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of host memory this process may still allocate.
+    """Bytes of host memory that this process may still allocate.
 
-    Clusters limit the memory of a job by cgroups, so it may be less than the host has free. Memory that a
-    cgroup uses for cached files counts as free.
+    Clusters limit the memory of a job by cgroups, so this may be less than the free memory of the host. File
+    pages that a cgroup has cached count as free.
     """
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError):  # there are no cgroups here

@@ -1,4 +1,4 @@
-"""Process set-up, rendezvous and collectives of a launch on one or many ranks."""
+"""Process set-up, rendezvous, preflight checks and collectives of a launch with one or more ranks."""
 
 from distributed.collectives import raise_on_all_ranks, require_equal
 from distributed.ddp import broadcast_buffers, warm_up_ddp

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,18 +15,19 @@ import torch.distributed as dist
 import system
 from distributed.errors import LaunchError, ignore_launcher_sigterm
 
-LAUNCH_SECONDS = float(os.environ.get("LAUNCH_SECONDS", "50"))
-"""How long processes wait for one another at the start; raise it where importing torch takes minutes."""
-
 RUN_SECONDS = 1800.0
-"""Longest wait for another process after the start: the main process may write or verify files meanwhile."""
+"""Longest wait for another rank after the start: rank 0 may write or verify files meanwhile."""
 
 
-def all_gather_json(report: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """The JSON-able `report` of every process, in their order, on every process, within `seconds`."""
+def all_gather_json(value: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
+    """The JSON-able `value` of every rank, in the order of ranks, on every rank.
+
+    Raises:
+        LaunchError: on this rank, if another one does not answer within `seconds`.
+    """
     if not dist.is_initialized():
-        return [dict(report)]
-    text = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
+        return [dict(value)]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     limit = timedelta(seconds=seconds)
     try:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
@@ -39,8 +39,8 @@ def all_gather_json(report: Mapping[str, Any], seconds: float) -> list[dict[str,
         dist.all_gather(texts, padded, async_op=True).wait(limit)
     except RuntimeError as error:
         raise LaunchError(
-            f"process {dist.get_rank()} on {socket.gethostname()} lost the others\n"
-            f"  found: {str(error).splitlines()[0]}",
+            f"rank {dist.get_rank()} on {socket.gethostname()} lost the connection to the other ranks: "
+            f"{first_line(error)}\nSee the error of the rank that ended first.",
             on_all_ranks=False,
         ) from error
     rows = zip(texts, lengths, strict=True)
@@ -49,57 +49,71 @@ def all_gather_json(report: Mapping[str, Any], seconds: float) -> list[dict[str,
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """What fails inside on any process fails on all: there with its own error, elsewhere with a LaunchError.
+    """A barrier: if any rank raises inside, all ranks raise, and none waits for a rank that failed.
 
-    Whatever reads or writes files where several processes could see different things belongs inside.
+    The failed rank raises its own error, the others a LaunchError that quotes it. Code that reads or writes
+    files belongs inside, because ranks may see different files.
     """
-    mine: Exception | None = None
+    own_error: Exception | None = None
     try:
         yield
     except Exception as error:
-        mine = error
-    report = {"host": socket.gethostname(), "error": f"{type(mine).__name__}: {mine}" if mine else ""}
-    reports = all_gather_json(report, RUN_SECONDS)
-    failed = [(rank, other) for rank, other in enumerate(reports) if other["error"]]
+        own_error = error
+    text = f"{type(own_error).__name__}: {own_error}" if own_error else ""
+    reports = all_gather_json({"host": socket.gethostname(), "error": text}, RUN_SECONDS)
+    failed = [(rank, report) for rank, report in enumerate(reports) if report["error"]]
     if failed:
         ignore_launcher_sigterm()
-    if mine:
-        vars(mine)["on_all_ranks"] = all(other["error"] == report["error"] for other in reports)
-        raise mine
+    if own_error:
+        vars(own_error)["on_all_ranks"] = all(report["error"] == text for report in reports)
+        raise own_error
     if failed:
-        rank, other = failed[0]
+        rank, report = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise LaunchError(f"process {rank} on {other['host']}{more}: {other['error']}")
+        raise LaunchError(f"rank {rank} on {report['host']}{more} failed: {report['error']}")
 
 
-def require_equal(mine: Mapping[str, Any]) -> None:
-    """Raise a LaunchError on all processes, naming hosts and values, unless `mine` is the same on all."""
-    report = {"host": socket.gethostname(), "problem": "", **mine}
+def require_equal(values: Mapping[str, Any]) -> None:
+    """Raise a LaunchError on all ranks, with hosts and values, if `values` differs between them. Collective."""
+    report = {"host": socket.gethostname(), "problem": "", **values}
     raise_if_different(all_gather_json(report, RUN_SECONDS))
 
 
 def raise_if_different(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Raise a LaunchError that names every problem and every difference with its hosts."""
+    """Raise a LaunchError that names every problem and every difference between ranks, with their hosts.
+
+    Each report holds `host`, `problem` (empty if there is none) and values that should be equal on all ranks.
+    """
     lines = [
-        f"process {rank} on {report['host']} {report['problem']}"
+        f"rank {rank} on {report['host']} {report['problem']}"
         for rank, report in enumerate(reports)
         if report["problem"]
     ]
-    for key in reports[0].keys() - {"host", "problem", "mark"}:
-        values: dict[Any, list[int]] = {}
+    for key in reports[0].keys() - {"host", "problem"}:
+        ranks_with: dict[Any, list[int]] = {}
         for rank, report in enumerate(reports):
-            values.setdefault(report.get(key), []).append(rank)
-        if len(values) > 1:
+            ranks_with.setdefault(report.get(key), []).append(rank)
+        if len(ranks_with) > 1:
             found = (
-                f"{value} on {', '.join(hosts_of([reports[n] for n in ranks]))} (process {system.format_ranges(ranks)})"
-                for value, ranks in values.items()
+                f"{value} on {', '.join(hosts_of([reports[rank] for rank in ranks]))} ({format_ranks(ranks)})"
+                for value, ranks in ranks_with.items()
             )
             lines.append(f"{key}: {'; '.join(found)}")
     if lines:
         ignore_launcher_sigterm()
-        raise LaunchError("the processes of this launch do not fit together\n  " + "\n  ".join(sorted(lines)))
+        raise LaunchError("the ranks of this launch differ\n  " + "\n  ".join(sorted(lines)))
 
 
 def hosts_of(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """The hosts of `reports`, in order, each once."""
     return list(dict.fromkeys(report["host"] for report in reports))
+
+
+def format_ranks(ranks: Sequence[int]) -> str:
+    """[2] gives "rank 2", [0, 1, 2] "ranks 0-2"."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {system.format_ranges(ranks)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text. Those of torch continue with a C++ stack."""
+    return str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What the processes of a training tell each other about the network, such that a restart changes no bit."""
+"""DistributedDataParallel set up such that a resumed run is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import nn
 
 
 def warm_up_ddp(network: nn.Module, images: torch.Tensor) -> None:
-    """One backward pass on `images`, of a step's shape, that leaves weights and buffers as they were.
+    """Run one backward pass on `images` (b, C, N, N), of a step's shape; weights and buffers do not change.
 
-    DistributedDataParallel sums gradients in buckets, and lays these out anew after its first step. The
-    layout decides the order of sums over three and more processes, and so their last bits: without this the
-    first step of a run that goes on would differ from the same step of a run that was never stopped.
+    DistributedDataParallel sums gradients in buckets and rebuilds these after its first step. With three or
+    more ranks their layout determines the order of the sums, and so the last bits of the gradients. Without
+    a warm-up, the first step of a resumed run would use another layout than the same step of an
+    uninterrupted run.
     """
     if not isinstance(network, nn.parallel.DistributedDataParallel):
         return
@@ -25,9 +26,9 @@ def warm_up_ddp(network: nn.Module, images: torch.Tensor) -> None:
 
 
 def broadcast_buffers(network: nn.Module) -> None:
-    """Give every process the buffers of the main one, which are those that a checkpoint holds.
+    """Copy the buffers of rank 0, which checkpoints hold, to all ranks. Collective.
 
-    Unless batch normalisation is synchronised, each process has running statistics of its own after a step.
+    Unless batch normalization is synchronized, the running statistics of ranks differ after a step.
     """
     if dist.is_initialized():
         for buffer in network.buffers():

@@ -1,4 +1,4 @@
-"""Errors of a launch, and how a program reports them and ends."""
+"""Errors of a launch, and how a program reports an error and ends."""
 
 from __future__ import annotations
 
@@ -12,56 +12,64 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+import system
+
+CONNECTION_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "closed by remote peer",
+    "remote process exited",
+)
+
 
 class LaunchError(ValueError):
-    """The processes of a launch cannot work together."""
+    """The ranks of a launch cannot work together, or a rank cannot work with this set-up."""
 
     def __init__(self, message: str, *, on_all_ranks: bool = True) -> None:
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
-        """Whether every process raises it, with the same words."""
+        """Whether every rank raises this error with the same message."""
 
 
 def print_error(error: Exception) -> None:
-    """Print `error` on standard error: once per launch, not once per process, what all raise alike."""
+    """Print `error` on standard error. An error that all ranks raise alike is printed by rank 0 alone."""
     if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_all_ranks", False):
-        # One write, so that the lines of several processes do not mix.
+        # A single write, so that the lines of several ranks do not mix.
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
 
 
 def explain_error(error: Exception) -> LaunchError | None:
-    """What the user can do about an error of torch, which is error_to_print in its text alone; None for any other."""
+    """A LaunchError with advice for an error of torch that users can fix; None for any other error."""
     text = str(error)
-    if dist.is_initialized() and any(
-        word in text
-        for word in (
-            *("closed by peer", "reset by peer", "Broken pipe"),
-            *("closed by remote peer", "remote process exited"),
-        )
-    ):
-        return LaunchError("another process ended; its message says why", on_all_ranks=False)
+    if dist.is_initialized() and any(words in text for words in CONNECTION_LOST):
+        return LaunchError("another rank ended; see its error", on_all_ranks=False)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return LaunchError(
-            f"there is not enough memory: {text.splitlines()[0] if text else 'malloc failed'}\n"
-            "allowed: a smaller model_params.layer_param or train_params.batch_size, more "
-            "train_params.gradient_accumulation_steps, or data_params.cache disk",
+            f"out of memory: {text.splitlines()[0] if text else 'malloc failed'}\n"
+            "Reduce train_params.batch_size or model_params.layer_param, raise "
+            "train_params.gradient_accumulation_steps, or set data_params.cache to disk.",
             on_all_ranks=False,
         )
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return LaunchError(
             f"the network cannot be compiled: {text.splitlines()[0]}\n"
-            "allowed: train_params.compile auto or false, or what is missing",
+            "Set train_params.compile to auto or false, or install what is missing.",
             on_all_ranks=False,
         )
     return None
 
 
-def run_program(work: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> int:
-    """Do `work`. Returns 0, or 2 after telling an error that users can mend: of `user_errors`, or `explain_error`."""
+def run_program(program: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> int:
+    """Call `program` and return the exit status: 0, or 2 after printing an error that users can fix.
+
+    Those are `user_errors` and whatever `explain_error` explains. Any other error is raised, and ends the
+    process with status 1.
+    """
     error_to_print: Exception | None
     try:
-        work()
+        program()
         return 0
     except user_errors as error:
         error_to_print = error
@@ -79,16 +87,17 @@ def run_program(work: Callable[[], None], user_errors: tuple[type[Exception], ..
 
 
 def hard_exit(status: int) -> NoReturn:
-    """End at once. At an orderly end NCCL would wait for the others, who wait for this process."""
+    """End the process at once. A normal exit would wait in NCCL for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def ignore_launcher_sigterm() -> None:
-    """Ignore SIGTERM from now on, because this process ends by itself, and all others with it.
+    """Ignore SIGTERM from now on, because all ranks are about to end by themselves.
 
-    When the first has ended, torchrun and accelerate send SIGTERM to the rest, whose status would be lost.
+    When the first rank has ended, torchrun and accelerate send SIGTERM to the others. Their exit status would
+    be lost.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if system.world_size() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Comparison of all ranks before the first step."""
+"""Preflight: all ranks compare their set-up before the first step."""
 
 from __future__ import annotations
 
@@ -20,68 +20,71 @@ from accelerate import Accelerator
 
 import files
 import system
-from distributed.collectives import LAUNCH_SECONDS, all_gather_json, hosts_of, raise_if_different
+from distributed.collectives import all_gather_json, first_line, hosts_of, raise_if_different
 from distributed.errors import LaunchError
 
 
 def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
-    """Compare all processes before the first step. Returns a line that says what runs where.
+    """Compare all ranks. Returns one line with hosts, ranks, device, versions and hashes. Collective.
 
     `config` is the resolved configuration, {section: {key: value}}.
 
     Raises:
-        LaunchError: on every process, within a minute, naming what is wrong or differs and on which hosts.
+        LaunchError: on every rank, within a minute, naming every problem and difference with its hosts.
     """
     check_device(accelerator)
-    report = describe(accelerator, config)
+    report, seconds = describe(accelerator, config), system.launch_seconds()
     folder = files.existing_parent(Path(config["train_params"]["log_dir"]))
     mark: Path | None = None
     try:
-        mark = Path(tempfile.mkstemp(prefix=".preflight-", dir=folder)[1])
+        descriptor, name = tempfile.mkstemp(prefix=".preflight-", dir=folder)
+        os.close(descriptor)
+        mark = Path(name)
     except OSError as error:
-        report["problem"] = report["problem"] or f"cannot write {folder}: {error.strerror}"
+        report["problem"] = report["problem"] or f"cannot write to {folder}: {error.strerror}"
     try:
-        reports = all_gather_json(report | {"mark": str(mark or "")}, LAUNCH_SECONDS)
-        # Every process looks for the file of the main one: is the folder the same?
-        sees = all_gather_json({"mark": Path(reports[0]["mark"]).exists()}, LAUNCH_SECONDS)
+        reports = all_gather_json(report, seconds)
+        # Every rank looks for the file of rank 0, to find out whether the folder is shared.
+        marks = all_gather_json({"mark": str(mark or "")}, seconds)
+        seen = all_gather_json({"mark": Path(marks[0]["mark"]).exists()}, seconds)
     finally:
         if mark:
             mark.unlink()
-    for other, seen in zip(reports, sees, strict=True):
-        if not seen["mark"] and not other["problem"]:
+    for other, sees in zip(reports, seen, strict=True):
+        if not sees["mark"] and not other["problem"]:
             other["problem"] = f"does not see the run folder of {reports[0]['host']}: {folder} is not shared"
     raise_if_different(reports)
     processes = len(reports)
     hosts = {host: [n for n, r in enumerate(reports) if r["host"] == host] for host in hosts_of(reports)}
-    places = ", ".join(f"{host}: {system.format_ranges(ranks)}" for host, ranks in hosts.items())
+    where = ", ".join(f"{host}: {system.format_ranges(ranks)}" for host, ranks in hosts.items())
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
     return (
-        f"{processes} process{'es' if processes > 1 else ''} ({places}), {reports[0]['device']}, "
+        f"{processes} process{'es' if processes > 1 else ''} ({where}), {reports[0]['device']}, "
         f"torch {reports[0]['torch']}, accelerate {reports[0]['accelerate']}, "
         f"configuration {digest}, code {reports[0]['code']}"
     )
 
 
 def check_device(accelerator: Accelerator) -> None:
-    """Sum one number over all processes on their devices, within LAUNCH_SECONDS."""
+    """Sum one number over the devices of all ranks, within LAUNCH_SECONDS. Collective."""
     if not dist.is_initialized():
         return
     ones = torch.ones(1, device=accelerator.device)
     try:
-        dist.all_reduce(ones, async_op=True).wait(timedelta(seconds=LAUNCH_SECONDS))
+        dist.all_reduce(ones, async_op=True).wait(timedelta(seconds=system.launch_seconds()))
         total = int(ones.item())
     except RuntimeError as error:
         raise LaunchError(
-            f"process {dist.get_rank()} on {socket.gethostname()}: its device {accelerator.device} does not "
-            f"reach the others'\n  found: {str(error).splitlines()[0]}",
+            f"rank {dist.get_rank()} on {socket.gethostname()}: device {accelerator.device} does not reach "
+            f"the devices of the other ranks: {first_line(error)}",
             on_all_ranks=False,
         ) from error
     if total != dist.get_world_size():
-        raise LaunchError(f"a sum of ones over {dist.get_world_size()} processes gave {total}")
+        raise LaunchError(f"the devices of {dist.get_world_size()} ranks added as many ones to {total}")
 
 
 def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What this process has. All but `host` and `problem` should be the same on_all_ranks."""
+    """The set-up of this rank. All entries but `host` and `problem` must be the same on all ranks."""
     data, problem = config["data_params"], ""
     try:
         with open(data["datafile"], "rb") as file:
@@ -106,7 +109,7 @@ def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, A
 
 
 def code_hash(root: Path) -> str:
-    """Hash of the Python files of this checkout, without its tests and whatever was installed inside it."""
+    """Hash of the Python files of this checkout, without tests, benchmarks and installed packages."""
     digest = hashlib.sha256()
     for path in sorted((*root.glob("*.py"), *root.glob("[a-z]*/*.py"))):
         if path.parent.name not in ("tests", "benchmarks"):

@@ -1,4 +1,4 @@
-"""One process: its memory, its threads, and the signals that ask it to stop."""
+"""Set-up of one process: allocator, arithmetic, rank variables and threads."""
 
 from __future__ import annotations
 
@@ -13,38 +13,53 @@ from pathlib import Path
 import torch
 
 import system
+from distributed.errors import LaunchError
 
 
 def setup_process() -> None:
-    """Set what must stand before the first large tensor: allocator, arithmetic, CPU processes, threads."""
+    """Set what must be set before the first large tensor: allocator, arithmetic, CPU ranks, threads.
+
+    Raises:
+        LaunchError: if an environment variable of the launch is missing, invalid or inconsistent.
+    """
     keep_freed_memory()
-    # Once a network is sure of a batch its gradients fall below 1e-38, where a CPU computes 50 times slower.
-    # Threads take this over from the one that starts them, so it stands before the first parallel operation.
+    # When a network is certain of a batch, gradients fall below 1e-38, where CPUs compute 50 times slower.
+    # Threads inherit this setting from the thread that starts them: set it before the first parallel region.
     torch.set_flush_denormal(True)
-    # What deterministic kernels need of cuBLAS, which reads it once.
+    # Deterministic cuBLAS kernels need it; cuBLAS reads it once.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    system.adopt_mpi_ranks()
+    try:
+        system.setup_ranks()
+        system.launch_seconds()
+        share_cores()
+    except ValueError as error:
+        raise LaunchError(str(error), on_all_ranks=False) from None
     if system.world_size() > 1 and (
         not torch.accelerator.is_available() or torch.backends.mps.is_available()
     ):
-        # Without this Accelerate makes of n CPU processes n single ones, each of which trains the whole run.
+        # Otherwise Accelerate takes n CPU ranks for n independent processes, each of which trains the run.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     elif system.world_size() == 1:
-        warn_of_lone_process()
+        warn_if_alone()
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ:
         end_with_launcher()
-    if not threads_were_chosen():
-        threads = max(1, system.available_cores() // system.local_world_size())
-        if "numba" in sys.modules:  # first, because the two may share their pool of threads
-            sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Accelerate sets them anew
+
+
+def share_cores() -> None:
+    """Divide the cores between the ranks of this host, unless the user chose a number of threads."""
+    if threads_set_by_user():
+        return
+    threads = max(1, system.available_cores() // system.local_world_size())
+    if "numba" in sys.modules:  # first, because the two may share a thread pool
+        sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets the threads again
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send this process SIGTERM, by which a run is saved, when its parent ends.
+    """Let the kernel send SIGTERM, on which a run is saved, to this process when its parent ends.
 
-    `accelerate launch` passes no signal on to a single process, which would train on, unseen.
+    `accelerate launch` passes no signal on to a single process, which would train on unnoticed.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -52,9 +67,9 @@ def end_with_launcher() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step instead of handing it back to the kernel.
+    """Let glibc keep freed memory for the next step instead of returning it to the kernel.
 
-    By default every tensor above 32 MiB is mapped, zeroed page by page and unmapped again at every step,
+    By default every tensor above 32 MiB is mapped, zeroed page by page and unmapped again in every step,
     which takes about half of the time of a training step on a CPU. See mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
@@ -64,26 +79,26 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
-def warn_of_lone_process() -> None:
-    """Warn where several processes were asked for and this one is alone."""
+def warn_if_alone() -> None:
+    """Warn if the user asked for several ranks but this process is the only one of its launch."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         warnings.warn(
-            "accelerate launch was asked for several processes and started one: distributed_type MULTI_CPU "
-            "needs mpirun. accelerate_configs/cpu_multi.yaml starts several without it.",
+            "accelerate launch was to start several processes but started one: distributed_type MULTI_CPU "
+            "needs mpirun. Use accelerate_configs/cpu_multi.yaml, which does not.",
             stacklevel=3,
         )
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if system.read_int("SLURM_STEP_NUM_TASKS", 1) > 1:
         warnings.warn(
-            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} programs that do not know each other. "
-            "accelerate_configs/slurm_multi_node.sbatch shows how to start them as one.",
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} independent processes. To start them as the "
+            "ranks of one launch, see accelerate_configs/slurm.sbatch.",
             stacklevel=3,
         )
 
 
-def threads_were_chosen() -> bool:
-    """Whether the user set OMP_NUM_THREADS; launchers set it too (to 1, or to all cores of the host).
+def threads_set_by_user() -> bool:
+    """Whether the user set OMP_NUM_THREADS. Launchers set it too (to 1, or to all cores of the host).
 
-    The launcher is the parent process, and /proc still shows the environment that it was started with.
+    The launcher is the parent process; /proc shows the environment that it was started with.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         return False

@@ -1,4 +1,4 @@
-"""Rendezvous: every rank connects to all others within a time limit, or all fail with a LaunchError."""
+"""Rendezvous: every rank connects to all others within a time limit, or every rank raises a LaunchError."""
 
 from __future__ import annotations
 
@@ -17,58 +17,71 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 import system
-from distributed.collectives import LAUNCH_SECONDS, RUN_SECONDS
+from distributed.collectives import RUN_SECONDS, first_line, format_ranks
 from distributed.errors import LaunchError, ignore_launcher_sigterm, print_error
 
 
 def init_process_group() -> None:
-    """Meet the other processes, if there are any; to be called before the Accelerator is made.
+    """Connect this rank to the others, if there are any. Call it before making the Accelerator.
 
     Raises:
-        LaunchError: on every process, after LAUNCH_SECONDS, if one is missing or cannot be reached.
+        LaunchError: on every rank, after LAUNCH_SECONDS, if a rank is missing or cannot be reached.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = system.world_size()
     if processes == 1:
-        os.environ.pop("LOCAL_RANK", None)  # or Accelerate joins the process to itself, by its device alone
+        os.environ.pop("LOCAL_RANK", None)  # with it, Accelerate would make a process group without gloo
         return
-    rank, limit = int(os.environ["RANK"]), timedelta(seconds=LAUNCH_SECONDS)
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
-    # torchrun and accelerate keep the store themselves.
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    rank, seconds = system.rank(), system.launch_seconds()
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), system.read_int("MASTER_PORT", 29500)
+    # torchrun and accelerate run the store themselves.
+    serves_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
-    def alone(found: str) -> LaunchError:
+    def did_not_connect(reason: str) -> LaunchError:
         return LaunchError(
-            f"process {rank} of {processes} on {socket.gethostname()} could not meet the others\n"
-            f"  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)\n  found: {found}\n"
-            "  needed: hosts that reach each other at that address and, from any port to any other, on the\n"
-            "  networks that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name",
+            f"rendezvous of {processes} ranks at {host}:{port} (MASTER_ADDR:MASTER_PORT): "
+            f"rank {rank} on {socket.gethostname()} did not connect: {reason}\n"
+            "Check the address, and that the hosts reach each other on all ports of the network that\n"
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name.",
             on_all_ranks=False,
         )
 
-    with deadline(LAUNCH_SECONDS + 10, alone("no answer")):
+    with deadline(seconds + 10, did_not_connect("no answer")):
         try:
             choose_network(host, port)
-            server = dist.TCPStore(host, port, processes, keeps, timeout=limit, wait_for_workers=False)
-            # After a worker died torchrun starts all anew, with the same store and what was said in it.
+            server = dist.TCPStore(
+                host,
+                port,
+                processes,
+                serves_store,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+            )
+            # After a failure torchrun restarts all ranks with the same store, which still holds the old keys.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
-            missing = wait_for_ranks(store, rank, processes)
+            missing = wait_for_ranks(store, rank, processes, seconds)
             if not missing:
                 dist.init_process_group(
-                    backends(), store=store, rank=rank, world_size=processes, timeout=limit
+                    backends(),
+                    store=store,
+                    rank=rank,
+                    world_size=processes,
+                    timeout=timedelta(seconds=seconds),
                 )
         except (RuntimeError, ValueError, OSError) as error:
-            raise alone(str(error).splitlines()[0]) from error
+            raise did_not_connect(first_line(error)) from error
     if missing:
         ignore_launcher_sigterm()
-        raise LaunchError(f"{missing}\n  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)")
-    # From now on one process may keep the others waiting for longer.
+        raise LaunchError(
+            f"rendezvous of {processes} ranks at {host}:{port} (MASTER_ADDR:MASTER_PORT): {missing}"
+        )
+    # From now on a rank may keep the others waiting for longer.
     set_timeout(timedelta(seconds=RUN_SECONDS))
-    # Its threads must end before the interpreter does, or the process may abort at exit.
+    # Its threads must end before the interpreter does. Otherwise the process may abort at exit.
     atexit.register(dist.destroy_process_group)
 
 
 def backends() -> str:
-    """What joins the processes: gloo the hosts' memories, and NCCL (or what the device has) the devices."""
+    """Backends of the process group: gloo for host memory, and NCCL or the device's own for device memory."""
     device = torch.accelerator.current_accelerator()
     if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return "cpu:gloo"
@@ -77,9 +90,9 @@ def backends() -> str:
 
 @contextmanager
 def deadline(seconds: float, error: LaunchError) -> Iterator[None]:
-    """End the process with `error` and status 2 if what is inside takes longer, wherever it hangs.
+    """End the process with `error` and status 2 if the body takes longer than `seconds`, wherever it hangs.
 
-    Gloo waits without limit for a process that fails to connect to it.
+    Gloo and NCCL have no time limit while they connect.
     """
 
     def end() -> None:
@@ -96,23 +109,23 @@ def deadline(seconds: float, error: LaunchError) -> Iterator[None]:
 
 
 def choose_network(host: str, port: int) -> None:
-    """Let gloo use the network that leads to the meeting point.
+    """Let gloo use the network interface that leads to the rendezvous, unless GLOO_SOCKET_IFNAME is set.
 
-    By itself it takes the one that the host's own name stands for, which may reach no other host.
+    By default gloo takes the interface of this host's own name, which may reach no other host.
     """
     own = address_towards(host, port)
     processes = os.environ["WORLD_SIZE"]
     if own.startswith("127.") and os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
-        # The name of the first host often means 127.0.1.1 there, where the other hosts cannot reach it.
+        # On the first host its name often means 127.0.1.1, where other hosts cannot reach it.
         with suppress(OSError):
-            own = address_towards("192.0.2.1", port)  # an address of nobody: by the default route
+            own = address_towards("192.0.2.1", port)  # a reserved address (RFC 5737): gives the default route
     for name, addresses in psutil.net_if_addrs().items():
-        if own in (one.address for one in addresses):
+        if own in (address.address for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address of this host on the network that leads to another. Sends nothing."""
+    """This host's address on the network that leads to `host`. Sends nothing."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)
@@ -120,18 +133,21 @@ def address_towards(host: str, port: int) -> str:
     return own
 
 
-def wait_for_ranks(store: dist.Store, rank: int, processes: int) -> str:
-    """Wait until all processes are there. Returns what to tell, the same on all, if some never came."""
-    store.set(f"here/{rank}", socket.gethostname())
+def wait_for_ranks(store: dist.Store, rank: int, processes: int, seconds: float) -> str:
+    """Wait until all ranks are at the store. Returns, the same on all ranks, which did not connect, or ""."""
+    store.set(f"host/{rank}", socket.gethostname())
     if rank == 0:
-        end = time.monotonic() + LAUNCH_SECONDS
+        end = time.monotonic() + seconds
         missing = list(range(processes))
-        while missing := [other for other in missing if not store.check([f"here/{other}"])]:
+        while missing := [other for other in missing if not store.check([f"host/{other}"])]:
             if time.monotonic() > end:
                 break
             time.sleep(0.02)
-        hosts = sorted({store.get(f"here/{n}").decode() for n in range(processes) if n not in missing})
-        found = f"of {processes} processes {system.format_ranges(missing)} did not come; the others are on "
-        store.set("missing", found + ", ".join(hosts) if missing else "")
-    store.wait(["missing"], timedelta(seconds=LAUNCH_SECONDS + 5))
+        connected = [other for other in range(processes) if other not in missing]
+        hosts = sorted({store.get(f"host/{other}").decode() for other in connected})
+        text = (
+            f"{format_ranks(missing)} did not connect; {format_ranks(connected)} did, on {', '.join(hosts)}"
+        )
+        store.set("missing", text if missing else "")
+    store.wait(["missing"], timedelta(seconds=seconds + 5))
     return store.get("missing").decode()

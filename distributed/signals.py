@@ -14,9 +14,9 @@ import torch.distributed as dist
 class AnyRankFlags:
     """Whether any rank has set a flag.
 
-    With one rank the answer is immediate. With several it comes one call later, the same on all: each call starts
-    an all-reduce between the hosts' memories and takes the result of the previous one, which has long arrived.
-    So neither device nor host waits, however long a step is.
+    With one rank the answer is immediate. With several ranks it comes one call later, the same on all: each
+    call starts an all-reduce in host memory and returns the result of the previous one, which has long
+    arrived. So neither device nor host waits.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class AnyRankFlags:
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 request a graceful stop; a second SIGINT ends at once.
+    """A context in which SIGTERM, SIGINT and SIGUSR1, or a time limit in minutes, request a graceful stop.
 
-    So does a time limit in minutes, if given.
+    A second SIGINT ends the process at once.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -75,7 +75,7 @@ class StopSignals:
     def _received(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
         if number == signal.SIGINT:
-            # The kernel handles the next one, also while Python waits inside a collective.
+            # The kernel handles the next SIGINT, even while Python waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _request(self, reason: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from fork_server import ForkServer
 
 import datasets
 
@@ -25,6 +26,14 @@ def universe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("universe") / "universe.h5"
     datasets.write_synthetic(path, seeds=4, size=64, strength=100)
     return path
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts trainings and launchers in milliseconds."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

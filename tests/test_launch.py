@@ -1,41 +1,21 @@
-"""Launches as users give them: every accelerate configuration, torchrun, and set-ups that cannot work."""
+"""Launches as users start them: every accelerate configuration, torchrun, and set-ups with an error."""
 
-import importlib.metadata
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+from fork_server import ForkServer, Launcher
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
-PROGRAMS = Path(sys.executable).parent
-
-# The start of trainer.py, which then writes what it finds itself to be.
-PROGRAM = """
-import json, os, sys, torch
-from accelerate import Accelerator
-import distributed
-distributed.setup_process()
-distributed.init_process_group()
-accelerator = Accelerator()
-line = distributed.preflight(accelerator, json.loads(sys.argv[2]))
-found = {"processes": accelerator.num_processes, "device": accelerator.device.type, "line": line}
-found |= {"sees_gpus": torch.cuda.is_available(), "threads": torch.get_num_threads()}
-open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w").write(json.dumps(found))
-"""
 
 Experiment = Callable[..., Path]
-Launcher = Callable[..., "subprocess.Popen[str]"]
+Launch = Callable[..., Launcher]
 
 
 def free_port() -> str:
@@ -45,126 +25,141 @@ def free_port() -> str:
 
 
 @pytest.fixture
-def launcher() -> Iterator[Launcher]:
-    """Starts `accelerate` or `torchrun` as from a user's shell, and leaves nothing of them running."""
-    started = []
+def launch(fork_server: ForkServer, tmp_path: Path) -> Iterator[Launch]:
+    """Starts `accelerate` or `torchrun`, and leaves nothing of them running."""
+    started: list[Launcher] = []
 
-    def start(*command: str) -> "subprocess.Popen[str]":
-        clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        process = subprocess.Popen(
-            [str(PROGRAMS / command[0]), *command[1:]],
-            cwd=ROOT,
-            env=clean | {"PYTHONPATH": str(ROOT)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        started.append(process)
-        return process
+    def start(*command: str) -> Launcher:
+        out = tmp_path / f"out{len(started)}"
+        started.append(fork_server.launch(*command, out=out, PYTHONPATH=str(ROOT)))
+        return started[-1]
 
     yield start
-    for process in started:
-        with process:
-            if process.poll() is None:
-                workers = psutil.Process(process.pid).children(recursive=True)
-                process.kill()
-                for worker in workers:
-                    worker.kill()
+    for launcher in started:
+        launcher.kill()
 
 
-def output_of(process: "subprocess.Popen[str]", status: int) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == status, output
-    return output
+# The start of trainer.py, which then writes what it finds itself to be.
+PROGRAM = """
+import json, os, sys, torch
+from accelerate import Accelerator
+import distributed
+distributed.setup_process()
+distributed.init_process_group()
+accelerator = Accelerator()
+distributed.preflight(accelerator, json.loads(sys.argv[2]))
+found = {"processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w").write(json.dumps(found))
+"""
 
 
-@pytest.fixture
-def arguments(tmp_path: Path, universe: Path) -> list[str]:
-    """Program and arguments for a launcher; each process leaves a file in `found`."""
-    (tmp_path / "found").mkdir()
+def test_multi_node_connects_two_launchers(tmp_path: Path, launch: Launch, universe: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "found").mkdir()
     settings = {"data_params": {"datafile": str(universe)}, "train_params": {"log_dir": str(tmp_path)}}
-    return [str(tmp_path / "program.py"), str(tmp_path / "found"), json.dumps(settings)]
-
-
-def found(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((tmp_path / "found").iterdir())]
-
-
-@pytest.mark.parametrize(("config", "processes"), [("single_gpu", 1), ("cpu_multi", 2)])
-def test_configurations_start_what_they_promise(
-    tmp_path: Path, launcher: Launcher, arguments: list[str], config: str, processes: int
-) -> None:
-    """cpu.yaml trains in test_slurm.py, multi_gpu.yaml below."""
-    output_of(launcher("accelerate", "launch", "--config_file", f"{CONFIGS}/{config}.yaml", *arguments), 0)
-    reports = found(tmp_path)
-    assert [report["processes"] for report in reports] == [processes] * processes
-    if config == "cpu_multi":
-        assert not any(report["sees_gpus"] for report in reports)
-    assert reports[0]["threads"] <= max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def test_multi_node(tmp_path: Path, launcher: Launcher, arguments: list[str]) -> None:
-    config = ["--config_file", f"{CONFIGS}/multi_node.yaml", "--main_process_port", free_port()]
-    flags = ["--num_processes", "2", "--rdzv_conf", "timeout=50"]
-    hosts = [
-        launcher("accelerate", "launch", *config, *flags, "--machine_rank", str(rank), *arguments)
-        for rank in (0, 1)
-    ]
+    command = ["accelerate", "launch", "--config_file", f"{CONFIGS}/multi_node.yaml", "--num_processes", "2"]
+    command += ["--main_process_port", free_port(), "--rdzv_conf", "timeout=50"]
+    program = [str(tmp_path / "program.py"), str(tmp_path / "found"), json.dumps(settings)]
+    hosts = [launch(*command, "--machine_rank", str(rank), *program) for rank in (0, 1)]
     for host in hosts:
-        output_of(host, 0)
-    assert [report["processes"] for report in found(tmp_path)] == [2, 2]
+        assert host.wait() == 0, host.output
+    found = [json.loads(path.read_text()) for path in (tmp_path / "found").iterdir()]
+    assert [rank["processes"] for rank in found] == [2, 2]
+    assert found[0]["threads"] <= len(os.sched_getaffinity(0))
 
 
-def test_a_multi_cpu_launch_and_its_status(
-    tmp_path: Path, launcher: Launcher, experiment: Experiment
+def test_cpu_multi_trains_on_two_ranks(launch: Launch, experiment: Experiment, tmp_path: Path) -> None:
+    """Where Hugging Face's datasets is installed, Accelerate imports names from `datasets` and finds ours."""
+    config = f"{CONFIGS}/cpu_multi.yaml"
+    launcher = launch(
+        "accelerate", "launch", "--config_file", config, "trainer.py", str(experiment(axes=[0]))
+    )
+    assert launcher.wait() == 0, launcher.output
+    assert f"2 processes ({socket.gethostname()}: 0-1), cpu, torch" in launcher.output
+    assert (tmp_path / "runs" / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_multi_cpu_launch_of_one_process_warns(
+    tmp_path: Path, launch: Launch, experiment: Experiment
 ) -> None:
-    """Accelerate starts one process without a word, and makes 1 of the trainer's 2."""
+    """Accelerate starts one process without a message, and turns the trainer's status 2 into 1."""
     config = tmp_path / "mpi.yaml"
     config.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\n")
-    mistaken = str(experiment(lr=-1.0))
-    output = output_of(
-        launcher("accelerate", "launch", "--config_file", str(config), "trainer.py", mistaken), 1
+    launcher = launch(
+        *("accelerate", "launch", "--config_file", str(config)), "trainer.py", str(experiment(lr=-1.0))
     )
-    assert "was asked for several processes and started one" in output
-    assert "ConfigError" in output
-    assert "returned non-zero exit status 2" in output
+    assert launcher.wait() == 1, launcher.output
+    assert "was to start several processes but started one" in launcher.output
+    assert "ConfigError" in launcher.output
+    assert "returned non-zero exit status 2" in launcher.output
 
 
-def test_a_training_whose_launcher_is_told_to_end_saves_and_ends(
-    tmp_path: Path, launcher: Launcher, experiment: Experiment
+def test_a_run_is_saved_when_its_launcher_is_terminated(
+    tmp_path: Path, launch: Launch, experiment: Experiment
 ) -> None:
-    process = launcher(
-        *("accelerate", "launch", "--config_file", f"{CONFIGS}/cpu.yaml", "trainer.py"),
-        str(experiment(epochs=100_000)),
+    launcher = launch(
+        *("accelerate", "launch", "--config_file", f"{CONFIGS}/single_gpu.yaml"),
+        *("trainer.py", str(experiment(epochs=100_000))),
     )
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
-    while not metrics.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    output = output_of(process, -signal.SIGTERM)  # ends when the trainer, too, has closed it
-    step = int(re.findall(r"stopped at step (\d+) \(SIGTERM\)", output)[0])
+    launcher.wait_for(metrics.exists)
+    launcher.process.terminate()
+    assert launcher.wait() == -signal.SIGTERM
+    step = int(re.findall(r"stopped at step (\d+) \(SIGTERM\)", launcher.output)[0])
     assert (metrics.parent / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
 
 
-def test_statuses_under_torchrun(launcher: Launcher, experiment: Experiment) -> None:
-    """It makes 1 of the trainer's 2 as well, and shows the 2 of every process."""
-    mistaken = str(experiment(batch_size=63))
-    output = output_of(
-        launcher("torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", mistaken), 1
+def test_torchrun_reports_the_status_of_each_rank(launch: Launch, experiment: Experiment) -> None:
+    """Its own status is 1 all the same."""
+    invalid = str(experiment(batch_size=63))
+    launcher = launch("torchrun", "--standalone", "--nproc-per-node", "2", "trainer.py", invalid)
+    assert launcher.wait() == 1, launcher.output
+    assert re.findall(r"exitcode\s+: (-?\d+)", launcher.output) == ["2", "2"]
+    assert launcher.output.count("ConfigError: train_params.batch_size: found 63") == 1
+
+
+# trainer.py, in which rank 1 is killed at its 12th step unless the launcher has restarted it.
+KILLED = """
+import os, signal, sys, trainer
+train_step, steps = trainer.train_step, []
+def step(run, batch, lr):
+    steps.append(batch)
+    if len(steps) == 12 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(run, batch, lr)
+trainer.train_step = step
+sys.exit(trainer.main())
+"""
+
+
+def test_the_launcher_restarts_a_run_after_a_rank_is_killed(
+    launch: Launch, experiment: Experiment, tmp_path: Path
+) -> None:
+    epochs, batch = 3, 48
+    path = experiment(axes=[0], epochs=epochs, save_every_steps=2, batch_size=batch)
+    (tmp_path / "killed.py").write_text(KILLED)
+    launcher = launch(
+        *("accelerate", "launch", "--config_file", f"{CONFIGS}/multi_gpu.yaml", "--num_processes", "2"),
+        *("--max_restarts", "1", str(tmp_path / "killed.py"), str(path)),
     )
-    assert re.findall(r"exitcode\s+: (-?\d+)", output) == ["2", "2"]
-    assert output.count("ConfigError: train_params.batch_size: found 63") == 1
+    assert launcher.wait() == 0, launcher.output
+    metrics = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, metrics) if line["phase"] == "train"]
+    steps = 3 * 2 * 64 // batch
+    assert [(line["epoch"], line["step"]) for line in lines] == [(n, n * steps) for n in range(1, epochs + 1)]
+    assert len(re.findall(r"2 processes \(", launcher.output)) == 2
+    assert len(re.findall("resumed from", launcher.output)) == 1
 
 
-# Set-ups that cannot work
+# Set-ups with an error on one rank
+
+Failures = dict[str, tuple[list[int], str]]
 
 
 @pytest.fixture(scope="module")
-def mistakes(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> tuple[Path, str]:
-    """Launches of two processes in which one or both are wrong: their folder, and all that was printed."""
-    folder = tmp_path_factory.mktemp("mistakes")
+def failures(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Failures:
+    """Exit codes and output of launches of two ranks, of which the second has other arguments."""
+    folder = tmp_path_factory.mktemp("failures")
     experiment = folder / "experiment.yaml"
     experiment.write_text(f"""
 model_params: {{architecture: RACOON, layer_param: 2, dropout: 0.0, name: run}}
@@ -172,97 +167,44 @@ data_params: {{datafile: {universe}, train_seeds: 3, test_seeds: 1, newton_augme
 train_params: {{epochs: 1, lr: 0.001, log_dir: {folder / "runs"}, batch_size: 64}}
 """)
     others = {
-        "preflight": ["--preflight"],
-        "another_experiment": ["train_params.lr=0.002", "train_params.batch_size=32"],
+        "different": ["train_params.lr=0.002", "train_params.batch_size=32"],
         "no_data": ["data_params.datafile=/nowhere/z1.h5"],
         "no_folder": ["train_params.log_dir=/proc/runs"],
-        "mistyped": ["train_params.lr=fast"],
+        "invalid": ["train_params.lr=fast"],
     }
-    launches = [
-        {
-            "processes": 2,
-            "arguments": [
-                [str(experiment), *(more if name == "preflight" else [])],
-                [str(experiment), *more],
-            ],
-            "out": str(folder / name),
-        }
-        for name, more in others.items()
-    ]
-    (folder / "launches.json").write_text(json.dumps(launches))
-    program = [sys.executable, str(ROOT / "tests" / "forked.py"), str(folder / "launches.json")]
-    environment = os.environ | {"LAUNCH_SECONDS": "4", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    return folder, done.stdout + done.stderr
+    found = {}
+    for name, overrides in others.items():
+        out, arguments = folder / name, [[str(experiment)], [str(experiment), *overrides]]
+        environment = {"LAUNCH_SECONDS": "3" if name == "invalid" else "50"}
+        codes = fork_server.train(arguments, out, processes=2, grace=60, environment=environment)
+        found[name] = codes, out.read_text()
+    codes = fork_server.train([str(experiment), "--preflight"], folder / "preflight", processes=2)
+    found["preflight"] = codes, (folder / "preflight").read_text()
+    assert not (folder / "runs").exists()
+    return found
 
 
-def statuses(folder: Path) -> list[int]:
-    return [json.loads(path.read_text())["status"] for path in sorted(folder.iterdir())]
-
-
-@pytest.mark.parametrize("mistake", ["another_experiment", "no_data", "no_folder", "mistyped"])
-def test_a_wrong_set_up_ends_with_status_2_everywhere(mistakes: tuple[Path, str], mistake: str) -> None:
-    assert statuses(mistakes[0] / mistake) == [2, 2]
+@pytest.mark.parametrize("failure", ["different", "no_data", "no_folder", "invalid"])
+def test_an_error_of_one_rank_ends_all_with_status_2(failures: Failures, failure: str) -> None:
+    assert failures[failure][0] == [2, 2], failures[failure][1]
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("failure", "message"),
     [
-        r"train_params\.lr: 0\.001 on \S+ \(process 0\); 0\.002 on \S+ \(process 1\)",
-        r"train_params\.batch_size: 64 on \S+ \(process 0\); 32 on \S+ \(process 1\)",
-        r"process 1 on \S+ has no data file /nowhere/z1\.h5",
-        r"process 1 on \S+ cannot write /proc",
-        r"ConfigError.*\n.*train_params\.lr",
-        r"of 2 processes 1 did not come; the others are on \S+\n  meeting point: 127\.0\.0\.1:\d+",
+        ("different", r"train_params\.lr: 0\.001 on \S+ \(rank 0\); 0\.002 on \S+ \(rank 1\)"),
+        ("different", r"train_params\.batch_size: 64 on \S+ \(rank 0\); 32 on \S+ \(rank 1\)"),
+        ("no_data", r"rank 1 on \S+ has no data file /nowhere/z1\.h5"),
+        ("no_folder", r"rank 1 on \S+ cannot write to /proc"),
+        ("invalid", r"ConfigError.*\n.*train_params\.lr"),
+        ("invalid", r"rendezvous of 2 ranks at 127\.0\.0\.1:\d+ .*: rank 1 did not connect; rank 0 did, on "),
     ],
 )
-def test_a_wrong_set_up_is_told_once(mistakes: tuple[Path, str], message: str) -> None:
-    assert len(re.findall(message, mistakes[1])) == 1, mistakes[1]
+def test_an_error_is_printed_once(failures: Failures, failure: str, message: str) -> None:
+    assert len(re.findall(message, failures[failure][1])) == 1, failures[failure][1]
 
 
-def test_preflight_alone(mistakes: tuple[Path, str]) -> None:
-    folder, output = mistakes
-    assert statuses(folder / "preflight") == [0, 0]
+def test_preflight_alone(failures: Failures) -> None:
+    codes, output = failures["preflight"]
+    assert codes == [0, 0], output
     assert len(re.findall(rf"2 processes \({socket.gethostname()}: 0-1\), cpu, torch", output)) == 1
-    assert not (folder / "runs").exists()
-
-
-# Training
-
-
-@pytest.fixture(scope="module")
-def beside_the_other_datasets() -> None:
-    try:
-        importlib.metadata.version("datasets")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("Hugging Face's datasets is not installed")
-
-
-@pytest.mark.usefixtures("beside_the_other_datasets")
-def test_training_beside_the_other_datasets_library(
-    launcher: Launcher, experiment: Experiment, tmp_path: Path
-) -> None:
-    """Accelerate imports names from a module called `datasets` when that library is there, and finds ours."""
-    config = ["--config_file", f"{CONFIGS}/multi_gpu.yaml", "--num_processes", "2"]
-    output_of(launcher("accelerate", "launch", *config, "trainer.py", str(experiment(axes=[0]))), 0)
-    assert (tmp_path / "runs" / "run" / "model" / "model.safetensors").exists()
-
-
-def test_a_worker_that_dies(launcher: Launcher, experiment: Experiment, tmp_path: Path) -> None:
-    """torchrun starts all anew, and they go on from the last state."""
-    path = experiment(axes=[0], epochs=8, save_every_steps=2, batch_size=48)
-    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
-    torchrun = launcher(
-        "torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "trainer.py", str(path)
-    )
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-        assert torchrun.poll() is None, torchrun.communicate()[0]
-        time.sleep(0.02)
-    psutil.Process(torchrun.pid).children()[-1].send_signal(signal.SIGKILL)
-    output = output_of(torchrun, 0)
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = 3 * 2 * 64 // 48
-    expected = [("train", epoch, epoch * steps) for epoch in range(1, 9)]
-    assert [(m["phase"], m["epoch"], m["step"]) for m in lines if m["phase"] == "train"] == expected
-    assert len(re.findall(r"2 processes \(", output)) == 2  # started twice,
-    assert len(re.findall(r"epoch +1/8 +train", output)) == 1  # but not from the beginning
