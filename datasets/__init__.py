@@ -1,10 +1,11 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
 from .cube_file import GRAVITIES, CubeFile, DataError
-from .dataset import Batch, WholeCubeDataset, measure_normalization
-from .normalization import check_normalization
+from .dataset import Batch, WholeCubeDataset
+from .normalization import check_normalization, measure_normalization
 from .preparation.synthetic import check_synthetic, write_synthetic
 from .sampler import SliceIndex, decode
+from .slicing import memory_format
 
 __all__ = [
     "GRAVITIES",
@@ -17,5 +18,6 @@ __all__ = [
     "check_synthetic",
     "decode",
     "measure_normalization",
+    "memory_format",
     "write_synthetic",
 ]

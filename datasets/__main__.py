@@ -11,52 +11,65 @@ from .preparation.synthetic import write_synthetic
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m datasets", description="Makes and examines cube files.")
+    parser = argparse.ArgumentParser(prog="python -m datasets", description="Create and examine cube files.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     synthesize = commands.add_parser("synthesize", help="write a synthetic universe")
     synthesize.add_argument("out", type=Path, metavar="OUT.h5")
-    synthesize.add_argument("--seeds", type=int, required=True, help="number of seeds, each a pair of twins")
-    synthesize.add_argument("--size", type=int, default=64, help="cells along a side, a multiple of 64 (64)")
-    synthesize.add_argument("--strength", type=float, default=1.0, help="of the GR term; 1 is physical (1)")
-    synthesize.add_argument("--seed", type=int, default=0, help="chooses the universe (0)")
+    synthesize.add_argument("--seeds", type=int, required=True, help="number of seeds, each with two cubes")
+    synthesize.add_argument(
+        "--size", type=int, default=64, help="cells per side, a multiple of 64 (default: 64)"
+    )
+    synthesize.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="factor on the relativistic term; 1 is physical (default: 1)",
+    )
+    synthesize.add_argument("--seed", type=int, default=0, help="random seed of the universe (default: 0)")
 
-    packing = commands.add_parser("pack", help="pack raw gevolution output into one standardised file")
-    packing.add_argument("raw", type=Path, metavar="RAW_DIR", help="holds seed0000/gr/gr_snap000_phi.h5, ...")
+    packing = commands.add_parser("pack", help="pack raw gevolution output into one standardized file")
+    packing.add_argument(
+        "raw", type=Path, metavar="RAW_DIR", help="folder with seed0000/gr/gr_snap000_phi.h5, ..."
+    )
     packing.add_argument("out", type=Path, metavar="OUT.h5")
     which = packing.add_mutually_exclusive_group(required=True)
     which.add_argument("--redshift", type=float, help="pack the potential at this redshift")
-    which.add_argument("--snapshot", type=int, help="pack the potential of the snapshot with this number")
+    which.add_argument("--snapshot", type=int, help="pack the potential of this snapshot number")
     which.add_argument(
         "--difference",
         type=float,
         nargs=2,
         metavar=("Z1", "Z2"),
-        help="pack the potential at Z1 less that at Z2, each divided by its linear growth",
+        help="pack the potential at Z1 minus that at Z2, each divided by its linear growth",
     )
 
-    repacking = commands.add_parser("repack", help="make a chunked or compressed file fast to read")
+    repacking = commands.add_parser(
+        "repack", help="convert a chunked or compressed file to one that is fast to read"
+    )
     repacking.add_argument("file", type=Path, metavar="IN.h5")
     repacking.add_argument("out", type=Path, metavar="OUT.h5")
 
-    inspection = commands.add_parser("inspect", help="say what a file holds and what is wrong with it")
+    inspection = commands.add_parser("inspect", help="list the contents of a file and its problems")
     inspection.add_argument("file", type=Path, metavar="FILE")
-    inspection.add_argument("--plot", type=Path, metavar="OUT.png", help="draw GR, Newton, the difference")
+    inspection.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="plot GR, Newton and their difference"
+    )
 
     for command in (synthesize, packing, repacking, inspection):
-        command.add_argument("--force", action="store_true", help="overwrite the file that is written")
+        command.add_argument("--force", action="store_true", help="overwrite the output file")
     return parser
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .preparation.inspect import check_plot, plot, report  # here, because matplotlib takes long to import
+    from .preparation.inspect import check_plot, plot, report  # imports matplotlib, which takes a second
 
     if options.plot:
         check_plot(options.plot, options.force)
     print(report(options.file))
     if options.plot:
         plot(options.file, options.plot)
-        print(f"drawn: {options.plot}")
+        print(f"plot written to {options.plot}")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -81,14 +94,16 @@ def _run(options: argparse.Namespace) -> None:
     else:
         pack_difference(options.raw, options.out, redshifts=tuple(options.difference), overwrite=force)
     if options.command != "inspect":
-        made = CubeFile(options.out)
-        print(f"{made.path}: {len(made.seeds)} pairs of twins, {made.size}^3 cells each")
+        written = CubeFile(options.out)
+        print(f"{written.path}: {len(written.seeds)} pairs of twins, {written.size}^3 cells each")
 
 
 def main() -> int:
-    """Runs a command; 0: done, 2: something that the user can mend, said on standard error."""
+    """Run a command; returns the exit status: 0, or 2 after an error that the user can fix."""
     options = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which removes the unfinished file
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # unwinds the stack, which removes the unfinished file
     try:
         _run(options)
     except (DataError, OSError) as error:

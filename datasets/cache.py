@@ -1,27 +1,37 @@
-"""Where cubes live while training: a window of them, all in host memory, or all on the device.
+"""Where cubes are held during training: some of them in host memory, all of them there, or all on the device.
 
-Whatever the cache, cubes take the same steps (read, standardised, rotated) and slices are copied from the
-same numbers, so batches are equal bit for bit.
+A batch takes this path, and `CubeCache.iterate` is its only loop:
 
-**Memory.** Cubes are held in pairs, both twins of a seed, each with a rotated copy if axis 2 is cut:
+    file -> buffer      CubeReader.read: reads, standardizes and rotates a cube     threads of the Prefetcher
+    buffer -> device    DeviceCubes.upload, with cache `device` only                main thread
+    cubes -> images     HostSlicer or DeviceSlicer                                slicing threads or a kernel
 
-    bytes of a pair = 2 * 4 * N^3 * (2 if axis 2 is cut else 1)             256 MiB at N = 256
+Every cache does the same arithmetic with the same values, so batches are bit-identical.
 
-    memory    the pairs of this process's share: S / W (S seeds, W processes) and those shared with others
-    disk      min(share, open + AHEAD) pairs; `open` are those that the order needs at one time: see `order`,
-              8 w / W for its w, and some more where a batch takes a large part of a simulation
-    device    the share without rotated copies on the device, and AHEAD pairs in host memory
+**Memory.** The unit is a seed with its two cubes, each with a rotated copy if axis 2 is sliced in host
+memory:
 
-So `disk` takes 8 + 2 pairs or 2.5 GiB at N = 256 on one process, whatever the size of the file. The memory is
-taken once and used again, epoch after epoch; a pair that still lies in it when it is needed is not read
-again. To this come two batches of images, one trained on and one being cut, and for each seed 0.1 MiB of ids
+    bytes of a seed = 2 * 4 * N^3 * (2 with rotated copies, else 1)        256 MiB at N = 256
+
+    memory    the seeds of this rank's share: S / W (S seeds, W ranks), and those shared with other ranks
+    disk      min(share, open + SEEDS_AHEAD) seeds; `open` is the largest number that the order needs at one
+              time: 8 w / W with the w of sampler.py, and a few more if a batch takes a large part of a seed
+    device    the share without rotated copies on the device, and SEEDS_AHEAD seeds in host memory
+
+So `disk` takes 8 + 2 seeds or 2.5 GiB at N = 256 on one rank, for a file of any size. Memory is allocated
+once and reused epoch after epoch; a seed that is still in memory when it is needed is not read again. Beside
+this there are two batches of images, one in training and one being sliced, and for each seed 0.1 MiB of ids
 and views (N = 256, one channel).
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,332 +39,230 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import slicing
+import system
+
+from . import kernels, slicing
+from .buffers import BufferPool
 from .cube_file import GRAVITIES, CubeFile, DataError
-from .sampler import Ids
-from .slicing import Views
+from .sampler import STREAMS, Ids
+from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
 
-AHEAD = 2  # pairs that are read before they are needed
-READERS = 2  # threads that read, so that both twins of a seed come at the same time
-BATCHES_AHEAD = 2  # of what a GPU has finished
-MOST_CUTTERS = 8  # threads that cut; more do not help, they wait for memory
+SEEDS_AHEAD = 2  # seeds that are read before they are needed
+READERS = 2  # threads that read, so that both cubes of a seed arrive at the same time
+FREE_SHARE = 0.4  # of free memory; the test set may take as much again, and the network needs the rest
 
-
-Cutter = Callable[[int], Callable[[], Tensor]]
+log = logging.getLogger(__name__)
 
 
-class Preparation(NamedTuple):
-    """What is done to cubes as they are loaded: (cube - mean) / std; Newtonian ones * newton_augmentation."""
+@dataclass(frozen=True)
+class CubeReader:
+    """Reads cubes and standardizes them to (cube - mean) / std, the Newtonian ones times a factor."""
 
+    cubes: CubeFile
+    seeds: range
     mean: float
     std: float
     newton_augmentation: float
 
+    def read(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
+        """Read a cube of `seeds[seed]` into copies[0], and rotate it into copies[1] if there is one.
 
-class Plan(NamedTuple):
-    """The pairs that an epoch needs, in the order of their first use: (pair, first step, last step)."""
+        Raises DataError.
+        """
+        self.cubes.read(self.seeds[seed], GRAVITIES[label], copies[0])
+        factor = 1 / self.std * (self.newton_augmentation if GRAVITIES[label] == "newton" else 1)
+        if (self.mean, factor) != (0, 1):
+            kernels.standardize(copies[0], self.mean, factor)
+        if len(copies) == 2:
+            kernels.rotate(copies[0], copies[1])
 
-    uses: list[tuple[int, int, int]]
-    most_open: int  # pairs that are needed at one time
+
+class Use(NamedTuple):
+    """The steps of an epoch in which a seed is used for the first and for the last time."""
+
+    seed: int
+    first: int
+    last: int
 
 
-def plan(pairs: Ids, first_step: int) -> Plan:
-    """The plan of an epoch from `first_step` on; `pairs` (steps, rows) holds the pair of each slice."""
-    steps, rows = pairs.shape
-    names, first = np.unique(pairs, return_index=True)
-    _, from_end = np.unique(pairs.ravel()[::-1], return_index=True)
-    first, last = first // rows, (pairs.size - 1 - from_end) // rows
+def schedule(seeds: Ids, first_step: int) -> tuple[list[Use], int]:
+    """The seeds used from `first_step` on, by their first use, and the most that an epoch uses at one time.
+
+    `seeds` (steps, rows) holds the seed of each slice of the epoch.
+    """
+    steps, rows = seeds.shape
+    values, first = np.unique(seeds, return_index=True)
+    _, from_end = np.unique(seeds.ravel()[::-1], return_index=True)
+    first, last = first // rows, (seeds.size - 1 - from_end) // rows
     changes = np.bincount(first, minlength=steps + 1) - np.bincount(last + 1, minlength=steps + 1)
     order = np.argsort(first, kind="stable")
-    uses = zip(names[order].tolist(), first[order].tolist(), last[order].tolist(), strict=True)
-    return Plan([use for use in uses if use[2] >= first_step], int(np.cumsum(changes).max()))
+    uses = map(Use, values[order].tolist(), first[order].tolist(), last[order].tolist())
+    return [use for use in uses if use.last >= first_step], int(np.cumsum(changes).max())
 
 
-class HostCache:
-    """Pairs of cubes in host memory: those needed soon (`disk`), or the process's whole share (`memory`)."""
+class Prefetcher:
+    """Reads the cubes of a queue of seeds into buffers, in threads of its own, while there are buffers."""
 
-    def __init__(
-        self,
-        cubes: CubeFile,
-        seeds: range,
-        preparation: Preparation,
-        *,
-        rotated: bool,
-        channels: int,
-        device: torch.device,
-        keep: bool,
-    ) -> None:
-        self.name = "memory" if keep else "disk"
-        self.cubes, self.seeds, self.preparation = cubes, seeds, preparation
-        self.rotated, self.channels, self.device, self.keep = rotated, channels, device, keep
-        size = cubes.size
-        self._shape = (len(GRAVITIES), 2 if rotated else 1, size, size, size)
-        self._resize(0)
+    def __init__(self, reader: CubeReader, pool: BufferPool, seeds: Iterable[int]) -> None:
+        self._reader, self._pool, self._queue = reader, pool, deque(seeds)
+        self._reads: dict[int, list[Future[None]]] = {}
+        self._executor = ThreadPoolExecutor(READERS, "read")
+
+    def fill(self) -> None:
+        """Start reads until there is no buffer left, or the queue is empty."""
+        while self._queue:
+            seed = self._queue[0]
+            if not self._pool.reacquire(seed):
+                if not self._pool.acquire(seed):
+                    return
+                buffer = self._pool[seed]
+                self._reads[seed] = [
+                    self._executor.submit(self._reader.read, seed, label, buffer[label])
+                    for label in range(len(GRAVITIES))
+                ]
+            self._queue.popleft()
+
+    def wait(self, seed: int) -> None:
+        """Return when the cubes of a seed are in its buffer. Raises DataError if they cannot be read."""
+        for read in self._reads.get(seed, ()):
+            read.result()
+        self._reads.pop(seed, None)
+
+    def finish(self) -> None:
+        """Start no more reads; the threads end with those that were started. Returns at once."""
+        self._executor.shutdown(wait=False)
+
+    def close(self, *, cancel: bool) -> None:
+        """Wait for the reads, also for those not yet begun unless `cancel`, and release all buffers."""
+        self._executor.shutdown(cancel_futures=cancel)
+        for seed, reads in self._reads.items():
+            if any(read.cancelled() or read.exception() for read in reads):
+                self._pool.discard(seed)
+        self._pool.release_all()
+
+
+class CubeCache:
+    """Gives the images of slices. `kind` is disk, memory or device."""
+
+    def __init__(self, kind: str, reader: CubeReader, *, rotated: bool, channels: int, device: torch.device):
+        self.kind, self._reader, self._channels, self._device = kind, reader, channels, device
+        size = self._size = reader.cubes.size
+        # An accelerator reads along any axis without a rotated copy.
+        self._rotated = rotated and kind != "device"
+        shape = (len(GRAVITIES), 2 if self._rotated else 1, size, size, size)
+        pinned = kind == "device" and slicing.copies_asynchronously(device)
+        self._pool = BufferPool(shape, len(reader.seeds), pinned=pinned)
+        self._device_cubes = DeviceCubes(size, device) if kind == "device" else None
+        self._prefetcher: Prefetcher | None = None
         self._busy = False
 
     def prefetch(self, ids: Ids, first_step: int) -> None:
-        """Begins to read, in threads of its own, the cubes without which `images` gives no batch.
+        """Begin to read what `iterate` needs for its first batch. Returns at once.
 
-        They are those of two steps, as the second is cut while the first is trained on.
+        This covers two steps, as the second one is sliced while the first one is trained on.
         """
-        if self._busy:
-            raise RuntimeError("one loop at a time reads the batches of a data set: close the other first")
-        self._settle()
-        _, coming = self._prepare(ids, first_step)
-        readers = ThreadPoolExecutor(READERS, "read")
-        self._read_on(deque(use for use in coming.uses if use[1] <= first_step + 1), readers)
-        readers.shutdown(wait=False)
+        with self._one_loop():
+            uses = self._prepare(ids // (6 * self._size) - self._reader.seeds.start, first_step)
+            seeds = [use.seed for use in uses if use.first <= first_step + 1]
+            self._prefetcher = Prefetcher(self._reader, self._pool, seeds)
+            self._prefetcher.fill()
+            self._prefetcher.finish()
 
-    def images(self, ids: Ids, symmetries: Ids, first_step: int) -> Iterator[Tensor]:
-        """For each row of `ids` (steps, rows) from `first_step` on the images (rows, C, N, N) of its slices.
+    def iterate(self, ids: Ids, symmetries: Ids, first_step: int) -> Iterator[Tensor]:
+        """For each row of `ids` (steps, rows) from `first_step` on, the images (rows, C, N, N) of its slices.
 
-        They are on the device, channels last, in memory of their own. Cubes are read ahead by threads, which
-        end with the iteration. Raises DataError for a cube that cannot be read.
+        The images are on the device, in its memory format, and never overwritten. The threads end with the
+        iteration. Raises DataError for a cube that cannot be read.
         """
+        with self._one_loop():
+            seeds = ids // (6 * self._size) - self._reader.seeds.start
+            uses = deque(self._prepare(seeds, first_step))
+            views = slicing.views(ids, symmetries, self._size, channels=self._channels, rotated=self._rotated)
+            slicer: HostSlicer | DeviceSlicer
+            if self._device_cubes is None:
+                slicer = HostSlicer(self._pool, seeds, views, self._size, self._device)
+            else:
+                slicer = DeviceSlicer(self._device_cubes, seeds, views)
+            prefetcher = Prefetcher(self._reader, self._pool, [use.seed for use in uses])
+            last_uses: dict[int, list[int]] = defaultdict(list)
+            images: Tensor | None = None
+            try:
+                for step in range(first_step, len(ids)):
+                    prefetcher.fill()
+                    while uses and uses[0].first <= step:
+                        use = uses.popleft()
+                        prefetcher.wait(use.seed)
+                        if self._device_cubes is None:
+                            last_uses[use.last].append(use.seed)
+                        else:
+                            self._device_cubes.upload(use.seed, self._pool[use.seed][:, 0])
+                            self._pool.release(use.seed)
+                            prefetcher.fill()
+                    slicer.start(step)
+                    if images is not None:
+                        yield images  # trained on while the next batch is sliced
+                    images = slicer.result()
+                    for seed in last_uses.pop(step, ()):
+                        self._pool.release(seed)
+                if images is not None:
+                    yield images
+            finally:
+                slicer.close()
+                prefetcher.close(cancel=True)
+
+    @contextmanager
+    def _one_loop(self) -> Iterator[None]:
+        """Raise RuntimeError while another loop uses the buffers; wait for the reads of `prefetch`."""
         if self._busy:
-            raise RuntimeError("one loop at a time reads the batches of a data set: close the other first")
-        self._settle()
-        pairs, coming = self._prepare(ids, first_step)
+            raise RuntimeError(
+                "only one loop at a time can read the batches of a data set; close the other one"
+            )
         self._busy = True
         try:
-            where = slicing.views(
-                ids, symmetries, self.cubes.size, channels=self.channels, rotated=self.rotated
-            )
-            with (
-                ThreadPoolExecutor(READERS, "read") as readers,
-                ThreadPoolExecutor(MOST_CUTTERS, "cut") as cutters,
-            ):
-                try:
-                    cut = self._cutter(pairs, where, cutters)
-                    ready: Tensor | None = None
-                    for step in self._walk(coming, range(first_step, len(ids)), readers):
-                        images = cut(step)  # while the batch before is trained on
-                        if ready is not None:
-                            yield ready
-                        ready = images()
-                    if ready is not None:
-                        yield ready
-                finally:
-                    readers.shutdown(cancel_futures=True)
+            if self._prefetcher is not None:
+                self._prefetcher.close(cancel=False)
+                self._prefetcher = None
+            yield
         finally:
-            self._settle()
             self._busy = False
 
-    def _prepare(self, ids: Ids, first_step: int) -> tuple[Ids, Plan]:
-        """The pair of each slice, and the plan of the epoch, with memory taken for it."""
-        pairs = ids // (6 * self.cubes.size) - self.seeds.start
-        coming = plan(pairs, first_step)
+    def _prepare(self, seeds: Ids, first_step: int) -> list[Use]:
+        """Allocate memory for an epoch; returns what has to be read."""
+        uses, max_open = schedule(seeds, first_step)
+        share = np.unique(seeds).tolist()
         try:
-            self._make_room(pairs, coming)
+            if self._device_cubes is not None:
+                self._device_cubes.reserve(share)
+                uses = [use for use in uses if use.seed not in self._device_cubes]
+                buffers = min(len(share), SEEDS_AHEAD) if uses else 0
+            else:
+                buffers = len(share) if self.kind == "memory" else min(len(share), max_open + SEEDS_AHEAD)
+            if buffers > len(self._pool):
+                self._pool.resize(buffers)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise DataError(
-                f"data_params.cache {self.name} needs more memory than there is: {error}.\n"
-                "Allowed are auto, which takes what fits, and disk, which needs least."
+                f"data_params.cache {self.kind} needs more memory than is available: {error}.\n"
+                "Set it to auto, which chooses by the free memory, or to disk, which needs least."
             ) from error
-        return pairs, coming
-
-    def _make_room(self, pairs: Ids, coming: Plan) -> None:
-        share = len(np.unique(pairs))
-        slots = share if self.keep else min(share, coming.most_open + AHEAD)
-        if slots > len(self._memory):
-            self._resize(slots)
-
-    def _resize(self, slots: int) -> None:
-        """Takes memory for `slots` pairs, empty."""
-        self._memory = np.empty(0, np.float32)  # the old is given back before the new is taken
-        self._memory = self._allocate(slots)
-        self._free = list(range(slots))
-        self._slot: dict[int, int] = {}  # pair -> its place in memory, from when it is being read
-        self._idle: dict[int, None] = {}  # pairs in memory that may be overwritten, the longest idle first
-        self._reading: dict[int, list[Future[None]]] = {}
-        self._places = np.zeros(len(self.seeds), np.int64)  # pair -> where it begins, in floats
-
-    def _allocate(self, slots: int) -> NDArray[np.float32]:
-        # NumPy's memory, unlike torch's, lies on huge pages where there are any, which makes far rows faster.
-        return np.empty((slots, *self._shape), np.float32)
-
-    def _walk(self, coming: Plan, steps: range, readers: ThreadPoolExecutor) -> Iterator[int]:
-        """Yields the steps, each when all that it needs is in memory; reads on as far as there is room."""
-        to_read, to_open = deque(coming.uses), deque(coming.uses)
-        closing: dict[int, list[int]] = {}
-        for pair, _, last in coming.uses:
-            closing.setdefault(last, []).append(pair)
-        for step in steps:
-            self._read_on(to_read, readers)
-            while to_open and to_open[0][1] <= step:
-                pair = to_open.popleft()[0]
-                for future in self._reading.get(pair, ()):
-                    future.result()
-                self._reading.pop(pair, None)
-                if self._arrived(pair):
-                    self._read_on(to_read, readers)
-            yield step
-            self._idle |= {pair: None for pair in closing.get(step, ()) if pair in self._slot}
-
-    def _read_on(self, to_read: deque[tuple[int, int, int]], readers: ThreadPoolExecutor) -> None:
-        while to_read and self._read(to_read[0][0], readers):
-            to_read.popleft()
-
-    def _read(self, pair: int, readers: ThreadPoolExecutor) -> bool:
-        """Starts reading a pair, unless it is in memory; False if there is no room for it now."""
-        if pair in self._slot:
-            self._idle.pop(pair, None)
-            return True
-        if self._free:
-            slot = self._free.pop()
-        elif self._idle:
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            slot = self._slot.pop(oldest)
-        else:
-            return False
-        self._slot[pair] = slot
-        self._places[pair] = slot * self._memory[0].size
-        self._reading[pair] = [readers.submit(self._load, pair, gravity, slot) for gravity in range(2)]
-        return True
-
-    def _load(self, pair: int, gravity: int, slot: int) -> None:
-        copies = self._memory[slot, gravity]
-        self.cubes.read(self.seeds[pair], GRAVITIES[gravity], copies[0])
-        mean, std, newton = self.preparation
-        factor = 1 / std * (newton if GRAVITIES[gravity] == "newton" else 1)
-        if (mean, factor) != (0, 1):
-            slicing.standardise(copies[0], mean, factor)
-        if self.rotated:
-            slicing.rotate(copies[0], copies[1])
-
-    def _arrived(self, pair: int) -> bool:
-        """Called when a pair is first needed and lies in host memory; True if that made room there."""
-        assert pair in self._slot
-        return False
-
-    def _settle(self) -> None:
-        """Around an iteration: pairs that were read whole stay as long as nobody needs the room."""
-        for pair, futures in self._reading.items():
-            if any(future.cancelled() or future.exception() for future in futures):
-                self._free.append(self._slot.pop(pair))
-        self._reading.clear()
-        self._idle |= dict.fromkeys(pair for pair in self._slot if pair not in self._idle)
-
-    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Cutter:
-        """What begins to cut the images of a step, when its pairs are in memory, and later gives them."""
-        size, count = self.cubes.size, pairs.shape[1]
-        threads = min(torch.get_num_threads(), MOST_CUTTERS, count)
-        bounds = [count * self.channels * k // threads for k in range(threads + 1)]
-        row, column = where.row.reshape(len(pairs), -1), where.column.reshape(len(pairs), -1)
-        on_gpu = self.device.type == "cuda"
-        send = _Sender(self.device) if on_gpu else None
-
-        def cut(step: int) -> Callable[[], Tensor]:
-            images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
-            start = (where.start[step] + self._places[pairs[step]][:, None]).ravel()
-            arrays = (start, row[step], column[step], images.view(-1, size, size).numpy())
-            parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
-            memory = self._memory.reshape(-1)
-            pieces = [cutters.submit(slicing.copy_slices, memory, *part) for part in parts]
-
-            def finish() -> Tensor:
-                for piece in pieces:
-                    piece.result()
-                return _channels_last(send(images) if send else images.to(self.device))
-
-            return finish
-
-        return cut
+        return uses
 
 
-class DeviceCache(HostCache):
-    """The pairs of this process's share on the device, where slices are cut; host memory passes them on."""
+def choose_cache(seed_bytes: int, seeds: int, device: torch.device, ranks: int, *, rotated: bool) -> str:
+    """The fastest cache that fits in the free memory, for `cache: auto`; the log gives it with the reason.
 
-    def __init__(
-        self, cubes: CubeFile, seeds: range, preparation: Preparation, *, channels: int, device: torch.device
-    ) -> None:
-        # A GPU reads along any axis without a rotated copy.
-        super().__init__(
-            cubes, seeds, preparation, rotated=False, channels=channels, device=device, keep=False
-        )
-        self.name = "device"
-        self._on_device = torch.empty(0)
-        self._cut_views: slicing.Gather | None = None
-        self._rank: dict[int, int] = {}  # pair -> its place on the device
-        self._there: set[int] = set()
-
-    def _make_room(self, pairs: Ids, coming: Plan) -> None:
-        share = np.unique(pairs).tolist()
-        if not self._rank.keys() >= set(share):
-            self._on_device = torch.empty(0)
-            with torch.inference_mode(False):
-                self._on_device = torch.empty(
-                    (len(share), len(GRAVITIES), *self._shape[2:]), device=self.device
-                )
-            self._rank = {pair: rank for rank, pair in enumerate(share)}
-            self._there.clear()
-        if not self._there >= set(share) and len(self._memory) == 0:
-            self._resize(min(len(share), AHEAD))
-
-    def _allocate(self, slots: int) -> NDArray[np.float32]:
-        with torch.inference_mode(False):
-            return torch.empty((slots, *self._shape), pin_memory=self.device.type == "cuda").numpy()
-
-    def _read(self, pair: int, readers: ThreadPoolExecutor) -> bool:
-        return pair in self._there or super()._read(pair, readers)
-
-    def _arrived(self, pair: int) -> bool:
-        if pair in self._there:
-            return False
-        # Only this thread speaks to the device: calls of others would break the capture of a CUDA graph.
-        self._on_device[self._rank[pair]].copy_(torch.from_numpy(self._memory[self._slot[pair], :, 0]))
-        self._there.add(pair)
-        self._idle[pair] = None
-        return True
-
-    def _cutter(self, pairs: Ids, where: Views, cutters: ThreadPoolExecutor) -> Cutter:
-        size, (steps, count) = self.cubes.size, pairs.shape
-        ranks = np.zeros(len(self.seeds), np.int64)
-        ranks[list(self._rank)] = list(self._rank.values())
-        places = (ranks * self._on_device[0].numel())[pairs][:, :, None]
-        start, row, column = (
-            torch.from_numpy(part.reshape(steps, -1)).to(self.device)  # once for the whole epoch
-            for part in (where.start + places, where.row, where.column)
-        )
-        memory = self._on_device.view(-1)
-        cut_views = self._cut_views or slicing.choose_gather(memory, start[0], row[0], column[0], size)
-        self._cut_views = cut_views
-
-        def cut(step: int) -> Callable[[], Tensor]:
-            images = cut_views(memory, start[step], row[step], column[step], size)
-            return lambda: _channels_last(images.view(count, self.channels, size, size))
-
-        return cut
-
-
-class _Sender:
-    """Copies batches to a GPU while it computes.
-
-    Nothing else in a step waits for the GPU, so this keeps the host from preparing more than a few batches
-    ahead of it, each of which takes memory on both.
+    `seed_bytes` is the size of both cubes of one of the `seeds`, which are divided among `ranks`; with
+    `rotated` host memory holds them twice.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-        self._steps: deque[torch.cuda.Event] = deque()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The images on the device; `images` are pinned."""
-        computing = torch.cuda.current_stream(self._device)
-        self._steps.append(computing.record_event())
-        if len(self._steps) > BATCHES_AHEAD:
-            self._steps.popleft().synchronize()
-        with torch.cuda.stream(self._stream):
-            there = images.to(self._device, non_blocking=True)
-        computing.wait_stream(self._stream)
-        there.record_stream(computing)  # its memory was taken by one stream and is used by another
-        return there
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    """The same images; with one channel the memory is the same too, only the strides say what they are."""
-    _, channels, height, width = images.shape
-    if channels == 1:
-        return images.as_strided(images.shape, (height * width, 1, width, 1))
-    return images.contiguous(memory_format=torch.channels_last)
+    # The streams of a rank, rounded up; at the borders of its share it needs seeds that others need too.
+    streams = min(STREAMS, -(-STREAMS // ranks) + (STREAMS % ranks > 0))
+    share = min(seeds, seeds * streams // STREAMS + 3) * seed_bytes
+    if hasattr(torch.get_device_module(device), "mem_get_info"):
+        free = FREE_SHARE * torch.get_device_module(device).mem_get_info(device)[0]
+        if share <= free:
+            log.info("cache: device (%.1f GiB of cubes, %.1f GiB free for them)", share / 2**30, free / 2**30)
+            return "device"
+    share *= 2 if rotated else 1
+    free = FREE_SHARE * system.available_memory() / system.local_world_size()
+    choice = "memory" if share <= free else "disk"
+    log.info("cache: %s (%.1f GiB of cubes, %.1f GiB free for them)", choice, share / 2**30, free / 2**30)
+    return choice

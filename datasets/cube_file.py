@@ -1,15 +1,18 @@
-"""Cube files: simulation cubes in one HDF5 file, checked when it is opened and read a whole cube at a time.
+"""Cube files: simulation cubes in one HDF5 file, checked when opened and read a whole cube at a time.
 
-Each cube is an (N, N, N) field, N a multiple of 64; a seed has one cube per gravity. Two layouts are known:
+Each cube is an (N, N, N) field, N a multiple of 64; a seed has one cube per gravity. Two layouts are
+supported:
 
     packed   /gr_seed0000   /newton_seed0000   /gr_seed0001   ...
     nested   /0/gr          /0/newton          /1/gr          ...
 
-Another layout is one more entry in LAYOUTS.
+To add a layout, add an entry to LAYOUTS.
 
-A file is opened read-only and without HDF5's file locks, so that read-only and lock-less file systems serve,
-and it is closed again after each use: no handle lives long enough to be inherited over a fork.
+A file is opened read-only and without HDF5's file locks, so read-only file systems and those without locks
+work. It is closed after each use, so no handle is inherited by a forked process.
 """
+
+from __future__ import annotations
 
 import hashlib
 import math
@@ -32,33 +35,38 @@ import system
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
-CHECKED_BYTES = 1 << 30  # files up to this size are searched for NaN before a run begins
-CHUNK_BYTES = 64 * 1024  # smaller chunks cost more to find than to copy
-CHUNK_ROW_BYTES = 64  # shorter rows use only a part of each cache line
+CHECKED_BYTES = 1 << 30  # cubes up to this size in total are searched for NaN before a run starts
+CHUNK_BYTES = 64 * 1024  # smaller chunks take longer to find than to copy
+CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
 
 
 class DataError(ValueError):
-    """A data file that cannot be used as it is; the message says what is wrong and what to do."""
+    """A problem with a data file; the message says how to fix it."""
 
 
 @dataclass(frozen=True)
 class Cube:
-    """One cube as the file describes it, before any of its values is read."""
+    """The description of one cube in a file; no values are read."""
 
-    name: str  # path inside the file
+    name: str
+    """Path inside the file."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    offset: int | None  # bytes from the start of the file, where the values lie in one piece
-    stored: int  # bytes taken in the file
+    offset: int | None
+    """Bytes from the start of the file, if the values are stored contiguously."""
+    stored: int
+    """Bytes in the file."""
     chunks: tuple[int, ...] | None
-    filters: tuple[str, ...]  # compression, shuffle, checksum
-    written: bool  # False: space was reserved, but no value was ever written
+    filters: tuple[str, ...]
+    """Compression, shuffle, checksum."""
+    written: bool
+    """False if space was reserved, but no value was written."""
 
     @property
     def direct(self) -> bool:
-        """Whether the file holds the cube's values exactly as memory does."""
+        """Whether the values have the same bytes in the file and in memory."""
         return self.offset is not None and self.dtype == np.float32 and self.dtype.isnative
 
 
@@ -90,7 +98,7 @@ def packed_name(seed: int, gravity: str) -> str:
 
 @contextmanager
 def open_cubes(path: Path) -> Iterator[h5py.File]:
-    """A cube file, open for reading. Raises DataError for what keeps it from being read, here and within."""
+    """Open a cube file for reading. Raises DataError if it cannot be read, then or within the block."""
     try:
         _require_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
@@ -98,43 +106,47 @@ def open_cubes(path: Path) -> Iterator[h5py.File]:
     except H5PY_ERRORS as error:
         if "truncated file" in str(error):
             size = path.stat().st_size
-            raise DataError(f"{path}: the file is truncated, to {size} bytes. Make it again.") from error
+            raise DataError(
+                f"{path}: the file is truncated to {size} bytes. Copy or create it again."
+            ) from error
         raise DataError(f"{path}: the file cannot be read: {error}") from error
 
 
 def _require_hdf5(path: Path) -> None:
     if not path.exists():
         raise DataError(
-            f"{path}: there is no such file.\n"
-            "Set data_params.datafile (evaluating: --datafile) to an HDF5 file of cubes, or make one:\n"
+            f"{path}: no such file.\n"
+            "Set data_params.datafile (evaluation: --datafile) to an HDF5 file of cubes, or create one:\n"
             f"  python -m datasets pack RAW_DIR {path} --redshift 1    from gevolution's output\n"
             f"  python -m datasets synthesize {path} --seeds 32        a synthetic universe"
         )
     if path.is_dir():
         raise DataError(
-            f"{path}: is a folder; an HDF5 file is needed.\n"
-            f"Raw gevolution output becomes one by: python -m datasets pack {path} OUT.h5 --redshift 1"
+            f"{path}: is a folder, not an HDF5 file.\n"
+            f"To pack raw gevolution output: python -m datasets pack {path} OUT.h5 --redshift 1"
         )
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes). Copy it or make it again.")
-    with path.open("rb") as raw:  # tells a file that may not be read from one of another format
+        raise DataError(f"{path}: the file is empty (0 bytes). Copy or create it again.")
+    with path.open("rb") as raw:  # raises PermissionError; h5py would call the file no HDF5 file
         start = raw.read(8)
     if not h5py.is_hdf5(path):
-        raise DataError(f"{path}: is not an HDF5 file, or its start is damaged: it is {start!r}.")
+        raise DataError(f"{path}: is not an HDF5 file, or its start is damaged: {start!r}. Create it again.")
 
 
 def _cube(file: h5py.File, name: str) -> Cube:
     data = file.get(name)
     if not isinstance(data, h5py.Dataset):
-        raise DataError(f"{file.filename}: /{name} is named like a cube, but is no readable data set.")
+        raise DataError(
+            f"{file.filename}: /{name} is named as a cube, but is no readable data set. Rename it."
+        )
     creation = data.id.get_create_plist()
     filters = [creation.get_filter(i)[3].decode() for i in range(creation.get_nfilters())]
-    here = data.file.filename == file.filename  # an external link's data lie in another file
+    in_file = data.file.filename == file.filename  # the data of an external link are in another file
     return Cube(
         name=name,
         shape=data.shape or (),
         dtype=data.dtype,
-        offset=data.id.get_offset() if here else None,
+        offset=data.id.get_offset() if in_file else None,
         stored=data.id.get_storage_size(),
         chunks=data.chunks,
         filters=tuple(filters),
@@ -143,65 +155,67 @@ def _cube(file: h5py.File, name: str) -> Cube:
 
 
 def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
-    """The layout of an open file and its cubes, whatever state they are in.
+    """The layout of an open file and its cubes, unchecked.
 
-    Raises DataError where there are none, or where two names mean the same cube.
+    Raises DataError if there are none, or if two names denote the same cube.
     """
     for layout, entries in LAYOUTS.items():
         cubes: Cubes = {}
         for seed, gravity, name in entries(file):
             if (seed, gravity) in cubes:
                 both = f"/{cubes[seed, gravity].name} and /{name}"
-                raise DataError(f"{file.filename}: {both} both name the {gravity} cube of seed {seed}.")
+                raise DataError(
+                    f"{file.filename}: {both} are both the {gravity} cube of seed {seed}. Remove one."
+                )
             cubes[seed, gravity] = _cube(file, name)
         if cubes:
             return layout, dict(sorted(cubes.items()))
     names = list(file)
     found = ", ".join(f"/{name}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
     raise DataError(
-        f"{file.filename}: no cubes found; the file holds {found or 'nothing'}.\n"
+        f"{file.filename}: no cubes found; the file contains {found or 'nothing'}.\n"
         "Cubes are named /gr_seed0000 and /newton_seed0000, or /0/gr and /0/newton."
     )
 
 
 def problems(cubes: Cubes) -> Iterator[str]:
-    """What is wrong with each cube that is not (N, N, N) real numbers, N one multiple of 64 for all cubes."""
-    usual = Counter(cube.shape for cube in cubes.values()).most_common(1)[0][0]
+    """A problem for each cube that is not (N, N, N) real numbers, with one N, a multiple of 64, for all."""
+    common = Counter(cube.shape for cube in cubes.values()).most_common(1)[0][0]
     for cube in cubes.values():
-        where, shape = f"cube /{cube.name}", cube.shape
+        name, shape = f"cube /{cube.name}", cube.shape
         if cube.dtype.kind not in "fiu":
-            yield f"{where} is not numeric, but {cube.dtype}; floats or integers are needed."
+            yield f"{name} has the type {cube.dtype}; real numbers are needed."
         elif len(shape) != 3 or len(set(shape)) != 1:
-            yield f"{where} is not cubic: its shape is {shape}; (N, N, N) is needed."
+            yield f"{name} has the shape {shape}; (N, N, N) is needed."
         elif shape[0] == 0 or shape[0] % SIZE_UNIT:
-            yield f"{where} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}."
-        elif shape != usual:
-            yield f"{where} has the shape {shape}, others have {usual}; all must be equal."
+            yield f"{name} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}."
+        elif shape != common:
+            yield f"{name} has the shape {shape}, others have {common}; all must be equal."
         elif not cube.written:
-            yield f"{where} was never written: what made the file did not finish. Make it again."
+            yield f"{name} was never written; the program that created the file did not finish. Repeat it."
 
 
 def slow_chunks(path: Path, cubes: Cubes) -> str | None:
-    """A warning if filters or chunks make reading whole cubes slow, with the command that mends it."""
+    """A warning if filters or chunks make it slow to read whole cubes, with the command that fixes it."""
     for cube in cubes.values():
         if cube.chunks is None:
             continue
-        reasons = [f"passes through filters ({', '.join(cube.filters)})"] if cube.filters else []
+        reasons = [f"has filters ({', '.join(cube.filters)})"] if cube.filters else []
         chunk, row = int(np.prod(cube.chunks)) * cube.dtype.itemsize, cube.chunks[-1] * cube.dtype.itemsize
         if chunk < CHUNK_BYTES or row < CHUNK_ROW_BYTES:
-            reasons.append(f"is stored in small or thin chunks {cube.chunks}")
+            reasons.append(f"has small or thin chunks {cube.chunks}")
         if reasons:
-            better = path.with_name(f"{path.stem}_contiguous.h5")
+            repacked = path.with_name(f"{path.stem}_contiguous.h5")
             return (
-                f"{path}: reading whole cubes is slow: /{cube.name} {' and '.join(reasons)}.\n"
+                f"{path}: whole cubes are slow to read: /{cube.name} {' and '.join(reasons)}.\n"
                 "Repack the file once: "
-                f"python -m datasets repack {shlex.quote(str(path))} {shlex.quote(str(better))}"
+                f"python -m datasets repack {shlex.quote(str(path))} {shlex.quote(str(repacked))}"
             )
     return None
 
 
 def python_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
-    """HDF5 attributes as plain Python values: numbers, strings, lists; None for an empty one."""
+    """HDF5 attributes as Python values: numbers, strings, lists; None for an empty attribute."""
     values: dict[str, Any] = {}
     for key, value in attributes.items():
         if isinstance(value, np.ndarray | np.generic):
@@ -213,7 +227,7 @@ def python_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
 
 
 def attr_float(attributes: Mapping[str, Any], key: str) -> float | None:
-    """An attribute that is a finite number; None if there is none, or something else under its name."""
+    """An attribute, if it is a finite number; otherwise None."""
     value = attributes.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -221,9 +235,9 @@ def attr_float(attributes: Mapping[str, Any], key: str) -> float | None:
 class CubeFile:
     """The cubes of one HDF5 file.
 
-    Opening reads no values, only what the file says of its cubes, and checks that. Raises DataError if the
-    file is missing, damaged or without cubes, or if these are not real numbers in (N, N, N), N one multiple
-    of 64.
+    Opening reads and checks the description of the cubes, but no values. Raises DataError if the file is
+    missing, damaged or without cubes, or if these are not real numbers in (N, N, N) with one N, a multiple of
+    64.
     """
 
     def __init__(self, path: str | Path):
@@ -234,48 +248,48 @@ class CubeFile:
         for problem in problems(self.cubes):
             raise DataError(f"{self.path}: {problem}")
         self.size: int = next(iter(self.cubes.values())).shape[0]
-        there = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
-        self.seeds = tuple(sorted(there["newton"] & there["gr"]))
+        seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
+        self.seeds = tuple(sorted(seeds["newton"] & seeds["gr"]))
         self._bytes_read = 0
-        self._lock = threading.Lock()  # cubes may be read by several threads at once
+        self._lock = threading.Lock()  # several threads may read cubes at the same time
 
     def __repr__(self) -> str:
         return f"CubeFile({str(self.path)!r}: {len(self.seeds)} seeds of {self.size}^3, {self.layout})"
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of cubes taken from the file so far."""
+        """Bytes of cubes read from the file so far."""
         return self._bytes_read
 
     def attr_float(self, key: str) -> float | None:
-        """An attribute of the file that is a finite number, None without one."""
+        """An attribute of the file, if it is a finite number; otherwise None."""
         return attr_float(self.attributes, key)
 
     def require(self, seeds: range) -> None:
-        """Raises DataError unless both twins of each of these seeds are there."""
+        """Raise DataError unless the file has both twins of each of these seeds."""
         known = set(self.seeds)
-        # Of more seeds than any file holds the first few tell enough.
+        # Far more seeds than the file has: the first few suffice for the message.
         missing = [seed for seed in seeds[: len(known) + 1000] if seed not in known]
         if not missing:
             return
         lines = [
-            f"{self.path}: seeds {system.format_ranges(seeds)} are asked for "
+            f"{self.path}: seeds {system.format_ranges(seeds)} are needed "
             "(data_params.train_seeds and data_params.test_seeds, or --seeds), but"
         ]
         for twin in GRAVITIES:
             alone = [seed for seed in missing if (seed, twin) in self.cubes]
             if alone:
-                lines.append(f"  of seeds {system.format_ranges(alone)} only the {twin} cube is there")
+                lines.append(f"  seeds {system.format_ranges(alone)} have only the {twin} cube")
             missing = [seed for seed in missing if seed not in alone]
         if missing:
-            lines.append(f"  there are no cubes of seeds {system.format_ranges(missing)}")
-        lines.append(f"Both twins are there of {len(self.seeds)} seeds: {system.format_ranges(self.seeds)}.")
+            lines.append(f"  seeds {system.format_ranges(missing)} have no cubes")
+        lines.append(f"{len(self.seeds)} seeds have both twins: {system.format_ranges(self.seeds)}.")
         raise DataError("\n".join(lines))
 
     def require_finite(self, seeds: range) -> None:
-        """Raises DataError if a value of these seeds is NaN or infinite, unless they have over CHECKED_BYTES.
+        """Raise DataError if a value of these seeds is NaN or infinite, unless they exceed CHECKED_BYTES.
 
-        That many would delay the start of a run; each cube is checked as it is read anyway.
+        More would delay the start of a run; each cube is checked again when it is read for training.
         """
         cube = np.empty((self.size,) * 3, np.float32)
         if cube.nbytes * len(GRAVITIES) * len(seeds) <= CHECKED_BYTES:
@@ -284,10 +298,10 @@ class CubeFile:
                     self.read(seed, gravity, cube)
 
     def read(self, seed: int, gravity: str, out: NDArray[np.float32]) -> None:
-        """Reads one cube into `out`, a C-contiguous (N, N, N) float32 array; threads may do so at once.
+        """Read one cube into `out`, a C-contiguous (N, N, N) float32 array. Thread-safe.
 
-        A contiguous, uncompressed, native float32 cube comes straight from its place in the file; any other
-        is read and converted by HDF5. Raises DataError if it cannot be read, or holds NaN or infinity.
+        A contiguous, uncompressed, native float32 cube is read directly from its place in the file, any other
+        by HDF5, which converts it. Raises DataError if it cannot be read or contains NaN or infinity.
         """
         cube = self.cubes[seed, gravity]
         if cube.direct:
@@ -313,26 +327,28 @@ class CubeFile:
         except OSError as error:
             raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if done < len(target):
-            raise DataError(f"{self.path}: the file now ends inside cube /{cube.name}.")
+            raise DataError(
+                f"{self.path}: the file now ends within cube /{cube.name}. It was changed while in use."
+            )
 
     def _require_finite(self, cube: Cube, values: NDArray[np.float32]) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(values.sum()):  # one fast pass; NaN and infinity survive a sum
+            if np.isfinite(values.sum()):  # one fast pass: NaN and infinity propagate into the sum
                 return
         bad = ~np.isfinite(values)
-        if not bad.any():  # finite values whose sum overflows
+        if not bad.any():  # the sum of finite values overflowed
             return
         first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
         raise DataError(
-            f"{self.path}: cube /{cube.name} holds {int(bad.sum())} values that are NaN, infinite or too "
-            f"large for float32, the first at index {first}. All must be finite: make this simulation again."
+            f"{self.path}: cube /{cube.name} has {int(bad.sum())} values that are NaN, infinite or too "
+            f"large for float32, the first at index {first}. Copy the file again, or rerun this simulation."
         )
 
     def identity(self, seeds: range) -> dict[str, Any]:
-        """What tells this data from other data, as JSON-able values, without reading all of it.
+        """Identifies the data of these seeds, as JSON-able values, without reading all of it.
 
-        `fingerprint` hashes four rows in the middle of every cube of these seeds, as float32: it changes with
-        the simulations, their order and standardisation, not with the file's place, layout or compression.
+        `fingerprint` is a hash of four rows in the middle of every cube, as float32. It depends on the
+        simulations, their order and standardization, not on path, layout or compression of the file.
         """
         self.require(seeds)
         digest, middle = hashlib.sha256(), self.size // 2
@@ -343,12 +359,14 @@ class CubeFile:
                     digest.update(np.ascontiguousarray(rows, dtype="<f4").tobytes())
         return {
             "path": str(self.path.absolute()),
-            "bytes": os.path.getsize(self.path),  # as the path, for people: a repacked file has another
+            "bytes": os.path.getsize(
+                self.path
+            ),  # for information, as is the path: a repacked file has another size
             "shape": [self.size] * 3,
             "seeds": [seeds.start, seeds.stop],
             "fingerprint": digest.hexdigest(),
         }
 
     def slow_chunks(self) -> str | None:
-        """A warning if filters or chunks make reading whole cubes slow, with the command that mends it."""
+        """A warning if filters or chunks make it slow to read whole cubes, with the command that fixes it."""
         return slow_chunks(self.path, self.cubes)

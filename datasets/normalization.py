@@ -1,31 +1,94 @@
-"""Whether a network trained on one file may judge another: do equal values mean the same?"""
+"""Mean and standard deviation of cubes, and whether two files are standardized alike."""
+
+from __future__ import annotations
 
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cube_file import GRAVITIES, CubeFile, DataError
 
 
+class Moments:
+    """Running mean and variance over parts of the data (Chan, Golub & LeVeque 1983, Am. Stat. 37, 242).
+
+    Sums of squares are taken about the mean of each part, so a small variance about a large mean is exact.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._squares = 0, 0.0, 0.0
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Add one part, at least one value, C-contiguous; its values are overwritten."""
+        mean = float(values.mean())
+        values -= mean
+        values *= values
+        self._merge(values.size, mean, float(values.sum()))
+
+    def merge(self, other: Moments) -> None:
+        """Add all values of `other`."""
+        if other.count:
+            self._merge(other.count, other.mean, other._squares)
+
+    def _merge(self, count: int, mean: float, squares: float) -> None:
+        difference, total = mean - self.mean, self.count + count
+        self._squares += squares
+        self._squares += difference**2 * self.count * count / total
+        self.mean += difference * count / total
+        self.count = total
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance from the mean."""
+        return self._squares / self.count
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, without Bessel's correction."""
+        return math.sqrt(self.variance)
+
+
+def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
+    """Mean and standard deviation over all values of the cubes of `seeds`, in float64.
+
+    Raises DataError if all values are equal.
+    """
+    cube = np.empty((cubes.size,) * 3, np.float32)
+    moments = Moments()
+    for seed in seeds:
+        for gravity in GRAVITIES:
+            cubes.read(seed, gravity, cube)
+            for plane in cube:
+                moments.add(plane.astype(np.float64))
+    if moments.variance == 0:
+        raise DataError(
+            f"{cubes.path}: all values are {moments.mean}, so data_params.standardize train cannot divide by "
+            "their standard deviation.\n"
+            "Use another file, or set standardize to none. python -m datasets inspect lists its contents."
+        )
+    return moments.mean, moments.std
+
+
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
-    """Raises DataError if the values of ``other`` are standardised otherwise than those of ``trained_on``."""
+    """Raise DataError if the values of `other` are standardized otherwise than those of `trained_on`."""
     for key in ("mean", "std"):
         before, now = trained_on.attr_float(key), other.attr_float(key)
         if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
             raise DataError(
-                f"{other.path}: found cubes standardised by {key} {now:.6g}, but the network was trained on "
-                f"{trained_on.path} with {before:.6g}\nallowed: a file standardised by the same mean and std"
+                f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained on "
+                f"{trained_on.path} with {before:.6g}.\nUse a file standardized by the same mean and std."
             )
-    # Not every file says by what it is standardised; raw potentials are some 10^4 times smaller.
-    before, now = (_spread(cubes) for cubes in (trained_on, other))
+    # Not every file has these attributes; the values of raw potentials are some 10^4 times smaller.
+    before, now = (_std_of_first_cube(cubes) for cubes in (trained_on, other))
     if not 0.5 * before < now < 2 * before:
         raise DataError(
             f"{other.path}: found values with standard deviation {now:.3g}, but the network was trained on "
-            f"{before:.3g} ({trained_on.path})\nallowed: a file standardised in the same way"
+            f"{before:.3g} ({trained_on.path}).\nUse a file standardized in the same way."
         )
 
 
-def _spread(cubes: CubeFile) -> float:
+def _std_of_first_cube(cubes: CubeFile) -> float:
     cube = np.empty((cubes.size,) * 3, np.float32)
     cubes.read(cubes.seeds[0], GRAVITIES[0], cube)
     return float(cube.std(dtype=np.float64))

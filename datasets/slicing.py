@@ -1,48 +1,33 @@
-"""Cutting slices out of cubes in memory: a slice, flipped and turned, is an affine view of its cube.
+"""Slices of cubes in memory: where they lie, and how a batch of them is copied to the device.
 
-Element (i, j) of an image lies `start + i * row + j * column` floats into the memory that holds the cubes.
-Where `column` is 1 or -1, the rows of the image lie in the cube as they are. To have that for slices across
-axis 2 too, which would otherwise touch one float per cache line, a second copy of each cube is held, rotated
-once when it is loaded: rotated[z, x, y] = cube[x, y, z].
+A slice, flipped or transposed, is an affine view of its cube (see kernels.py). If the column stride is 1 or
+-1, the rows of the image are contiguous in the cube. Slices across axis 2 would touch one float per cache
+line, so host memory holds a second, rotated copy of each cube: rotated[z, x, y] = cube[x, y, z].
 """
 
-import logging
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import kernels
+from .buffers import BufferPool
 from .sampler import Ids, decode
 
-INDEX_BYTES = 64 << 20  # of the index that `gather_in_parts` builds at a time
-ROWS, RUN = 8, 32  # rows walked side by side, and the floats of one row in a run: measured best
-
-Image = NDArray[np.float32]
-Gather = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-
-log = logging.getLogger(__name__)
-
-
-def _can_cache() -> bool:
-    """Whether compiled code can be kept for the next start: not in a read-only image without a home."""
-    try:
-        njit(_can_cache, cache=True)
-    except RuntimeError:
-        return False
-    return True
-
-
-CACHED = _can_cache()
-_unsigned = np.uint64  # spares compiled loops the handling of negative indices, and lets them be vectorised
+MAX_SLICING_THREADS = 8  # more wait for memory
+BATCHES_AHEAD = 2  # batches that the host may copy to an accelerator ahead of the computation
 
 
 class Views(NamedTuple):
-    """Where images lie, in floats from the beginning of their pair of cubes; arrays of one shape."""
+    """Start, row stride and column stride of images, in floats; start counts from the buffer of the seed."""
 
     start: Ids
     row: Ids
@@ -50,135 +35,194 @@ class Views(NamedTuple):
 
 
 def views(ids: Ids, symmetries: Ids, size: int, *, channels: int, rotated: bool) -> Views:
-    """Views (..., channels) of slices `ids` (...) under `symmetries` (...).
+    """Views (..., channels) of the slices `ids` (...) under `symmetries` (...).
 
-    A pair is the Newtonian cube, then that of General Relativity, each followed by its rotated copy if there
-    is one. Channel c of the slice at position p lies at position p + c, periodic as the box is.
+    A seed's buffer holds the Newtonian cube, then that of General Relativity, each followed by its rotated
+    copy if there is one. Channel c of the slice at position p is taken at position p + c, in a periodic box.
     """
-    where = decode(ids, size)
-    axis, turned = where.axis, symmetries >> 2 & 1
-    # The copy of the cube in which the rows of the image lie in one piece; for slices across axes 1 and 2
-    # whose rows run along x there is none.
-    copy = ((axis == 2) | ((axis == 0) & (turned == 1))) & rotated
+    index = decode(ids, size)
+    axis, transposed = index.axis, symmetries >> 2 & 1
+    # The rotated copy serves where it makes the image's rows contiguous. Slices across axes 1 and 2 whose
+    # rows run along x are contiguous in neither copy.
+    copy = ((axis == 2) | ((axis == 0) & (transposed == 1))) & rotated
     strides = np.array([[size * size, size, 1], [size, 1, size * size]])[copy.astype(np.int64)]  # of x, y, z
     across, row, column = (
         np.take_along_axis(strides, np.array(table)[axis][..., None], -1)
         for table in ([0, 1, 2], [1, 0, 0], [2, 2, 1])
     )
     flip_rows, flip_columns = (symmetries & 1)[..., None], (symmetries >> 1 & 1)[..., None]
-    cubes = where.gravity * (2 if rotated else 1) + copy
+    cubes = index.gravity * (2 if rotated else 1) + copy
     start = cubes[..., None] * size**3 + (size - 1) * (flip_rows * row + flip_columns * column)
-    start = start + (where.position[..., None] + np.arange(channels)) % size * across
+    start = start + (index.position[..., None] + np.arange(channels)) % size * across
     row, column = row * (1 - 2 * flip_rows), column * (1 - 2 * flip_columns)
-    turn = turned[..., None] == 1
-    row, column = np.where(turn, column, row), np.where(turn, row, column)
+    swap = transposed[..., None] == 1
+    row, column = np.where(swap, column, row), np.where(swap, row, column)
     return Views(start, *(np.broadcast_to(stride, start.shape).copy() for stride in (row, column)))
 
 
-@njit(nogil=True, cache=CACHED)
-def copy_slices(
-    memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: NDArray[np.float32]
-) -> None:
-    """Copies views of `memory` (flat) into `images` (len(start), N, N), on one thread."""
-    size = images.shape[1]
-    # The padding keeps the columns of the tile from falling onto the same few lines of the processor's cache.
-    tile = np.empty((size, size + 16), np.float32)
-    for k in range(images.shape[0]):
-        image = images[k]
-        if abs(column[k]) == 1:
-            _copy(memory, start[k], row[k], column[k], size, image)
-        else:  # the columns of the image lie in one piece: they become rows, which are turned in the cache
-            _copy(memory, start[k], column[k], row[k], size, tile)
-            for i in range(size):
-                for j in range(size):
-                    image[_unsigned(i), _unsigned(j)] = tile[_unsigned(j), _unsigned(i)]
+class HostSlicer:
+    """Slices cubes in host memory with several threads and copies the images to the device.
 
-
-@njit(nogil=True, cache=CACHED, inline="always")
-def _copy(memory: NDArray[np.float32], first: int, row: int, column: int, size: int, to: Image) -> None:
-    """Copies a view with `column` 1 or -1, whose rows lie in one piece."""
-    if (
-        abs(row) == size
-    ):  # the rows follow each other; the processor fetches ahead if they are read in one sense
-        for n in range(size):
-            i = size - 1 - n if row < 0 and column == 1 else n
-            _run(memory, first + i * row, column, size, to[i])
-    else:  # far rows are read several at a time, so that the processor waits for several of them at once
-        for i in range(0, size, ROWS):
-            for j in range(0, size, RUN):
-                for near in range(i, i + ROWS):
-                    _run(memory, first + near * row + j * column, column, RUN, to[near, j:])
-
-
-@njit(nogil=True, cache=CACHED, inline="always")
-def _run(memory: NDArray[np.float32], place: int, stride: int, count: int, to: NDArray[np.float32]) -> None:
-    begin = _unsigned(place)
-    if stride == 1:
-        for n in range(count):
-            to[_unsigned(n)] = memory[begin + _unsigned(n)]
-    else:
-        for n in range(count):
-            to[_unsigned(n)] = memory[begin - _unsigned(n)]
-
-
-def choose_gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Gather:
-    """The fastest way to do on a device what `cut` does, found by trying it on these views.
-
-    It is called as this function and gives images (len(start), N, N).
+    `seeds` (steps, rows) are the seeds of the slices, `views` (steps, rows, channels) lie in their buffers.
     """
-    if not memory.is_cuda:
-        return gather_in_parts
-    import torch._dynamo
 
-    fused = _fused_gather()
-    try:
-        with torch._dynamo.config.patch(suppress_errors=False):
-            fused(memory, start, row, column, size)
-    except Exception as error:  # whatever is missing: Triton, a C compiler, Python's headers
-        log.warning("slices are cut without torch.compile, which does not work here: %r", error)
-        return gather_in_parts
-    return fused
+    def __init__(self, pool: BufferPool, seeds: Ids, views: Views, size: int, device: torch.device) -> None:
+        self._pool, self._seeds, self._views = pool, seeds, views
+        self._size, self._device = size, device
+        self._executor = ThreadPoolExecutor(MAX_SLICING_THREADS, "slice")
+        self._images = torch.empty(0)
+        self._parts: list[Future[None]] = []
+
+    def start(self, step: int) -> None:
+        """Begin to slice the images of a step, whose seeds must be in their buffers until `result`."""
+        start, row, column = (field[step] for field in self._views)
+        start = start + self._pool.offsets[self._seeds[step]][:, None]
+        shape = (*start.shape, self._size, self._size)
+        self._images = torch.empty(shape, pin_memory=copies_asynchronously(self._device))
+        images = self._images.view(-1, self._size, self._size).numpy()
+        arrays = (start.ravel(), row.ravel(), column.ravel(), images)
+        threads = min(torch.get_num_threads(), MAX_SLICING_THREADS, len(start))
+        bounds = [len(images) * k // threads for k in range(threads + 1)]
+        memory = self._pool.memory.reshape(-1)
+        self._parts = [
+            self._executor.submit(kernels.copy_slices, memory, *(array[a:b] for array in arrays))
+            for a, b in pairwise(bounds)
+        ]
+
+    def result(self) -> Tensor:
+        """The images (rows, channels, N, N) of the step that was started, on the device."""
+        for part in self._parts:
+            part.result()
+        if copies_asynchronously(self._device):
+            images = copy_stream(self._device).upload(self._images)
+        else:
+            images = self._images.to(self._device)
+        return to_memory_format(images)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._executor.shutdown()
+
+
+class DeviceCubes:
+    """Cubes in the memory of the device, two per seed, and their slicing there.
+
+    Only the main thread uses this class: calls from other threads would break the capture of a CUDA graph.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self._memory = torch.empty(0)
+        self._place: dict[int, int] = {}
+        self._resident: set[int] = set()
+        self._gather: kernels.Gather | None = None
+
+    def reserve(self, seeds: list[int]) -> None:
+        """Allocate memory for these seeds, unless they have it already. Raises torch.OutOfMemoryError."""
+        if self._place.keys() >= set(seeds):
+            return
+        self._resident.clear()
+        self._memory = torch.empty(0)  # frees the old memory before the new is allocated
+        with torch.inference_mode(False):  # training could not use a tensor made in inference mode
+            self._memory = torch.empty((len(seeds), 2, *(self.size,) * 3), device=self.device)
+        self._place = {seed: place for place, seed in enumerate(seeds)}
+
+    def __contains__(self, seed: int) -> bool:
+        return seed in self._resident
+
+    def upload(self, seed: int, cubes: NDArray[np.float32]) -> None:
+        """Copy both cubes (2, N, N, N) of a seed to the device; returns when the copy is complete."""
+        self._memory[self._place[seed]].copy_(torch.from_numpy(cubes))
+        self._resident.add(seed)
+
+    def offsets(self, seeds: Ids) -> Ids:
+        """Where the cubes of `seeds` begin, in floats."""
+        places = np.zeros(max(self._place) + 1, np.int64)
+        places[list(self._place)] = list(self._place.values())
+        return places[seeds] * (2 * self.size**3)
+
+    def slice(self, start: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Images (views, N, N) on the device."""
+        memory = self._memory.view(-1)
+        if self._gather is None:
+            self._gather = kernels.choose_gather(memory, start, row, column, self.size)
+        return self._gather(memory, start, row, column, self.size)
+
+
+class DeviceSlicer:
+    """Slices cubes in the memory of the device with one kernel; arguments as those of HostSlicer."""
+
+    def __init__(self, cubes: DeviceCubes, seeds: Ids, views: Views) -> None:
+        self._cubes = cubes
+        fields = (views.start + cubes.offsets(seeds)[..., None], views.row, views.column)
+        # They are small enough to be copied to the device once for the whole epoch.
+        self._views = [torch.from_numpy(field).to(cubes.device) for field in fields]
+        self._images = torch.empty(0)
+
+    def start(self, step: int) -> None:
+        """Queue the kernel that slices the images of a step."""
+        shape = self._views[0].shape[1:]
+        images = self._cubes.slice(*(field[step].reshape(-1) for field in self._views))
+        self._images = images.view(*shape, *images.shape[1:])
+
+    def result(self) -> Tensor:
+        """The images (rows, channels, N, N) of the step that was started."""
+        return to_memory_format(self._images)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class CopyStream:
+    """Copies batches to an accelerator while it computes, on a stream of its own.
+
+    Nothing else in a step waits for the accelerator. So this class also keeps the host from preparing more
+    than BATCHES_AHEAD batches, each of which takes memory on both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._backend = device, torch.get_device_module(device)
+        self._stream = self._backend.Stream(device)
+        self._steps: deque[torch.Event] = deque()
+
+    def upload(self, images: Tensor) -> Tensor:
+        """The images, which are in pinned memory, on the device."""
+        computing = self._backend.current_stream(self._device)
+        self._steps.append(computing.record_event())
+        if len(self._steps) > BATCHES_AHEAD:
+            self._steps.popleft().synchronize()
+        with self._backend.stream(self._stream):
+            copy = images.to(self._device, non_blocking=True)
+        computing.wait_stream(self._stream)
+        copy.record_stream(computing)  # allocated on one stream, used on another
+        return copy
 
 
 @cache
-def _fused_gather() -> Gather:
-    """One kernel, compiled once, that computes the index as it goes and stores none of it."""
-    compiled: Gather = torch.compile(_gather)
-    return compiled
+def copy_stream(device: torch.device) -> CopyStream:
+    """The copy stream of a device: one per process, because the memory pool of a stream is never freed."""
+    return CopyStream(device)
 
 
-def gather_in_parts(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """The images (len(start), N, N), some at a time because the index takes twice their memory."""
-    step = max(1, INDEX_BYTES // (8 * size * size))
-    parts = zip(start.split(step), row.split(step), column.split(step), strict=True)
-    return torch.cat([_gather(memory, s, r, c, size) for s, r, c in parts])
+def copies_asynchronously(device: torch.device) -> bool:
+    """Whether torch has streams and pinned host memory for this type of device."""
+    return device.type not in ("cpu", "mps")
 
 
-def _gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    side = torch.arange(size, device=memory.device)
-    lines = start[:, None] + row[:, None] * side
-    return memory[lines[:, :, None] + (column[:, None] * side)[:, None, :]]
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The memory format of images and networks on a device: channels last, which is faster, except on MPS.
+
+    The backward pass of batch normalization is wrong for channels-last tensors on MPS
+    (pytorch/pytorch#175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-@njit(nogil=True, cache=CACHED)
-def standardise(cube: NDArray[np.float32], mean: float, factor: float) -> None:
-    """(cube - mean) * factor in place, computed in float64 and rounded once."""
-    flat = cube.reshape(-1)
-    for i in range(flat.size):
-        flat[i] = (flat[i] - mean) * factor
-
-
-@njit(nogil=True, cache=CACHED)
-def rotate(cube: NDArray[np.float32], rotated: NDArray[np.float32]) -> None:
-    """rotated[z, x, y] = cube[x, y, z]."""
-    size = _unsigned(cube.shape[0])
-    # One plane at a time is turned within the processor's cache. The padding keeps the columns of the plane
-    # from falling onto the same few cache lines.
-    plane = np.empty((size, size + _unsigned(16)), np.float32)
-    for x in range(size):
-        for y in range(size):
-            for z in range(size):
-                plane[y, z] = cube[x, y, z]
-        for z in range(size):
-            for y in range(size):
-                rotated[z, x, y] = plane[y, z]
+def to_memory_format(images: Tensor) -> Tensor:
+    """Contiguous images (rows, channels, N, N) in the memory format of their device."""
+    _, channels, height, width = images.shape
+    if memory_format(images.device) == torch.contiguous_format:
+        return images
+    if channels == 1:  # both formats have the same memory; only the strides tell them apart
+        return images.as_strided(images.shape, (height * width, 1, width, 1))
+    return images.contiguous(memory_format=torch.channels_last)

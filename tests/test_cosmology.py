@@ -6,62 +6,62 @@ from scipy.integrate import quad
 
 from datasets.preparation.cosmology import HUBBLE_LENGTH, Cosmology
 
-UNIVERSE = Cosmology()
+COSMOLOGY = Cosmology()
 
 
-def test_the_universe_is_flat_and_of_the_simulations() -> None:
-    assert pytest.approx(0.31204608) == UNIVERSE.Omega_m
-    assert pytest.approx(9.166e-5, rel=1e-3) == UNIVERSE.Omega_r
-    assert UNIVERSE.expansion(1) == pytest.approx(1)
+def test_density_parameters() -> None:
+    assert pytest.approx(0.31204608) == COSMOLOGY.Omega_m
+    assert pytest.approx(9.166e-5, rel=1e-3) == COSMOLOGY.Omega_r
+    assert COSMOLOGY.expansion(1) == pytest.approx(1)
 
 
 def test_conformal_hubble() -> None:
-    assert UNIVERSE.conformal_hubble(0) == pytest.approx(1 / HUBBLE_LENGTH)
+    assert COSMOLOGY.conformal_hubble(0) == pytest.approx(1 / HUBBLE_LENGTH)
     matter = Cosmology(omega_b=0.0, omega_cdm=0.67556**2, T_cmb=0.0)  # aH = sqrt(1 + z) H_0
     assert matter.conformal_hubble(3) == pytest.approx(2 / HUBBLE_LENGTH)
 
 
 @pytest.mark.parametrize("redshift", [0, 1, 10])
-def test_growth_without_radiation_is_the_integral(redshift: float) -> None:
-    universe = Cosmology(T_cmb=0.0)
+def test_growth_without_radiation_matches_the_integral(redshift: float) -> None:
+    cosmology = Cosmology(T_cmb=0.0)
     a = 1 / (1 + redshift)
-    integral = quad(lambda x: (x * universe.expansion(x)) ** -3, 0, a)[0]
-    expected = 2.5 * universe.Omega_m * universe.expansion(a) * integral / a
-    assert universe.potential_growth(redshift) == pytest.approx(expected, rel=1e-7)
+    integral = quad(lambda x: (x * cosmology.expansion(x)) ** -3, 0, a)[0]
+    expected = 2.5 * cosmology.Omega_m * cosmology.expansion(a) * integral / a
+    assert cosmology.potential_growth(redshift) == pytest.approx(expected, rel=1e-7)
 
 
-def test_growth_in_matter_domination_is_one() -> None:
+def test_growth_is_one_in_matter_domination() -> None:
     matter = Cosmology(omega_b=0.0, omega_cdm=0.67556**2, T_cmb=0.0)
     assert matter.potential_growth(5) == pytest.approx(1, rel=1e-7)
 
 
-def test_growth_with_radiation_and_no_constant_is_that_of_meszaros() -> None:
+def test_early_growth_with_radiation_matches_meszaros() -> None:
     early = 2000.0
-    equality = UNIVERSE.Omega_r / UNIVERSE.Omega_m
+    equality = COSMOLOGY.Omega_r / COSMOLOGY.Omega_m
     expected = 1 + 2 / 3 * equality * (1 + early)
-    assert UNIVERSE.potential_growth(early) == pytest.approx(expected, rel=1e-6)
+    assert COSMOLOGY.potential_growth(early) == pytest.approx(expected, rel=1e-6)
 
 
-def test_transfer() -> None:
+def test_transfer_function_limits() -> None:
     k = np.geomspace(1e-6, 1e6, 400)
-    transfer = UNIVERSE.transfer(k)
+    transfer = COSMOLOGY.transfer(k)
     assert transfer[0] == pytest.approx(1, abs=1e-4)
     assert (np.diff(transfer) < 0).all()
     tail = np.diff(np.log(transfer)) / np.diff(np.log(k))
     assert tail[-1] == pytest.approx(-2, abs=0.1)  # ln(k) / k^2
 
 
-def test_the_spectrum_has_the_known_sigma_8() -> None:
-    """This cosmology has sigma_8 = 0.83 to 0.85 in Boltzmann codes; the fit is good to a few per cent."""
+def test_sigma_8() -> None:
+    """Boltzmann codes give sigma_8 = 0.83 to 0.85 for this cosmology; the fit is accurate to a few %."""
     k = np.geomspace(1e-5, 50, 20_000)
-    density = k**2 * 2 / 3 / UNIVERSE.Omega_m * HUBBLE_LENGTH**2  # delta / phi today
+    density = k**2 * 2 / 3 / COSMOLOGY.Omega_m * HUBBLE_LENGTH**2  # delta / phi today
     x = 8 * k
     window = 3 * (np.sin(x) - x * np.cos(x)) / x**3
-    variance = k**3 / (2 * np.pi**2) * UNIVERSE.potential_power(k, 0) * (density * window) ** 2
+    variance = k**3 / (2 * np.pi**2) * COSMOLOGY.potential_power(k, 0) * (density * window) ** 2
     assert np.sqrt(np.trapezoid(variance, np.log(k))) == pytest.approx(0.84, abs=0.03)
 
 
-def test_the_spectrum_on_large_scales_is_the_primordial_one() -> None:
-    k = np.array([UNIVERSE.k_pivot / UNIVERSE.h * 1e-4])
-    expected = 9 / 25 * UNIVERSE.A_s * 1e-4 ** (UNIVERSE.n_s - 1) * UNIVERSE.potential_growth(1) ** 2
-    assert k**3 * UNIVERSE.potential_power(k, 1) / (2 * np.pi**2) == pytest.approx(expected, rel=1e-3)
+def test_large_scale_power_is_primordial() -> None:
+    k = np.array([COSMOLOGY.k_pivot / COSMOLOGY.h * 1e-4])
+    expected = 9 / 25 * COSMOLOGY.A_s * 1e-4 ** (COSMOLOGY.n_s - 1) * COSMOLOGY.potential_growth(1) ** 2
+    assert k**3 * COSMOLOGY.potential_power(k, 1) / (2 * np.pi**2) == pytest.approx(expected, rel=1e-3)

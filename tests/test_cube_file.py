@@ -1,4 +1,4 @@
-"""Cube files: what is checked when one is opened, and that every way of storing cubes reads the same."""
+"""Cube files: checks when a file is opened, and reading from every layout and storage."""
 
 import fcntl
 import json
@@ -12,13 +12,13 @@ import h5py
 import numpy as np
 import pytest
 
-from datasets.cube_file import GRAVITIES, LAYOUTS, CubeFile, DataError, format_ranges
+from datasets.cube_file import GRAVITIES, LAYOUTS, CubeFile, DataError
 
 N = 64
 
 
 def cube(seed: int, gravity: str) -> np.ndarray:
-    """Small whole numbers, so that every type of the tests holds them exactly."""
+    """Small integers, which every type in these tests represents exactly."""
     generator = np.random.default_rng([seed, GRAVITIES.index(gravity)])
     return generator.integers(-100, 100, (N, N, N)).astype(np.float32)
 
@@ -71,14 +71,16 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
         (">f8", {"chunks": (N, N, N), "fletcher32": True}, False),
     ],
 )
-def test_every_storage_reads_alike(tmp_path: Path, dtype: str, storage: dict[str, Any], direct: bool) -> None:
+def test_every_storage_reads_the_same_values(
+    tmp_path: Path, dtype: str, storage: dict[str, Any], direct: bool
+) -> None:
     cubes = CubeFile(write(tmp_path / "cubes.h5", seeds=1, dtype=dtype, **storage))
     assert all(entry.direct == direct for entry in cubes.cubes.values())
     for gravity in GRAVITIES:
         assert np.array_equal(read(cubes, 0, gravity), cube(0, gravity))
 
 
-def test_a_file_with_a_user_block_is_read_at_the_right_place(tmp_path: Path) -> None:
+def test_file_with_a_user_block(tmp_path: Path) -> None:
     path = tmp_path / "cubes.h5"
     with h5py.File(path, "w", userblock_size=4096) as file:
         for gravity in GRAVITIES:
@@ -88,14 +90,14 @@ def test_a_file_with_a_user_block_is_read_at_the_right_place(tmp_path: Path) -> 
     assert np.array_equal(read(cubes, 0, "gr"), cube(0, "gr"))
 
 
-def test_cubes_linked_from_another_file(tmp_path: Path, path: Path) -> None:
+def test_external_links(tmp_path: Path, path: Path) -> None:
     with h5py.File(tmp_path / "links.h5", "w") as file:
         for gravity in GRAVITIES:
             file[f"{gravity}_seed0000"] = h5py.ExternalLink("cubes.h5", f"{gravity}_seed0001")
     assert np.array_equal(read(CubeFile(tmp_path / "links.h5"), 0, "newton"), cube(1, "newton"))
 
 
-def test_bytes_read_count_what_is_taken_from_the_file(tmp_path: Path, path: Path) -> None:
+def test_bytes_read(tmp_path: Path, path: Path) -> None:
     cubes = CubeFile(path)
     assert cubes.bytes_read == 0
     with ThreadPoolExecutor(4) as pool:
@@ -106,16 +108,16 @@ def test_bytes_read_count_what_is_taken_from_the_file(tmp_path: Path, path: Path
     assert half.bytes_read == N**3 * 2
 
 
-def test_threads_read_the_right_cubes(tmp_path: Path) -> None:
+def test_concurrent_reads(tmp_path: Path) -> None:
     for path in (write(tmp_path / "a.h5"), write(tmp_path / "b.h5", chunks=(N, N, N))):
         cubes = CubeFile(path)
-        asked = [(i % 2, GRAVITIES[i // 2 % 2]) for i in range(16)]
+        keys = [(i % 2, GRAVITIES[i // 2 % 2]) for i in range(16)]
         with ThreadPoolExecutor(4) as pool:
-            got = list(pool.map(lambda key: read(cubes, *key), asked))  # noqa: B023
-        assert all(np.array_equal(values, cube(*key)) for values, key in zip(got, asked, strict=True))
+            got = list(pool.map(lambda key: read(cubes, *key), keys))  # noqa: B023
+        assert all(np.array_equal(values, cube(*key)) for values, key in zip(got, keys, strict=True))
 
 
-def test_locked_and_read_only_files_are_read(path: Path) -> None:
+def test_locked_and_read_only_files(path: Path) -> None:
     path.chmod(0o444)
     with path.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -125,24 +127,24 @@ def test_locked_and_read_only_files_are_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunks", [None, (N, N, N)])
-def test_a_forked_process_reads_for_itself(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
+def test_forked_process_opens_the_file_itself(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
     cubes = CubeFile(write(tmp_path / "cubes.h5", chunks=chunks))
     read(cubes, 0, "gr")
-    assert not [link for link in Path("/proc/self/fd").iterdir() if _leads_to(link, cubes.path)]
+    assert not [link for link in Path("/proc/self/fd").iterdir() if _points_to(link, cubes.path)]
     child = os.fork()
     if child == 0:
         os._exit(0 if np.array_equal(read(cubes, 1, "newton"), cube(1, "newton")) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def _leads_to(link: Path, path: Path) -> bool:
+def _points_to(link: Path, path: Path) -> bool:
     try:
         return link.resolve() == path
     except OSError:
         return False
 
 
-def test_attributes_are_python_values(path: Path) -> None:
+def test_attributes_become_python_values(path: Path) -> None:
     with h5py.File(path, "a") as file:
         file.attrs.update({"std": np.float64(2.5), "n": np.int32(3), "names": ["a", "b"]})
         file.attrs["raw"] = np.bytes_(b"x")
@@ -152,7 +154,7 @@ def test_attributes_are_python_values(path: Path) -> None:
     assert json.loads(json.dumps(attributes)) == attributes
 
 
-# ---- what bad files get ----
+# ---- bad files ----
 
 
 def replace(path: Path, values: np.ndarray, name: str = "gr_seed0001") -> None:
@@ -178,7 +180,7 @@ def other_names(path: Path) -> None:
         file["phi"] = cube(0, "gr")
 
 
-def twice(path: Path) -> None:
+def duplicate(path: Path) -> None:
     with h5py.File(path, "a") as file:
         file["gr_seed01"] = cube(0, "gr")
 
@@ -191,7 +193,7 @@ def broken_link(path: Path) -> None:
 
 def damaged_names(path: Path) -> None:
     content = path.read_bytes()
-    path.write_bytes(content.replace(b"HEAP", b"HEAQ"))  # where HDF5 keeps the names of a group
+    path.write_bytes(content.replace(b"HEAP", b"HEAQ"))  # the names of a group
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -199,26 +201,29 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "empty": (lambda path: path.write_bytes(b""), ["empty"]),
     "text": (lambda path: path.write_text("Dear colleague,"), ["not an HDF5 file", "Dear col"]),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1000), ["truncated"]),
-    "cut to its head": (lambda path: os.truncate(path, 20), ["cannot be read"]),
+    "header only": (lambda path: os.truncate(path, 20), ["cannot be read"]),
     "damaged names": (damaged_names, ["cannot be read"]),
     "no cubes": (other_names, ["no cubes found", "/phi", "/gr_seed0000"]),
     "never written": (empty_data_set, ["/gr_seed0001", "never written"]),
     "group": (group_for_a_cube, ["/gr_seed0001", "no readable data set"]),
     "broken link": (broken_link, ["/gr_seed0001"]),
-    "twice": (twice, ["/gr_seed0001", "/gr_seed01", "seed 1"]),
+    "duplicate": (duplicate, ["/gr_seed0001", "/gr_seed01", "seed 1"]),
     "not cubic": (lambda path: replace(path, np.zeros((N, N, 2 * N))), ["/gr_seed0001", "(64, 64, 128)"]),
-    "flat": (lambda path: replace(path, np.zeros((N, N))), ["/gr_seed0001", "not cubic"]),
-    "scalar": (lambda path: replace(path, np.zeros(())), ["/gr_seed0001", "not cubic"]),
+    "flat": (lambda path: replace(path, np.zeros((N, N))), ["/gr_seed0001", "(N, N, N) is needed"]),
+    "scalar": (lambda path: replace(path, np.zeros(())), ["/gr_seed0001", "(N, N, N) is needed"]),
     "sizes": (lambda path: replace(path, np.zeros((2 * N,) * 3, "f4")), ["(128, 128, 128)", "(64, 64, 64)"]),
-    "text cube": (lambda path: replace(path, np.full((N, N, N), b"a")), ["/gr_seed0001 is not numeric"]),
-    "complex": (lambda path: replace(path, np.zeros((N, N, N), complex)), ["not numeric", "complex128"]),
+    "text cube": (
+        lambda path: replace(path, np.full((N, N, N), b"a")),
+        ["/gr_seed0001 has the type |S1", "real numbers"],
+    ),
+    "complex": (lambda path: replace(path, np.zeros((N, N, N), complex)), ["complex128", "real numbers"]),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_files(path: Path, kind: str) -> None:
-    spoil, words = BAD[kind]
-    spoil(path)
+    damage, words = BAD[kind]
+    damage(path)
     with pytest.raises(DataError) as caught:
         CubeFile(path)
     message = str(caught.value)
@@ -228,13 +233,13 @@ def test_bad_files(path: Path, kind: str) -> None:
         assert word in message
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
         CubeFile(tmp_path)
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_sizes_that_the_networks_cannot_take(tmp_path: Path, size: int) -> None:
+def test_sizes_that_are_no_multiple_of_64(tmp_path: Path, size: int) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["gr_seed0000"] = np.zeros((size,) * 3, np.float32)
     with pytest.raises(DataError, match=f"N = {size}; N must be a multiple of 64"):
@@ -243,36 +248,36 @@ def test_sizes_that_the_networks_cannot_take(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("storage", [{}, {"chunks": (N, N, N)}, {"dtype": "<f8"}])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite(tmp_path: Path, storage: dict[str, Any], value: float) -> None:
+def test_nan_and_infinity_are_errors(tmp_path: Path, storage: dict[str, Any], value: float) -> None:
     path = write(tmp_path / "cubes.h5", **storage)
     with h5py.File(path, "a") as file:
         file["newton_seed0001"][3, 4, 5] = value
         file["newton_seed0001"][3, 4, 6] = value
     cubes = CubeFile(path)
     read(cubes, 1, "gr")
-    with pytest.raises(DataError, match=r"/newton_seed0001 holds 2 values .* index \(3, 4, 5\)"):
+    with pytest.raises(DataError, match=r"/newton_seed0001 has 2 values .* index \(3, 4, 5\)"):
         read(cubes, 1, "newton")
 
 
-def test_values_too_large_for_float32_are_named_and_large_ones_are_not(tmp_path: Path) -> None:
+def test_values_beyond_float32_are_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "cubes.h5", seeds=1, dtype="<f8")
     with h5py.File(path, "a") as file:
-        file["gr_seed0000"][0, 0] = 3e38  # finite, though their sum is not
+        file["gr_seed0000"][0, 0] = 3e38  # their sum overflows
         file["newton_seed0000"][0, 0, 0] = 1e39
     read(CubeFile(path), 0, "gr")
-    with pytest.raises(DataError, match="/newton_seed0000 holds 1 values"):
+    with pytest.raises(DataError, match="/newton_seed0000 has 1 values"):
         read(CubeFile(path), 0, "newton")
 
 
 @pytest.mark.parametrize("chunks", [None, (16, N, N)])
-def test_a_file_cut_while_in_use(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
+def test_a_file_truncated_while_in_use(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
     cubes = CubeFile(write(tmp_path / "cubes.h5", chunks=chunks))
     os.truncate(cubes.path, cubes.path.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"ends inside cube|truncated"):
+    with pytest.raises(DataError, match=r"ends within cube|truncated"):
         read(cubes, 1, "newton")
 
 
-def test_require_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
+def test_require_lists_missing_and_present_seeds(tmp_path: Path) -> None:
     path = write(tmp_path / "cubes.h5", seeds=6)
     with h5py.File(path, "a") as file:
         del file["gr_seed0001"], file["newton_seed0004"], file["gr_seed0005"], file["newton_seed0005"]
@@ -283,25 +288,18 @@ def test_require_says_what_is_missing_and_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         cubes.require(range(8))
     assert str(caught.value).splitlines() == [
-        f"{path}: seeds 0 to 7 are asked for "
-        "(data_params.train_seeds and data_params.test_seeds, or --seeds), but",
-        "  of seeds 1 only the newton cube is there",
-        "  of seeds 4 only the gr cube is there",
-        "  there are no cubes of seeds 5 to 7",
-        "Both twins are there of 3 seeds: 0, 2 to 3.",
+        f"{path}: seeds 0-7 are needed (data_params.train_seeds and data_params.test_seeds, or --seeds), but",
+        "  seeds 1 have only the newton cube",
+        "  seeds 4 have only the gr cube",
+        "  seeds 5-7 have no cubes",
+        "3 seeds have both twins: 0, 2-3.",
     ]
-
-
-def test_describe_seeds() -> None:
-    assert format_ranges([]) == "none"
-    assert format_ranges([7]) == "7"
-    assert format_ranges({5, 0, 1, 2}) == "0 to 2, 5"
 
 
 # ---- identity and warnings ----
 
 
-def test_identity_knows_the_values_and_not_their_storage(tmp_path: Path, path: Path) -> None:
+def test_identity_depends_on_values_not_on_storage(tmp_path: Path, path: Path) -> None:
     identity = CubeFile(path).identity(range(2))
     assert json.loads(json.dumps(identity)) == identity
     assert (identity["shape"], identity["seeds"]) == ([N, N, N], [0, 2])
@@ -331,7 +329,7 @@ def test_identity_knows_the_values_and_not_their_storage(tmp_path: Path, path: P
         ({"chunks": (N, N, N), "shuffle": True}, "shuffle"),
     ],
 )
-def test_slow_chunks_are_warned_of(tmp_path: Path, storage: dict[str, Any], words: str | None) -> None:
+def test_slow_chunks_give_a_warning(tmp_path: Path, storage: dict[str, Any], words: str | None) -> None:
     warning = CubeFile(write(tmp_path / "my cubes.h5", seeds=1, **storage)).slow_chunks()
     if words is None:
         assert warning is None

@@ -1,4 +1,4 @@
-"""What `inspect` says of whole and of damaged files, and what it draws."""
+"""`inspect`: reports on complete and damaged files, and the plot."""
 
 import os
 import sys
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from datasets import __main__ as commands
-from datasets import check_normalization, inspection
+from datasets import check_normalization
 from datasets.cube_file import GRAVITIES, CubeFile, DataError
-from datasets.preparation.inspect import MOST_PROBLEMS, check_plot, draw, plot, report
+from datasets.preparation import inspect
+from datasets.preparation.inspect import MAX_PROBLEMS, check_plot, draw, plot, report
 
 N = 64
 
@@ -44,12 +45,12 @@ def problems(text: str) -> list[str]:
     return [line.strip() for line in text.split("\nproblems", 1)[1].splitlines()[1:]]
 
 
-def test_a_good_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "SLAB_BYTES", 5 * N**2 * 8)  # several slabs a cube
+def test_report_on_a_complete_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "SLAB_BYTES", 5 * N**2 * 8)  # several slabs a cube
     text = report(path)
     found = rows(text)
     assert found["layout"].startswith("packed")
-    assert found["seeds"] == "3 with both twins: 0 to 2"
+    assert found["seeds"] == "3 with both twins: 0-2"
     assert found["gravities"] == "newton (3 cubes), gr (3 cubes)"
     assert (found["shape"], found["type"], found["storage"]) == ("(64, 64, 64)", "float32", "contiguous")
     assert found["problems"] == "none"
@@ -63,7 +64,7 @@ def test_a_good_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["all values"] == f"mean {everything.mean():.6g}, std {everything.std():.6g}"
 
 
-def test_every_problem_of_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_report_lists_every_problem(tmp_path: Path) -> None:
     path = write(tmp_path / "cubes.h5", seeds=6)
     with h5py.File(path, "a") as file:
         file["gr_seed0000"][1, 2, 3:5] = np.nan
@@ -76,25 +77,25 @@ def test_every_problem_of_a_damaged_file_is_named(tmp_path: Path) -> None:
     text = report(path)
     assert rows(text)["seeds"] == "3 with both twins: 0, 3, 5"
     assert problems(text) == [
-        "missing twins: no newton cube of seeds 2",
-        "missing twins: no gr cube of seeds 1",
-        "missing seeds: 4; training takes seeds from 0 without gaps",
-        "cube /gr_seed0003 is not cubic: its shape is (64, 64, 32); (N, N, N) is needed.",
-        "cube /newton_seed0003 is not numeric, but |S1; floats or integers are needed.",
-        "cube /gr_seed0005 was never written: what made the file did not finish. Make it again.",
-        "/gr_seed0000 holds 2 values that are NaN or infinite",
-        "/newton_seed0000 holds 1 values that are NaN or infinite",
+        "missing twins: no newton cube for seeds 2",
+        "missing twins: no gr cube for seeds 1",
+        "missing seeds: 4; training needs seeds from 0 without gaps",
+        "cube /gr_seed0003 has the shape (64, 64, 32); (N, N, N) is needed.",
+        "cube /newton_seed0003 has the type |S1; real numbers are needed.",
+        "cube /gr_seed0005 was never written; the program that created the file did not finish. Repeat it.",
+        "/gr_seed0000 has 2 values that are NaN or infinite",
+        "/newton_seed0000 has 1 values that are NaN or infinite",
     ]
 
 
-def test_a_first_cube_of_another_size_hides_no_problem(path: Path) -> None:
+def test_first_cube_of_another_size(path: Path) -> None:
     with h5py.File(path, "a") as file:
         del file["gr_seed0000"]
         file["gr_seed0000"] = np.zeros(())
-    assert any("/gr_seed0000 is not cubic" in problem for problem in problems(report(path)))
+    assert any("/gr_seed0000 has the shape ()" in problem for problem in problems(report(path)))
 
 
-def test_slow_chunks_and_damaged_chunks_are_problems(tmp_path: Path) -> None:
+def test_slow_and_damaged_chunks_are_problems(tmp_path: Path) -> None:
     path = write(tmp_path / "cubes.h5", seeds=1, chunks=(N, N, N), compression="gzip")
     with h5py.File(path) as file:
         chunk = file["gr_seed0000"].id.get_chunk_info(0)
@@ -106,16 +107,16 @@ def test_slow_chunks_and_damaged_chunks_are_problems(tmp_path: Path) -> None:
     assert any("python -m datasets repack" in problem for problem in found)
 
 
-def test_many_problems_are_cut_short(tmp_path: Path) -> None:
+def test_long_lists_of_problems_are_shortened(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "cubes.h5", "w") as file:
         for seed in range(30):
             file[f"gr_seed{seed:04d}"] = np.zeros((seed + 1, 2, 2))
     found = problems(report(tmp_path / "cubes.h5"))
-    assert len(found) == MOST_PROBLEMS + 1
+    assert len(found) == MAX_PROBLEMS + 1
     assert found[-1] == "... and 11 more"
 
 
-def test_what_is_no_cube_file_cannot_be_inspected(tmp_path: Path, path: Path) -> None:
+def test_files_that_cannot_be_opened(tmp_path: Path, path: Path) -> None:
     os.truncate(path, path.stat().st_size - 10)
     with pytest.raises(DataError, match="truncated"):
         report(path)
@@ -123,7 +124,7 @@ def test_what_is_no_cube_file_cannot_be_inspected(tmp_path: Path, path: Path) ->
         report(tmp_path / "gone.h5")
 
 
-def test_the_picture_shows_the_slices_in_physical_units() -> None:
+def test_plot_shows_the_slices_in_physical_units() -> None:
     generator = np.random.default_rng(0)
     gr, newton = generator.standard_normal((2, N, N))
     gr[0, 0] = np.nan
@@ -142,7 +143,7 @@ def test_the_picture_shows_the_slices_in_physical_units() -> None:
     assert tuple(cells.images[0].get_extent()) == (0, N, 0, N)
 
 
-def test_twins_that_are_equal_can_be_drawn() -> None:
+def test_equal_twins_can_be_plotted() -> None:
     zeros = np.zeros((N, N))
     draw(zeros, zeros, box_size=None, label="phi", title="title").canvas.draw()
 
@@ -153,16 +154,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
     return commands.main()
 
 
-def test_the_command_prints_and_draws(
+def test_command_prints_and_plots(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "picture.png"
+    out = tmp_path / "plot.png"
     assert run(monkeypatch, path) == 0
     assert not out.exists()
     assert run(monkeypatch, path, "--plot", out) == 0
     assert capsys.readouterr().out.count("problems") == 2
     assert matplotlib.image.imread(out).shape[1] > 1000
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cubes.h5", "picture.png"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cubes.h5", "plot.png"]
     out.write_text("precious")
     assert run(monkeypatch, path, "--plot", out) == 2
     assert "--force" in capsys.readouterr().err
@@ -172,23 +173,23 @@ def test_the_command_prints_and_draws(
 
 
 @pytest.mark.parametrize("value", ["5 Gpc", [1.0, 2.0], np.nan, h5py.Empty("f8")], ids=str)
-def test_attributes_that_are_no_numbers_do_no_harm(path: Path, tmp_path: Path, value: Any) -> None:
+def test_attributes_that_are_not_numbers_are_ignored(path: Path, tmp_path: Path, value: Any) -> None:
     with h5py.File(path, "a") as file:
         for name in ("box_size", "redshift", "strength", "mean", "std"):
             file.attrs[name] = value
-    plot(path, tmp_path / "picture.png")
+    plot(path, tmp_path / "plot.png")
     check_normalization(CubeFile(path), CubeFile(path))
-    assert CubeFile(path).number("box_size") is None
+    assert CubeFile(path).attr_float("box_size") is None
 
 
-def test_pictures_that_cannot_be_drawn(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="must end in one of"):
-        check_plot(tmp_path / "picture.h5", overwrite=False)
-    with pytest.raises(DataError, match="there is no folder"):
-        check_plot(tmp_path / "gone" / "picture.png", overwrite=False)
+def test_plots_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"found ending .* allowed: "):
+        check_plot(tmp_path / "plot.h5", overwrite=False)
+    with pytest.raises(DataError, match="no folder"):
+        check_plot(tmp_path / "gone" / "plot.png", overwrite=False)
     with h5py.File(path, "a") as file:
         for seed in range(3):
             del file[f"gr_seed{seed:04d}"]
-    with pytest.raises(DataError, match="nothing to draw"):
-        plot(path, tmp_path / "picture.png")
-    assert not (tmp_path / "picture.png").exists()
+    with pytest.raises(DataError, match="nothing to plot"):
+        plot(path, tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()

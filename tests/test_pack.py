@@ -1,4 +1,4 @@
-"""Packing raw gevolution output: values, attributes, what is left after a failure, and repacking."""
+"""Packing raw gevolution output: values, attributes, failures, and repacking."""
 
 import itertools
 import os
@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from datasets import __main__ as commands
-from datasets import pack as pack_module
 from datasets.cube_file import GRAVITIES, CubeFile, DataError
+from datasets.normalization import Moments
+from datasets.preparation import pack as pack_module
 from datasets.preparation.cosmology import Cosmology
 from datasets.preparation.gevolution import cosmology
-from datasets.preparation.pack import SLAB_BYTES, Moments, pack, pack_difference, pack_snapshot, repack
+from datasets.preparation.pack import SLAB_BYTES, pack, pack_difference, pack_snapshot, repack
 
 N = 64
 CHECKOUT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def write_settings(raw: Path, seed: int, gravity: str, /, **changes: str | None)
     theory = {"gr": "GR", "newton": "Newton"}[gravity]
     settings = {key: value.format(seed=seed, theory=theory) for key, value in SETTINGS.items()} | changes
     lines = [f"{key} = {value}" for key, value in settings.items() if value is not None]
-    settings_file(raw, seed, gravity).write_text("# as used\n" + "\n".join(lines) + "\n")
+    settings_file(raw, seed, gravity).write_text("# settings\n" + "\n".join(lines) + "\n")
 
 
 def write_raw(
@@ -73,7 +74,7 @@ def write_raw(
 
 @pytest.fixture(autouse=True)
 def _several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small cubes would fit into one slab; these are five planes, the last slab four."""
+    """Slabs of five planes, the last one of four; at the usual size a small cube would be one slab."""
     monkeypatch.setattr(pack_module, "SLAB_BYTES", 5 * N**2 * 8)
 
 
@@ -92,7 +93,7 @@ def unpacked(path: Path) -> dict[tuple[int, str], np.ndarray]:
     return out
 
 
-def test_packed_cubes_are_the_raw_ones_standardised(tmp_path: Path, raw: Path) -> None:
+def test_packed_cubes_are_standardized(tmp_path: Path, raw: Path) -> None:
     pack(raw, tmp_path / "out.h5", redshift=1.0)
     everything = np.stack([field(seed, gravity, 1) for seed in range(2) for gravity in GRAVITIES])
     cubes = CubeFile(tmp_path / "out.h5")
@@ -121,7 +122,7 @@ def test_attributes(tmp_path: Path, raw: Path) -> None:
     assert {key: attributes[key] for key in expected} == expected
 
 
-def test_a_snapshot_is_the_redshift_in_order_of_time(tmp_path: Path, raw: Path) -> None:
+def test_snapshots_are_numbered_by_time(tmp_path: Path, raw: Path) -> None:
     for snapshot, redshift in enumerate(REDSHIFTS):
         pack_snapshot(raw, tmp_path / "a.h5", snapshot=snapshot, overwrite=True)
         pack(raw, tmp_path / "b.h5", redshift=redshift, overwrite=True)
@@ -132,14 +133,14 @@ def test_a_snapshot_is_the_redshift_in_order_of_time(tmp_path: Path, raw: Path) 
 @pytest.mark.parametrize(
     "storage", [{"dtype": ">f8"}, {"dtype": "<f4"}, {"chunks": (40, 64, 64), "compression": "gzip"}]
 )
-def test_other_storage_packs_alike(tmp_path: Path, raw: Path, storage: dict[str, Any]) -> None:
+def test_storage_of_the_input_does_not_matter(tmp_path: Path, raw: Path, storage: dict[str, Any]) -> None:
     pack(raw, tmp_path / "a.h5", redshift=1)
     pack(write_raw(tmp_path / "other", **storage), tmp_path / "b.h5", redshift=1)
     a, b = unpacked(tmp_path / "a.h5"), unpacked(tmp_path / "b.h5")
     assert all(np.allclose(a[key], b[key], rtol=0, atol=1e-10) for key in a)
 
 
-def test_linear_newtonian_growth_leaves_nothing_in_the_difference(tmp_path: Path) -> None:
+def test_difference_cancels_linear_newtonian_growth(tmp_path: Path) -> None:
     growth = [Cosmology().potential_growth(redshift) for redshift in REDSHIFTS]
 
     def linear(seed: int, gravity: str, snapshot: int) -> np.ndarray:
@@ -158,29 +159,29 @@ def test_linear_newtonian_growth_leaves_nothing_in_the_difference(tmp_path: Path
     assert "redshift" not in attributes
 
 
-def test_densities_may_be_given_as_omega_times_h_squared_or_not() -> None:
+def test_densities_with_and_without_h_squared() -> None:
     settings = {"h": "0.5", "Omega_b": "0.04", "omega_cdm": "0.06", "n_s": "0.9"}
-    universe = cosmology(settings)
-    assert (universe.omega_b, universe.omega_cdm, universe.n_s) == (0.01, 0.06, 0.9)
-    assert pytest.approx(0.28) == universe.Omega_m
+    found = cosmology(settings)
+    assert (found.omega_b, found.omega_cdm, found.n_s) == (0.01, 0.06, 0.9)
+    assert pytest.approx(0.28) == found.Omega_m
 
 
-def test_moments_do_not_depend_on_the_parts() -> None:
-    values = np.random.default_rng(0).normal(1e6, 1.0, 10_000)  # naive sums of squares lose such a variance
+def test_moments_do_not_depend_on_the_partition() -> None:
+    values = np.random.default_rng(0).normal(1e6, 1.0, 10_000)  # a naive sum of squares fails here
     whole, parts, half = Moments(), Moments(), Moments()
     whole.add(values.copy())
     for part in np.split(values[:6000].copy(), [7, 8, 5000]):
         parts.add(part)
     half.add(values[6000:].copy())
-    parts.include(half)
-    parts.include(Moments())
+    parts.merge(half)
+    parts.merge(Moments())
     for moments in (whole, parts):
         assert moments.count == 10_000
         assert moments.mean == pytest.approx(values.mean(), rel=1e-13)
         assert moments.variance == pytest.approx(values.var(), rel=1e-9)
 
 
-def test_memory_does_not_grow_with_the_cubes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_module, "SLAB_BYTES", SLAB_BYTES)
     raw = write_raw(tmp_path / "raw", lambda *key: field(*key, size=2 * N), seeds=1)  # 16 MiB a cube
     tracemalloc.start()
@@ -191,7 +192,7 @@ def test_memory_does_not_grow_with_the_cubes(tmp_path: Path, monkeypatch: pytest
         tracemalloc.stop()
 
 
-# ---- what bad input gets ----
+# ---- bad input ----
 
 
 def change(raw: Path, **changes: str | None) -> None:
@@ -203,7 +204,7 @@ def replace(raw: Path, values: Any) -> None:
         file["data"] = values
 
 
-def poison(raw: Path) -> None:
+def insert_nan(raw: Path) -> None:
     with h5py.File(snapshot_file(raw, 1, "gr", 1), "a") as file:
         file["data"][40, 1, 1] = np.nan
 
@@ -216,10 +217,10 @@ def rename_data(raw: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no snapshot": (
         lambda raw: snapshot_file(raw, 1, "gr", 1).unlink(),
-        ["gr_snap001_phi.h5: there is no such file", "gr_snap002_phi.h5"],
+        ["gr_snap001_phi.h5: no such file", "gr_snap002_phi.h5"],
     ),
     "no twin": (lambda raw: (raw / "seed0001/gr").rename(raw / "seed0001/x"), ["no folder gr", "seeds 1"]),
-    "no settings": (lambda raw: settings_file(raw, 1, "gr").unlink(), ["gr_settings_used.ini: there is no"]),
+    "no settings": (lambda raw: settings_file(raw, 1, "gr").unlink(), ["gr_settings_used.ini: no such file"]),
     "no redshift": (
         lambda raw: change(raw, **{"snapshot redshifts": "10, 2, 0"}),
         ["seed0001/gr/gr_settings_used.ini", "no snapshot at redshift 1", "10, 2, 0"],
@@ -227,21 +228,21 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no list": (lambda raw: change(raw, **{"snapshot redshifts": None}), ["snapshot redshifts = (missing)"]),
     "other box": (lambda raw: change(raw, boxsize="320"), ["boxsize = 320", "5120.0", "must agree"]),
     "other seed": (lambda raw: change(raw, seed="7"), ["seed = 7", "its twin has 1"]),
-    "other theory": (lambda raw: change(raw, **{"gravity theory": "Newton"}), ["= Newton", "named gr"]),
+    "other theory": (lambda raw: change(raw, **{"gravity theory": "Newton"}), ["= Newton", "folder is gr"]),
     "other size": (lambda raw: replace(raw, np.zeros((128,) * 3, "f4")), ["(128, 128, 128)", "(64, 64, 64)"]),
     "not cubic": (lambda raw: replace(raw, np.zeros((64, 64, 32))), ["(64, 64, 32)", "multiple of 64"]),
     "not numeric": (lambda raw: replace(raw, np.full((64,) * 3, b"x")), ["no numeric data set `data`"]),
     "no data": (rename_data, ["no numeric data set `data`", "phi"]),
     "not HDF5": (lambda raw: snapshot_file(raw, 1, "gr", 1).write_text("x" * 99), ["not an HDF5 file"]),
     "truncated": (lambda raw: os.truncate(snapshot_file(raw, 1, "gr", 1), 10_000), ["truncated"]),
-    "NaN": (poison, ["seed0001/gr/gr_snap001_phi.h5", "NaN"]),
+    "NaN": (insert_nan, ["seed0001/gr/gr_snap001_phi.h5", "NaN"]),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_raw_output(tmp_path: Path, raw: Path, kind: str) -> None:
-    spoil, words = BAD[kind]
-    spoil(raw)
+    damage, words = BAD[kind]
+    damage(raw)
     with pytest.raises(DataError) as caught:
         pack(raw, tmp_path / "out.h5", redshift=1)
     assert len(str(caught.value).splitlines()) <= 3
@@ -250,18 +251,18 @@ def test_bad_raw_output(tmp_path: Path, raw: Path, kind: str) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
-def test_other_bad_requests(tmp_path: Path, raw: Path) -> None:
+def test_invalid_requests(tmp_path: Path, raw: Path) -> None:
     out = tmp_path / "out.h5"
     for call, words in (
         (lambda: pack(tmp_path / "gone", out, redshift=1), "not a folder"),
         (lambda: pack(raw / "seed0000", out, redshift=1), "no folders seed0000"),
         (lambda: pack_snapshot(raw, out, snapshot=3), "no snapshot 3"),
-        (lambda: pack_difference(raw, out, redshifts=(1.0, 1.0)), "all values are equal"),
+        (lambda: pack_difference(raw, out, redshifts=(1.0, 1.0)), "all values are"),
     ):
         with pytest.raises(DataError, match=words):
             call()
     change(raw, **{"snapshot redshifts": "10, 2, 0"})
-    with pytest.raises(DataError, match="not at one redshift"):
+    with pytest.raises(DataError, match="several redshifts"):
         pack_snapshot(raw, out, snapshot=1)
     (raw / "seed00001").mkdir()
     with pytest.raises(DataError, match="are the same seed"):
@@ -269,7 +270,7 @@ def test_other_bad_requests(tmp_path: Path, raw: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
-def test_massive_neutrinos_pack_but_have_no_difference(tmp_path: Path, raw: Path) -> None:
+def test_massive_neutrinos_allow_no_difference(tmp_path: Path, raw: Path) -> None:
     for seed, gravity in itertools.product(range(2), GRAVITIES):
         write_settings(raw, seed, gravity, m_ncdm="0.06")
     pack(raw, tmp_path / "out.h5", redshift=1)
@@ -277,10 +278,10 @@ def test_massive_neutrinos_pack_but_have_no_difference(tmp_path: Path, raw: Path
         pack_difference(raw, tmp_path / "d.h5", redshifts=(10.0, 1.0))
 
 
-# ---- a file is whole or not there ----
+# ---- failures leave no incomplete file ----
 
 
-def test_nothing_is_overwritten_unasked(tmp_path: Path, raw: Path) -> None:
+def test_existing_files_are_kept_without_force(tmp_path: Path, raw: Path) -> None:
     out = tmp_path / "out.h5"
     out.write_text("precious")
     with pytest.raises(DataError, match=r"exists already.*--force"):
@@ -302,23 +303,23 @@ def test_a_failure_leaves_no_file(
             raise error
         original(*arguments)
 
-    original = pack_module._standardise
-    monkeypatch.setattr(pack_module, "_standardise", fail_later)
+    original = pack_module._standardize
+    monkeypatch.setattr(pack_module, "_standardize", fail_later)
     with pytest.raises((KeyboardInterrupt, DataError)):
         pack(raw, tmp_path / "out.h5", redshift=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
-def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path: Path, raw: Path) -> None:
+def test_a_killed_pack_leaves_the_old_file(tmp_path: Path, raw: Path) -> None:
     out = tmp_path / "out.h5"
     out.write_text("precious")
     program = (
-        "import os, signal, sys; from pathlib import Path; from datasets import pack\n"
-        "original = pack._standardise\n"
-        "def standardise(mean, std, source, cube):\n"
+        "import os, signal, sys; from pathlib import Path; from datasets.preparation import pack\n"
+        "original = pack._standardize\n"
+        "def standardize(mean, std, source, cube):\n"
         "    original(mean, std, source, cube)\n"
         "    if source.simulation.seed == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pack._standardise = standardise\n"
+        "pack._standardize = standardize\n"
         "pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), redshift=1, overwrite=True)\n"
     )
     command = [sys.executable, "-c", program, str(raw), str(out)]
@@ -329,7 +330,7 @@ def test_a_killed_pack_leaves_nothing_that_looks_whole(tmp_path: Path, raw: Path
     assert len(list(tmp_path.glob("out.h5.*.partial"))) == 1
 
 
-def test_new_files_have_the_usual_permissions(tmp_path: Path, raw: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path, raw: Path) -> None:
     previous = os.umask(0o027)
     try:
         pack(raw, tmp_path / "out.h5", redshift=1)
@@ -338,9 +339,7 @@ def test_new_files_have_the_usual_permissions(tmp_path: Path, raw: Path) -> None
     assert (tmp_path / "out.h5").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(
-    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_is_checked_first(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: _Usage)
     with pytest.raises(DataError, match="not enough space"):
         pack(raw, tmp_path / "new folder" / "out.h5", redshift=1)
@@ -374,7 +373,7 @@ def test_repack(tmp_path: Path) -> None:
         assert fast.cubes[key].direct
         fast.read(*key, out)
         assert np.array_equal(out, values)
-    repack(fast.path, fast.path, overwrite=True)  # onto itself
+    repack(fast.path, fast.path, overwrite=True)  # in place
     assert CubeFile(fast.path).seeds == (0, 1)
 
 
@@ -402,7 +401,7 @@ def test_commands(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert CubeFile(d).attributes["seed"] == 2
 
 
-def test_commands_that_cannot_be_done(
+def test_commands_with_invalid_input(
     tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.h5"

@@ -1,4 +1,4 @@
-"""The synthetic universe: its physics, and that a file follows from its arguments alone."""
+"""The synthetic universe: physics and reproducibility."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def twins(universe: Universe, seed: int = 0, index: int = 0) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0, 15.0])
-def test_twins_differ_by_the_horizon_term_and_nothing_else(strength: float) -> None:
+def test_twins_differ_by_the_horizon_term_only(strength: float) -> None:
     pair = twins(Universe(N, strength))
     modes = {gravity: np.fft.rfftn(pair[gravity].astype(np.float64)) for gravity in GRAVITIES}
     k = wavenumbers()
@@ -36,14 +36,14 @@ def test_twins_differ_by_the_horizon_term_and_nothing_else(strength: float) -> N
     assert strength or np.array_equal(pair["gr"], pair["newton"])
 
 
-def test_the_longest_wave_is_weakened_as_documented() -> None:
+def test_documented_size_of_the_horizon_term() -> None:
     fundamental = 2 * np.pi / BOX_SIZE
     horizon = 3 * Cosmology().conformal_hubble(REDSHIFT) ** 2
     assert 1 - 1 / (1 + horizon / fundamental**2) == pytest.approx(0.15, abs=0.005)
     assert 1 - 1 / (1 + horizon / (4 * fundamental) ** 2) == pytest.approx(0.01, abs=0.002)
 
 
-def test_the_spectrum_is_that_of_linear_theory() -> None:
+def test_power_spectrum_matches_linear_theory() -> None:
     universe, seeds, k = Universe(N, 1.0), 8, wavenumbers()
     power = np.zeros_like(k)
     for index in range(seeds):
@@ -53,19 +53,19 @@ def test_the_spectrum_is_that_of_linear_theory() -> None:
     for low in (2, 4, 8, 16, 32, 48):
         shell = (k >= low * fundamental) & (k < 1.5 * low * fundamental)
         ratio = power[shell] / Cosmology().potential_power(k[shell], REDSHIFT)
-        spread = 1 / np.sqrt(seeds * shell.sum() / 2)  # some modes of a half cube are conjugates of others
+        spread = 1 / np.sqrt(seeds * shell.sum() / 2)  # modes of a half cube are not all independent
         assert ratio.mean() == pytest.approx(1, abs=5 * spread)
-        assert ratio.std() == pytest.approx(1 / np.sqrt(seeds), rel=0.2)  # as a Gaussian field's
+        assert ratio.std() == pytest.approx(1 / np.sqrt(seeds), rel=0.2)  # a Gaussian field
 
 
-def test_values_are_standardised_by_the_ensemble() -> None:
+def test_values_are_standardized_over_the_ensemble() -> None:
     universe = Universe(N, 15.0)
     cubes = [values for index in range(24) for values in twins(universe, index=index).values()]
     assert np.abs([values.mean() for values in cubes]).max() < 1e-6
     assert np.mean([values.var() for values in cubes]) == pytest.approx(1, abs=0.05)
 
 
-def test_a_larger_strength_changes_the_newtonian_twin_only_by_a_factor() -> None:
+def test_strength_rescales_the_newtonian_twin() -> None:
     weak, strong = Universe(N, 1.0), Universe(N, 100.0)
     a, b = (twins(u)["newton"] * np.sqrt(u.variance) for u in (weak, strong))
     assert np.abs(a - b).max() < 1e-6 * np.abs(a).max()
@@ -77,7 +77,7 @@ def write(path: Path, **changes: Any) -> dict[str, np.ndarray]:
         return {name: file[name][...] for name in file}
 
 
-def test_a_cube_depends_on_the_universe_and_its_number_alone(tmp_path: Path) -> None:
+def test_cubes_are_reproducible_and_independent_of_the_number_of_seeds(tmp_path: Path) -> None:
     first = write(tmp_path / "a.h5")
     again = write(tmp_path / "b.h5")
     more = write(tmp_path / "c.h5", seeds=3)
@@ -91,14 +91,14 @@ def test_a_cube_depends_on_the_universe_and_its_number_alone(tmp_path: Path) -> 
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
-def test_the_file_is_a_packed_one_to_be_read_straight(tmp_path: Path) -> None:
+def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
     write(tmp_path / "a.h5")
     cubes = CubeFile(tmp_path / "a.h5")
     assert (cubes.layout, cubes.size, cubes.seeds) == ("packed", N, (0, 1))
     assert all(cube.direct for cube in cubes.cubes.values())
     attributes = cubes.attributes
     assert attributes["variance"] == pytest.approx(attributes["std"] ** 2)
-    assert 3e-5 < attributes["std"] < 6e-5  # as in simulations
+    assert 3e-5 < attributes["std"] < 6e-5  # similar to the simulations
     expected = {
         "mean": 0.0,
         "box_size": 5120.0,
@@ -127,8 +127,8 @@ def test_the_file_is_a_packed_one_to_be_read_straight(tmp_path: Path) -> None:
         {"seed": -1},
     ],
 )
-def test_what_cannot_be_made(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="Allowed are") as caught:
+def test_invalid_arguments(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="allowed: seeds >= 1") as caught:
         write(tmp_path / "folder" / "a.h5", **changes)
     key, value = next(iter(changes.items()))
     assert f"{key} = {value}" in str(caught.value)

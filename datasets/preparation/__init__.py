@@ -1,1 +1,1 @@
-"""Programs that create and examine cube files; training never imports them."""
+"""Programs that create and examine cube files. Training imports the synthetic universe only."""

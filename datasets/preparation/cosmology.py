@@ -1,4 +1,4 @@
-"""The linear theory behind the cubes: expansion, growth of the potential, and its spectrum.
+"""Linear theory: expansion, growth of the potential, and its power spectrum.
 
 Wavenumbers are in h/Mpc, lengths in Mpc/h, the potential is in units of c^2, and c = 299792.458 km/s. The
 universe is flat: matter (m), radiation (r: photons and massless neutrinos) and a cosmological constant.
@@ -18,7 +18,7 @@ PHOTONS = 2.4728e-5  # omega of photons at T_cmb = 2.7255 K
 
 @dataclass(frozen=True)
 class Cosmology:
-    """A flat universe. The defaults are those of the simulations that this project was written for."""
+    """A flat universe. The defaults are those of the gevolution simulations of this project."""
 
     h: float = 0.67556
     omega_b: float = 0.022032  # physical densities: omega = Omega h^2
@@ -42,7 +42,7 @@ class Cosmology:
 
     @property
     def Omega_Lambda(self) -> float:
-        """The cosmological constant, which fills the universe up to the critical density."""
+        """The cosmological constant today, over the critical density."""
         return 1 - self.Omega_m - self.Omega_r
 
     def expansion(self, a: float) -> float:
@@ -50,7 +50,7 @@ class Cosmology:
         return float(np.sqrt(self.Omega_m * a**-3 + self.Omega_r * a**-4 + self.Omega_Lambda))
 
     def conformal_hubble(self, redshift: float) -> float:
-        """The conformal Hubble rate aH/c in h/Mpc: the wavenumber of the horizon."""
+        """The conformal Hubble rate aH/c in h/Mpc, the wavenumber of the horizon."""
         a = 1 / (1 + redshift)
         return a * self.expansion(a) / HUBBLE_LENGTH
 
@@ -62,13 +62,13 @@ class Cosmology:
 
             D'' + (2 + dlnH/dlna) D' = (3/2) Omega_m(a) D,      ' = d/dlna,
 
-        in which radiation drives the expansion but does not cluster, as in the simulations. It starts from
-        the growing solution where the cosmological constant is negligible, D = a + (2/3) a_eq (Meszaros
-        1974). Without radiation D is the integral (5/2) Omega_m H(a)/H_0 int_0^a da' [a' H(a')/H_0]^-3;
-        radiation adds 0.2 % to g at z = 10 and 0.05 % at z = 1, which is as much as the relativistic effects
-        one looks for.
+        in which radiation drives the expansion but does not cluster, as in the simulations. The initial
+        condition is the growing solution for a negligible cosmological constant, D = a + (2/3) a_eq (Meszaros
+        1974). Without radiation D is the integral (5/2) Omega_m H(a)/H_0 int_0^a da' [a' H(a')/H_0]^-3.
+        Radiation adds 0.2 % to g at z = 10 and 0.05 % at z = 1, which is the size of the relativistic effects
+        in question.
         """
-        from scipy.integrate import solve_ivp  # here, because a run that trains should not wait for it
+        from scipy.integrate import solve_ivp  # takes a second, which training need not wait
 
         matter, radiation, constant = self.Omega_m, self.Omega_r, self.Omega_Lambda
 
@@ -87,8 +87,8 @@ class Cosmology:
     def transfer(self, k: NDArray[np.float64]) -> NDArray[np.float64]:
         """The matter transfer function at wavenumbers `k` in h/Mpc, without acoustic oscillations.
 
-        Eisenstein & Hu 1998, eqs. 26 and 28-31: the shape of the spectrum is that of cold dark matter, its
-        bend moved by the pressure of the baryons inside the sound horizon s.
+        Eisenstein & Hu 1998, eqs. 26 and 28-31: the spectrum of cold dark matter, with its turnover changed
+        by the pressure of the baryons within the sound horizon s.
         """
         omega_m, share = self.omega_b + self.omega_cdm, self.omega_b / (self.omega_b + self.omega_cdm)
         s = 44.5 * np.log(9.83 / omega_m) / np.sqrt(1 + 10 * self.omega_b**0.75)  # Mpc
@@ -101,9 +101,8 @@ class Cosmology:
     def potential_power(self, k: NDArray[np.float64], redshift: float) -> NDArray[np.float64]:
         """Power spectrum of the Newtonian potential, in (Mpc/h)^3, at wavenumbers `k` > 0 in h/Mpc.
 
-        The primordial curvature has k^3 P / 2 pi^2 = A_s (k/k_pivot)^(n_s - 1); after the radiation era the
-        potential is 3/5 of it on large scales, and T(k) and g(z) do the rest (Dodelson & Schmidt 2020,
-        chapter 8):
+        The primordial curvature has k^3 P / 2 pi^2 = A_s (k/k_pivot)^(n_s - 1). After the radiation era the
+        potential is 3/5 of it on large scales. With T(k) and g(z) (Dodelson & Schmidt 2020, chapter 8):
 
             k^3 P(k, z) / 2 pi^2 = (9/25) A_s (k/k_pivot)^(n_s - 1) T(k)^2 g(z)^2
         """

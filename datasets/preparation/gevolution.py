@@ -1,9 +1,8 @@
-"""Raw output of gevolution (Adamek et al. 2016, JCAP 07, 053): where its snapshots and settings are.
+"""Raw output of gevolution (Adamek et al. 2016, JCAP 07, 053): its folders, snapshots and settings.
 
 RAW_DIR/seed0000/gr/gr_snap004_phi.h5           data set `data`, (N, N, N), the potential in units of c^2
-RAW_DIR/seed0000/gr/gr_settings_used.ini        what the code ran with, as lines `key = value`
-RAW_DIR/seed0000/newton/...                     the twin: the same initial conditions under Newtonian
-gravity
+RAW_DIR/seed0000/gr/gr_settings_used.ini        the settings of the run, lines `key = value`
+RAW_DIR/seed0000/newton/...                     the twin: the same initial conditions, Newtonian
 """
 
 import math
@@ -17,8 +16,8 @@ import system
 from ..cube_file import GRAVITIES, DataError
 from .cosmology import Cosmology
 
-THEORIES = {"newton": "Newton", "gr": "GR"}  # how the settings name them
-# Settings in which simulations that are packed together must agree, where they are given.
+THEORIES = {"newton": "Newton", "gr": "GR"}  # the names in the settings
+# Settings that must be equal in all simulations of a file, where given.
 COMMON = (
     "boxsize", "Ngrid", "initial redshift", "h", "omega_b", "Omega_b", "omega_cdm", "Omega_cdm", "A_s", "n_s",
     "k_pivot", "T_cmb", "N_ur", "m_ncdm",
@@ -35,15 +34,17 @@ class Simulation:
 
     @property
     def settings_file(self) -> Path:
-        """The settings beside the snapshots."""
+        """The settings, in the folder of the snapshots."""
         return self.folder / f"{self.gravity}_settings_used.ini"
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The settings as text. Raises DataError if the file is missing or another simulation's."""
+        """The settings as text. Raises DataError if the file is missing or has another gravity."""
         path = self.settings_file
         if not path.is_file():
-            raise DataError(f"{path}: there is no such file; redshifts and cosmology are read from it.")
+            raise DataError(
+                f"{path}: no such file. It contains redshifts and cosmology; copy it from the simulation."
+            )
         settings = {}
         for line in path.read_text(errors="replace").splitlines():
             key, equals, value = line.partition("#")[0].partition("=")
@@ -51,41 +52,44 @@ class Simulation:
                 settings[key.strip()] = value.strip()
         theory = settings.get("gravity theory", THEORIES[self.gravity])
         if theory.lower() != THEORIES[self.gravity].lower():
-            raise DataError(f"{path}: gravity theory = {theory}, in a folder named {self.gravity}.")
+            raise DataError(f"{path}: gravity theory = {theory}, but the folder is {self.gravity}. Move it.")
         return settings
 
     def snapshot(self, number: int) -> Path:
-        """The potential at one output time. Raises DataError if it is not there."""
+        """The file of the potential at one output time. Raises DataError if it does not exist."""
         path = self.folder / f"{self.gravity}_snap{number:03d}_phi.h5"
         if not path.is_file():
             found = sorted(other.name for other in self.folder.glob(f"{self.gravity}_snap*_phi.h5"))
-            raise DataError(f"{path}: there is no such file. Snapshots there: {', '.join(found) or 'none'}.")
+            raise DataError(f"{path}: no such file. Snapshots in this folder: {', '.join(found) or 'none'}.")
         return path
 
 
 def find_simulations(raw: Path) -> list[Simulation]:
-    """All simulations under a folder, by seed, both twins of each. Raises DataError if one has no twin."""
+    """All simulations in a folder, by seed, both twins of each. Raises DataError if one has no twin."""
     if not raw.is_dir():
-        raise DataError(f"{raw}: is not a folder; gevolution's output is expected as {raw}/seed0000/gr/...")
+        raise DataError(f"{raw}: not a folder. Give the folder that contains seed0000/gr/...")
     folders: dict[int, Path] = {}
     for folder in sorted(raw.iterdir()):
         if (match := re.fullmatch(r"seed(\d+)", folder.name)) and folder.is_dir():
             seed = int(match[1])
             if seed in folders:
-                raise DataError(f"{raw}: {folders[seed].name} and {folder.name} are the same seed.")
+                raise DataError(
+                    f"{raw}: {folders[seed].name} and {folder.name} are the same seed. Rename one."
+                )
             folders[seed] = folder
     if not folders:
-        raise DataError(f"{raw}: holds no folders seed0000, seed0001, ... with gevolution's output.")
+        raise DataError(f"{raw}: no folders seed0000, seed0001, ... found. Give gevolution's output folder.")
     for gravity in GRAVITIES:
         missing = [seed for seed, folder in folders.items() if not (folder / gravity).is_dir()]
         if missing:
-            raise DataError(f"{raw}: no folder {gravity} in those of seeds {system.format_ranges(missing)}.")
+            raise DataError(
+                f"{raw}: no folder {gravity} for seeds {system.format_ranges(missing)}. Add both twins."
+            )
     return [Simulation(s, gravity, folders[s] / gravity) for s in sorted(folders) for gravity in GRAVITIES]
 
 
 def common_settings(simulations: list[Simulation]) -> dict[str, str]:
-    """The settings of the first simulation, after a check that all ran in the same universe and twins from
-    one seed.
+    """The settings of the first simulation, if all agree in cosmology, and twins in the random seed.
 
     Raises DataError, which names the two files and the setting that differs.
     """
@@ -115,17 +119,19 @@ def _same(a: str | None, b: str | None) -> bool:
 
 
 def snapshot_number(simulation: Simulation, redshift: float) -> int:
-    """The number of the snapshot at a redshift. Raises DataError, which names the redshifts there are."""
+    """The number of the snapshot at a redshift. Raises DataError, which lists the redshifts in the file."""
     redshifts = snapshot_redshifts(simulation)
-    for number, there in enumerate(redshifts):
-        if math.isclose(there, redshift, rel_tol=1e-6, abs_tol=1e-6):
+    for number, other in enumerate(redshifts):
+        if math.isclose(other, redshift, rel_tol=1e-6, abs_tol=1e-6):
             return number
     listed = ", ".join(f"{z:g}" for z in redshifts)
-    raise DataError(f"{simulation.settings_file}: no snapshot at redshift {redshift:g}; there are {listed}.")
+    raise DataError(
+        f"{simulation.settings_file}: no snapshot at redshift {redshift:g}; choose one of {listed}."
+    )
 
 
 def snapshot_redshifts(simulation: Simulation) -> list[float]:
-    """Redshifts of the snapshots 0, 1, ...: gevolution numbers them in time, whatever the settings' order."""
+    """Redshifts of snapshots 0, 1, ...: gevolution numbers them by time, not as the settings list them."""
     text = simulation.settings.get("snapshot redshifts", "")
     try:
         return sorted((float(part) for part in text.split(",")), reverse=True)
@@ -135,8 +141,8 @@ def snapshot_redshifts(simulation: Simulation) -> list[float]:
         ) from None
 
 
-def number(settings: dict[str, str], key: str) -> float:
-    """A numeric setting. Raises DataError if it is missing or no number."""
+def numeric_setting(settings: dict[str, str], key: str) -> float:
+    """A numeric setting. Raises DataError if it is missing or not a number."""
     text = settings.get(key, "(missing)")
     try:
         return float(text)
@@ -147,20 +153,20 @@ def number(settings: dict[str, str], key: str) -> float:
 def cosmology(settings: dict[str, str]) -> Cosmology:
     """The cosmology of a simulation. Densities may be given as omega = Omega h^2 or as Omega.
 
-    Raises DataError with massive neutrinos, with which the growth of the potential depends on the scale.
+    Raises DataError for massive neutrinos, for which the growth of the potential depends on the scale.
     """
     if "m_ncdm" in settings:
         raise DataError(
-            f"gevolution's settings have m_ncdm = {settings['m_ncdm']}: massive neutrinos make growth depend "
-            "on the scale, and --difference is not defined."
+            f"gevolution's settings have m_ncdm = {settings['m_ncdm']}: with massive neutrinos growth "
+            "depends on scale. Use --redshift instead of --difference."
         )
-    h = number(settings, "h")
+    h = numeric_setting(settings, "h")
     omega = {
-        kind: number(settings, f"Omega_{kind}") * h**2
+        kind: numeric_setting(settings, f"Omega_{kind}") * h**2
         if f"Omega_{kind}" in settings
-        else number(settings, f"omega_{kind}")
+        else numeric_setting(settings, f"omega_{kind}")
         for kind in ("b", "cdm")
     }
     optional = ("A_s", "n_s", "k_pivot", "T_cmb", "N_ur")
-    given: dict[str, float] = {key: number(settings, key) for key in optional if key in settings}
+    given: dict[str, float] = {key: numeric_setting(settings, key) for key in optional if key in settings}
     return Cosmology(h=h, omega_b=omega["b"], omega_cdm=omega["cdm"], **given)

@@ -1,6 +1,6 @@
-"""What a cube file holds and what is wrong with it, be it incomplete or damaged; and a picture of it."""
+"""The contents and problems of a cube file, also of a damaged one, and a plot of one slice."""
 
-import os
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import files
 import system
 
 from ..cube_file import (
@@ -30,16 +31,17 @@ from ..cube_file import (
     python_attributes,
     slow_chunks,
 )
-from .pack import SLAB_BYTES, Moments
+from ..normalization import Moments
+from .pack import SLAB_BYTES
 
-MOST_PROBLEMS = 20  # more lines of one kind would hide the others
-FIELD_COLOURS = "RdBu_r"  # both diverging maps keep their order for colour-blind readers
-DIFFERENCE_COLOURS = "PuOr_r"
+MAX_PROBLEMS = 20  # lines in a report
+FIELD_COLORS = "RdBu_r"  # both diverging maps are safe for color-blind readers
+DIFFERENCE_COLORS = "PuOr_r"
 
 
 @dataclass
 class _Findings:
-    """What reading all values told."""
+    """Results of reading all values."""
 
     moments: dict[str, Moments] = field(default_factory=lambda: {gravity: Moments() for gravity in GRAVITIES})
     not_finite: list[str] = field(default_factory=list)
@@ -47,9 +49,9 @@ class _Findings:
 
 
 def report(path: Path) -> str:
-    """A text that says what a file holds and lists its problems; reads all values, in bounded memory.
+    """A text with the contents of a file and its problems. Reads all values, in bounded memory.
 
-    Raises DataError if the file cannot be opened as HDF5 at all, or has no cubes.
+    Raises DataError if the file cannot be opened as HDF5, or has no cubes.
     """
     with open_cubes(path) as file:
         layout, cubes = find_cubes(file)
@@ -69,19 +71,19 @@ def report(path: Path) -> str:
     for gravity in GRAVITIES:
         moments = findings.moments[gravity]
         if moments.count:
-            rows.append((gravity, f"mean {moments.mean:.6g}, std {np.sqrt(moments.variance):.6g}"))
-    together = Moments()
+            rows.append((gravity, f"mean {moments.mean:.6g}, std {moments.std:.6g}"))
+    total = Moments()
     for moments in findings.moments.values():
-        together.include(moments)
-    if together.count:
-        rows.append(("all values", f"mean {together.mean:.6g}, std {np.sqrt(together.variance):.6g}"))
+        total.merge(moments)
+    if total.count:
+        rows.append(("all values", f"mean {total.mean:.6g}, std {total.std:.6g}"))
     rows.append(("attributes", "" if attributes else "none"))
     rows += [(f"  {key}", str(value)) for key, value in attributes.items()]
-    wrong = _problems(path, cubes, seeds, findings)
-    rows.append(("problems", "" if wrong else "none"))
+    found = _problems(path, cubes, seeds, findings)
+    rows.append(("problems", "" if found else "none"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join(lines + [f"  {problem}" for problem in wrong])
+    return "\n".join(lines + [f"  {problem}" for problem in found])
 
 
 def _distinct(texts: Iterator[str]) -> str:
@@ -98,7 +100,7 @@ def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
     findings = _Findings()
     for (_, gravity), cube in tqdm(cubes.items(), desc="reading", unit="cube", disable=None):
         if cube.dtype.kind not in "fiu" or not cube.written:
-            continue  # named by problems()
+            continue  # reported by problems()
         bad = 0
         try:
             for slab in _slabs(file[cube.name]):
@@ -109,7 +111,7 @@ def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
         except H5PY_ERRORS as error:
             findings.unreadable.append(f"/{cube.name} cannot be read: {error}")
         if bad:
-            findings.not_finite.append(f"/{cube.name} holds {bad} values that are NaN or infinite")
+            findings.not_finite.append(f"/{cube.name} has {bad} values that are NaN or infinite")
     return findings
 
 
@@ -126,42 +128,42 @@ def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _F
     found = []
     for gravity, twin in zip(GRAVITIES, reversed(GRAVITIES), strict=True):
         if alone := seeds[twin] - seeds[gravity]:
-            found.append(f"missing twins: no {gravity} cube of seeds {system.format_ranges(alone)}")
-    together = seeds["newton"] | seeds["gr"]
-    # Of a file with far too large a seed the first gaps tell enough.
-    if gaps := set(range(min(max(together), 2 * len(together)))) - together:
-        found.append(f"missing seeds: {system.format_ranges(gaps)}; training takes seeds from 0 without gaps")
+            found.append(f"missing twins: no {gravity} cube for seeds {system.format_ranges(alone)}")
+    present = seeds["newton"] | seeds["gr"]
+    # If one seed is far too large, the first gaps suffice.
+    if gaps := set(range(min(max(present), 2 * len(present)))) - present:
+        found.append(f"missing seeds: {system.format_ranges(gaps)}; training needs seeds from 0 without gaps")
     found += [*problems(cubes), *findings.not_finite, *findings.unreadable]
     if slow := slow_chunks(path, cubes):
         found += slow.removeprefix(f"{path}: ").splitlines()
-    if len(found) > MOST_PROBLEMS:
-        found[MOST_PROBLEMS:] = [f"... and {len(found) - MOST_PROBLEMS} more"]
+    if len(found) > MAX_PROBLEMS:
+        found[MAX_PROBLEMS:] = [f"... and {len(found) - MAX_PROBLEMS} more"]
     return found
 
 
 def check_plot(out: Path, overwrite: bool) -> None:
-    """Raises DataError unless a picture can be written to `out`; asked before the file is read."""
-    kinds = FigureCanvasAgg.filetypes
-    if out.suffix.removeprefix(".") not in kinds:
-        raise DataError(f"{out}: a picture's name must end in one of {', '.join(sorted(kinds))}.")
+    """Raise DataError unless a plot can be written to `out`; called before the file is read."""
+    formats = FigureCanvasAgg.filetypes
+    if out.suffix.removeprefix(".") not in formats:
+        raise DataError(f"{out}: found ending {out.suffix!r}, allowed: {', '.join(sorted(formats))}")
     if not out.absolute().parent.is_dir():
-        raise DataError(f"{out}: there is no folder {out.absolute().parent}.")
+        raise DataError(f"{out}: no folder {out.absolute().parent}. Create it, or choose another.")
     if out.exists() and not overwrite:
-        raise DataError(f"{out}: exists already. Choose another name, or allow overwriting it with --force.")
+        raise DataError(f"{out}: exists already. Choose another name, or overwrite it with --force.")
 
 
 def plot(path: Path, out: Path) -> None:
-    """Draws one slice of the first seed that has both twins: GR, Newton, and GR - Newton.
+    """Plot one slice of the first seed with both twins: GR, Newton, and GR - Newton.
 
-    Raises DataError if no seed has two cubes of one shape, or if the picture cannot be written.
+    Raises DataError if no seed has two cubes of one shape, or if the plot cannot be written.
     """
     with open_cubes(path) as file:
         _, cubes = find_cubes(file)
-        seed = _seed_to_draw(path, cubes)
+        seed = _seed_to_plot(path, cubes)
         position = cubes[seed, "gr"].shape[0] // 2
         slices = {g: np.asarray(file[cubes[seed, g].name][position], dtype=np.float64) for g in GRAVITIES}
         attributes = python_attributes(file.attrs)
-    standardised = "std" in attributes
+    standardized = "std" in attributes
     redshift, strength, box_size = (
         attr_float(attributes, key) for key in ("redshift", "strength", "box_size")
     )
@@ -170,45 +172,43 @@ def plot(path: Path, out: Path) -> None:
         slices["gr"],
         slices["newton"],
         box_size=box_size,
-        label=f"{attributes.get('field', 'value')} [standard deviations]" if standardised else "value",
+        label=f"{attributes.get('field', 'value')} [standard deviations]" if standardized else "value",
         title=f"{title}, slice x = {position} of {len(slices['gr'])}"
         + (f", synthetic, strength {strength:g}" if strength is not None else ""),
     )
-    partial = out.with_name(f".{out.name}.partial")
+    image = io.BytesIO()
+    figure.savefig(image, dpi=160, format=out.suffix.removeprefix("."))
     try:
-        figure.savefig(partial, dpi=160, format=out.suffix.removeprefix("."))
-        os.replace(partial, out)
+        files.write_atomically(out, image.getvalue())
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def _seed_to_draw(path: Path, cubes: Cubes) -> int:
+def _seed_to_plot(path: Path, cubes: Cubes) -> int:
     for seed, gravity in cubes:
         if gravity != "gr" or (seed, "newton") not in cubes:
             continue
         pair = cubes[seed, "gr"], cubes[seed, "newton"]
         if pair[0].shape == pair[1].shape and all(len(c.shape) == 3 and c.dtype.kind in "fiu" for c in pair):
             return seed
-    raise DataError(f"{path}: there is nothing to draw: no seed has two cubes of one shape.")
+    raise DataError(f"{path}: nothing to plot: no seed has two cubes of one shape. Add a pair of twins.")
 
 
 def draw(
     gr: NDArray[np.float64], newton: NDArray[np.float64], *, box_size: float | None, label: str, title: str
 ) -> Figure:
-    """Three panels: a GR slice (N, N), its Newtonian twin, and GR - Newton on a scale of its own.
+    """Three panels: a GR slice (N, N), its Newtonian twin, and GR - Newton with its own color scale.
 
-    `box_size` is in Mpc/h; without it the axes count cells. `label` names the values, with their unit.
+    `box_size` is in Mpc/h; without it the axes are in cells. `label` is that of the color bar.
     """
     figure = Figure(figsize=(11.5, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     difference = gr - newton
-    _panel(panels[0], gr, "General Relativity", FIELD_COLOURS, (gr, newton), box_size)
-    image = _panel(panels[1], newton, "Newtonian twin", FIELD_COLOURS, (gr, newton), box_size)
+    _panel(panels[0], gr, "General Relativity", FIELD_COLORS, (gr, newton), box_size)
+    image = _panel(panels[1], newton, "Newtonian twin", FIELD_COLORS, (gr, newton), box_size)
     figure.colorbar(image, ax=panels[:2], label=label, shrink=0.87, pad=0.01)
-    image = _panel(panels[2], difference, "GR \u2212 Newton", DIFFERENCE_COLOURS, (difference,), box_size)
+    image = _panel(panels[2], difference, "GR \u2212 Newton", DIFFERENCE_COLORS, (difference,), box_size)
     figure.colorbar(image, ax=panels[2], label="GR \u2212 Newton, same unit", shrink=0.87, pad=0.02)
     panels[0].set_ylabel("z  [Mpc/h]" if box_size else "z  [cells]")
     figure.suptitle(title, fontsize=11)
@@ -219,15 +219,15 @@ def _panel(
     axes: Axes,
     values: NDArray[np.float64],
     title: str,
-    colours: str,
+    colors: str,
     scale: tuple[NDArray[np.float64], ...],
     box_size: float | None,
 ) -> AxesImage:
     finite = np.concatenate([np.abs(array[np.isfinite(array)]) for array in scale])
-    limit = (finite.max() if finite.size else 0) or 1  # white is zero
+    limit = (finite.max() if finite.size else 0) or 1  # symmetric, so that white is zero
     side = box_size or values.shape[0]
     image = axes.imshow(
-        values.T, origin="lower", extent=(0, side, 0, side), cmap=colours, vmin=-limit, vmax=limit
+        values.T, origin="lower", extent=(0, side, 0, side), cmap=colors, vmin=-limit, vmax=limit
     )
     axes.set_title(title, fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))

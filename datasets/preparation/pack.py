@@ -1,16 +1,14 @@
-"""Packs raw gevolution output into one standardised cube file, and repacks cube files so that they are fast
-to read.
+"""Pack raw gevolution output into one standardized cube file, and repack cube files for fast reading.
 
-Simulations are streamed in slabs of a few MiB, twice: once for the mean and the variance over all cubes of
-the file, once to standardise and write them. Memory does not grow with the cubes or their number.
+Simulations are read twice, in slabs of a few MiB: for the mean and variance over all cubes of the file, then
+to standardize and write them. Memory does not grow with the cubes or their number.
 
 The difference of two redshifts is, for each simulation,
 
     d(x) = phi(x, z_1) / g(z_1) - phi(x, z_2) / g(z_2),        g(z) = D(z) / a,
 
-with the linear growth g of the Newtonian potential (`Cosmology.potential_growth`, where the equation and its
-sources are). Linear Newtonian theory leaves d = 0; what is left is non-linear growth and relativistic
-corrections, beside the simulation's numerical errors.
+with the linear growth g of the Newtonian potential (`Cosmology.potential_growth`). In linear Newtonian theory
+d = 0. What remains is non-linear growth, relativistic corrections and the numerical errors of the simulation.
 """
 
 from collections.abc import Iterator
@@ -27,87 +25,58 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, DataError, open_cubes
+from ..normalization import Moments
 from .gevolution import (
     COMMON,
     Simulation,
     common_settings,
     cosmology,
     find_simulations,
-    number,
+    numeric_setting,
     snapshot_number,
     snapshot_redshifts,
 )
 from .writer import new_cube, new_file
 
-WORKERS = 2  # one simulation is read or written while another is computed with
-SLAB_BYTES = 2 * 1024**2  # small enough to stay in a processor's cache between the passes over a slab
+WORKERS = 2  # one simulation is read or written while another is processed
+SLAB_BYTES = 2 * 1024**2  # stays in a processor's cache between the passes over a slab
 
 
 @dataclass(frozen=True)
 class Source:
-    """One cube to be packed: a sum of snapshots, each with a factor."""
+    """One cube to pack: a sum of snapshots, each with a factor."""
 
     simulation: Simulation
     terms: tuple[tuple[Path, float], ...]
 
 
-class Moments:
-    """Mean and variance of values that arrive in parts (Chan, Golub & LeVeque 1983, Am. Stat. 37, 242)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self._squares = 0, 0.0, 0.0
-
-    def add(self, values: NDArray[np.float64]) -> None:
-        """Takes a part in; its values are overwritten."""
-        flat = values.reshape(-1)
-        mean = float(flat.sum()) / flat.size
-        flat -= mean
-        self._merge(flat.size, mean, float(flat @ flat))
-
-    def include(self, other: "Moments") -> None:
-        """Takes all values of `other` in."""
-        if other.count:
-            self._merge(other.count, other.mean, other._squares)
-
-    def _merge(self, count: int, mean: float, squares: float) -> None:
-        shift, total = mean - self.mean, self.count + count
-        self._squares += squares + shift**2 * self.count * count / total
-        self.mean += shift * count / total
-        self.count = total
-
-    @property
-    def variance(self) -> float:
-        """Mean squared distance from the mean."""
-        return self._squares / self.count
-
-
 def pack(raw: Path, out: Path, *, redshift: float, overwrite: bool = False) -> None:
-    """Packs the potential at one redshift of all simulations under `raw`. Raises DataError as all here do."""
+    """Pack the potential at one redshift of all simulations in `raw`. Raises DataError."""
     simulations = find_simulations(raw)
     sources = [Source(s, ((s.snapshot(snapshot_number(s, redshift)), 1.0),)) for s in simulations]
-    _write(raw, out, sources, {"field": "phi", "redshift": redshift}, overwrite)
+    _pack(raw, out, sources, {"field": "phi", "redshift": redshift}, overwrite)
 
 
 def pack_snapshot(raw: Path, out: Path, *, snapshot: int, overwrite: bool = False) -> None:
-    """Packs the potential of one snapshot number, which must be at the same redshift in all simulations."""
+    """Pack the potential of one snapshot number, at one redshift in all simulations. Raises DataError."""
     simulations = find_simulations(raw)
     redshifts = {}
     for simulation in simulations:
         listed = snapshot_redshifts(simulation)
         if not 0 <= snapshot < len(listed):
             raise DataError(
-                f"{simulation.settings_file}: no snapshot {snapshot}; the redshifts {listed} are snapshots "
-                f"0 to {len(listed) - 1}."
+                f"{simulation.settings_file}: no snapshot {snapshot}; the snapshots "
+                f"0 to {len(listed) - 1} have the redshifts {listed}."
             )
         redshifts[listed[snapshot]] = simulation.settings_file
     if len(redshifts) > 1:
         found = ", ".join(f"z = {z:g} in {path}" for z, path in redshifts.items())
-        raise DataError(f"snapshot {snapshot} is not at one redshift: {found}. Use --redshift.")
+        raise DataError(f"snapshot {snapshot} has several redshifts: {found}. Use --redshift.")
     pack(raw, out, redshift=next(iter(redshifts)), overwrite=overwrite)
 
 
 def pack_difference(raw: Path, out: Path, *, redshifts: tuple[float, float], overwrite: bool = False) -> None:
-    """Packs the difference of two redshifts, each divided by the linear growth of the potential."""
+    """Pack the difference of two redshifts, each divided by its linear growth. Raises DataError."""
     simulations = find_simulations(raw)
     universe = cosmology(common_settings(simulations))
     growth = [universe.potential_growth(z) for z in redshifts]
@@ -123,43 +92,47 @@ def pack_difference(raw: Path, out: Path, *, redshifts: tuple[float, float], ove
         for simulation in simulations
     ]
     attributes = {"field": "phi difference", "difference_redshifts": redshifts, "difference_growth": growth}
-    _write(raw, out, sources, attributes, overwrite)
+    _pack(raw, out, sources, attributes, overwrite)
 
 
-def _write(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any], overwrite: bool) -> None:
+def _pack(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any], overwrite: bool) -> None:
     settings = common_settings([source.simulation for source in sources])
     size = _size(sources)
     attributes |= {
-        # Several massive neutrinos are a list.
-        key: settings[key] if key == "m_ncdm" else number(settings, key)
+        # m_ncdm is a list for several massive neutrinos.
+        key: settings[key] if key == "m_ncdm" else numeric_setting(settings, key)
         for key in COMMON
         if key in settings and key != "boxsize"
     }
     attributes |= {
-        "box_size": number(settings, "boxsize"),
+        "box_size": numeric_setting(settings, "boxsize"),
         "box_size_unit": "Mpc/h",
         "gravities": list(GRAVITIES),
         "source": f"gevolution, {raw.absolute()}",
     }
-    each = len(sources[0].terms) * size**3 * 8
-    total = 2 * each * len(sources)
+    bytes_per_cube = len(sources[0].terms) * size**3 * 8
+    total = 2 * bytes_per_cube * len(sources)
     with (
         new_file(out, bytes_needed=len(sources) * size**3 * 4, overwrite=overwrite) as file,
         ThreadPoolExecutor(WORKERS) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="statistics", disable=None) as bar,
     ):
         moments = Moments()
-        for part in pool.map(partial(_moments, size), sources):  # in the sources' order: sums do not vary
-            moments.include(part)
-            bar.update(each)
+        for part in pool.map(
+            partial(_moments, size), sources
+        ):  # in the order of the sources, so that sums are reproducible
+            moments.merge(part)
+            bar.update(bytes_per_cube)
         if moments.variance == 0:
-            raise DataError(f"{raw}: all values are equal ({moments.mean}); this cannot be standardised.")
-        mean, std = moments.mean, float(np.sqrt(moments.variance))
+            raise DataError(
+                f"{raw}: all values are {moments.mean}; they cannot be standardized. Check the simulations."
+            )
+        mean, std = moments.mean, moments.std
         file.attrs.update(attributes | {"mean": mean, "std": std, "variance": moments.variance})
         bar.set_description("writing")
         cubes = [new_cube(file, s.simulation.seed, s.simulation.gravity, size) for s in sources]
-        for _ in pool.map(partial(_standardise, mean, std), sources, cubes):
-            bar.update(each)
+        for _ in pool.map(partial(_standardize, mean, std), sources, cubes):
+            bar.update(bytes_per_cube)
 
 
 def _moments(size: int, source: Source) -> Moments:
@@ -169,7 +142,7 @@ def _moments(size: int, source: Source) -> Moments:
     return moments
 
 
-def _standardise(mean: float, std: float, source: Source, cube: h5py.Dataset) -> None:
+def _standardize(mean: float, std: float, source: Source, cube: h5py.Dataset) -> None:
     for rows, slab in _slabs(source, len(cube)):
         slab -= mean
         slab /= std
@@ -177,16 +150,18 @@ def _standardise(mean: float, std: float, source: Source, cube: h5py.Dataset) ->
 
 
 def _size(sources: list[Source]) -> int:
-    """N, after a look at every snapshot's shape: an error comes now rather than after an hour."""
+    """N. Checks the shape of every snapshot, so that an error is found before an hour of packing."""
     first: tuple[Path, tuple[int, ...]] | None = None
     for path in (path for source in sources for path, _ in source.terms):
         with open_cubes(path) as file:
             shape = _data(file, path).shape
         first = first or (path, shape)
         if len(shape) != 3 or len(set(shape)) != 1 or shape[0] % SIZE_UNIT:
-            raise DataError(f"{path}: its shape is {shape}, not (N, N, N), N a multiple of {SIZE_UNIT}.")
+            raise DataError(
+                f"{path}: the shape is {shape}; (N, N, N) with N a multiple of {SIZE_UNIT} is needed."
+            )
         if shape != first[1]:
-            raise DataError(f"{path}: its shape is {shape}, but that of {first[0]} is {first[1]}.")
+            raise DataError(f"{path}: the shape is {shape}, but {first[1]} in {first[0]}. Pack equal sizes.")
     assert first is not None
     return first[1][0]
 
@@ -194,17 +169,17 @@ def _size(sources: list[Source]) -> int:
 def _data(file: h5py.File, path: Path) -> h5py.Dataset:
     data = file.get("data")
     if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu":
-        raise DataError(f"{path}: has no numeric data set `data` as gevolution writes it, but {list(file)}.")
+        raise DataError(f"{path}: no numeric data set `data`, found {list(file)}. Give output of gevolution.")
     return data
 
 
 def _slabs(source: Source, size: int) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """The values of one cube, slab by slab along the first axis; it may be changed, the next replaces it."""
+    """The values of one cube in slabs along the first axis. A slab may be changed; the next overwrites it."""
     with ExitStack() as files:
         terms = [(_data(files.enter_context(open_cubes(path)), path), path, f) for path, f in source.terms]
         rows = max(1, SLAB_BYTES // (size**2 * 8))
         for data, _, _ in terms:
-            if data.chunks:  # a chunk must not be decompressed once for each slab that it touches
+            if data.chunks:  # or a chunk would be decompressed for each slab that it overlaps
                 rows = -(-rows // data.chunks[0]) * data.chunks[0]
         total, term = np.empty((2, rows, size, size))
         for start in range(0, size, rows):
@@ -226,11 +201,13 @@ def _read(data: h5py.Dataset, path: Path, where: slice, out: NDArray[np.float64]
     except H5PY_ERRORS as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not np.isfinite(out.sum()):
-        raise DataError(f"{path}: holds NaN or infinity between planes {where.start} and {where.stop - 1}.")
+        raise DataError(
+            f"{path}: NaN or infinity in planes {where.start} to {where.stop - 1}. Rerun this simulation."
+        )
 
 
 def repack(path: Path, out: Path, *, overwrite: bool = False) -> None:
-    """Writes the cubes of a file, contiguous float32 in the packed layout, with the file's attributes."""
+    """Write the cubes and attributes of a file, contiguous and in the packed layout. Raises DataError."""
     cubes = CubeFile(path)
     values = np.empty((cubes.size,) * 3, dtype=np.float32)
     with open_cubes(path) as old:
