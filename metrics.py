@@ -239,7 +239,7 @@ class PredictionBuffer:
         self._restored = (ids, logits)
 
     def require_finite(self, step: int, *, phase: str = "train") -> None:
-        """Raise DivergenceError if any rank added a logit that is not finite since the last call.
+        """Raise DivergenceError if a rank added a logit that is not finite since the last call.
 
         `step` is the number of optimizer steps taken; in training the last batch added is that step's.
         Collective.
@@ -273,7 +273,7 @@ class RunningMetrics:
     """
 
     def __init__(self, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
-        """`sums` are the loss, the correct predictions and the slices since the last reading of a saved run."""
+        """`sums`: loss, correct predictions and slices since the last reading of a saved run."""
         self._sums = list(sums)
         self._batches: list[Tensor] = []
         self._pending: tuple[int, Tensor] | None = None
@@ -290,7 +290,7 @@ class RunningMetrics:
         return previous
 
     def finish(self) -> dict[str, float] | None:
-        """The values of the reading that was started last: `step`, `loss`, `accuracy`; None if there is none."""
+        """The values of the last reading that was started: `step`, `loss`, `accuracy`; None without one."""
         if self._pending is None:
             return None
         (step, rows), self._pending = self._pending, None

@@ -33,6 +33,13 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+class Calibration(Section):
+    """What models.calibration fitted on the validation seeds."""
+
+    temperature: Positive
+    threshold: float
+
+
 class SavedTrainState(Section):
     """The counters of a run: the fields of run.TrainState, which documents them.
 
@@ -41,6 +48,8 @@ class SavedTrainState(Section):
 
     mean: float
     std: Positive
+    power: list[Positive] | None = None
+    calibration: Calibration | None = None
     epoch: Count
     step: Count
     step_in_epoch: Count

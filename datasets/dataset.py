@@ -45,7 +45,8 @@ class WholeCubeDataset:
     `batch_size` counts the slices of all `num_processes` ranks; rank `process_index` gets its rows. Order and
     symmetries depend on `seed`, the epoch and the sample ids only. Cubes are standardized to (cube - `mean`)
     / `std`; Newtonian ones are then multiplied by `newton_augmentation`. `cache` is auto, disk, memory or
-    device. `transform` is applied to the images of each batch. Raises DataError if the file lacks seeds or if `num_processes` does not divide the batch size.
+    device. `transform` is applied to the images (b, C, N, N) of each batch. Raises DataError if the file
+    lacks seeds or if `num_processes` does not divide the batch size.
     """
 
     def __init__(

@@ -3,12 +3,12 @@
     python experiments/repeat.py experiments/lynx_z1.yaml --trainings 5 --folds 4 [--seeds 4 8 16 24]
 
 Trainings differ in train_params.seed. Folds differ in the test seeds: fold k tests on the k-th block of
-data_params.test_seeds seeds and trains on the first data_params.train_seeds of the others. `--seeds` repeats all of
-it for other values of data_params.train_seeds: the learning curve.
+data_params.test_seeds seeds and trains on the first data_params.train_seeds of the others. `--seeds` repeats
+this for other values of data_params.train_seeds: the learning curve.
 
-Every repetition is an ordinary run in its own folder, evaluated by `evaluation.py --quick`. The same command resumes
-what was interrupted. `--jobs N` runs N at a time, each on a share of the cores, or on its own GPU. In a SLURM array every
-task does its part; the last command to find all runs complete writes the summary:
+Every repetition is an ordinary run in its own folder, evaluated by `evaluation.py --quick`. The same command
+resumes what was interrupted. `--jobs N` runs N at a time, each on a share of the cores or on its own GPU. In a
+SLURM array every task does its part. The command that finds all runs complete writes the summary:
 LOG_DIR/NAME-repeat/summary.json, summary.md and learning_curve.png and .pdf.
 """
 

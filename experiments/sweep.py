@@ -8,7 +8,7 @@ the same epoch. The study is kept in LOG_DIR/NAME-sweep.journal: the same comman
 and an interrupted trial resumes from its last checkpoint. Start the command several times, on any hosts that
 share log_dir, to work on one study in parallel.
 
-The lowest loss of a trial counts. Without data_params.validation_seeds it is the loss on test seeds, which are
+The lowest loss of a trial counts. Without data_params.validation_seeds it is the loss on test seeds. They are
 then no longer unseen: evaluate the best trial on other seeds (evaluation.py --checkpoint best --seeds A:B).
 """
 

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn; predictions in the order of sample ids; divergence is reported by step and id."""
+"""Metrics against scikit-learn; predictions ordered by sample id; divergence is reported by step and id."""
 
 import math
 
