@@ -21,6 +21,7 @@ and views (N = 256, one channel).
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -243,7 +244,7 @@ class HostCache:
         bounds = [count * self.channels * k // threads for k in range(threads + 1)]
         row, column = where.row.reshape(len(pairs), -1), where.column.reshape(len(pairs), -1)
         on_gpu = self.device.type == "cuda"
-        send = _Sender(self.device) if on_gpu else None
+        send = _sender(self.device) if on_gpu else None
 
         def cut(step: int) -> Callable[[], Tensor]:
             images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
@@ -350,6 +351,12 @@ class _Sender:
         computing.wait_stream(self._stream)
         there.record_stream(computing)  # its memory was taken by one stream and is used by another
         return there
+
+
+@cache
+def _sender(device: torch.device) -> _Sender:
+    """The one sender for a device: every stream has a memory pool of its own, which is never given back."""
+    return _Sender(device)
 
 
 def _channels_last(images: Tensor) -> Tensor:
