@@ -219,9 +219,10 @@ class CheckpointManager:
     def _environment(self) -> dict[str, Any]:
         """What the bits of a training depend on beside its settings."""
         device = self._accelerator.device.type
+        module = torch.get_device_module(device)
         return {
             "processes": self._accelerator.num_processes,
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "device": module.get_device_name() if hasattr(module, "get_device_name") else device,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "accelerate": version("accelerate"),

@@ -38,6 +38,7 @@ from .slicing import Views
 AHEAD = 2  # pairs that are read before they are needed
 READERS = 2  # threads that read, so that both twins of a seed come at the same time
 BATCHES_AHEAD = 2  # of what a GPU has finished
+STREAMING = ("cuda", "xpu")  # types of devices that have streams and copy from pinned memory
 MOST_CUTTERS = 8  # threads that cut; more do not help, they wait for memory
 
 
@@ -243,11 +244,10 @@ class HostCache:
         threads = min(torch.get_num_threads(), MOST_CUTTERS, count)
         bounds = [count * self.channels * k // threads for k in range(threads + 1)]
         row, column = where.row.reshape(len(pairs), -1), where.column.reshape(len(pairs), -1)
-        on_gpu = self.device.type == "cuda"
-        send = _sender(self.device) if on_gpu else None
+        send = _sender(self.device) if self.device.type in STREAMING else None
 
         def cut(step: int) -> Callable[[], Tensor]:
-            images = torch.empty((count, self.channels, size, size), pin_memory=on_gpu)
+            images = torch.empty((count, self.channels, size, size), pin_memory=send is not None)
             start = (where.start[step] + self._places[pairs[step]][:, None]).ravel()
             arrays = (start, row[step], column[step], images.view(-1, size, size).numpy())
             parts = [[array[a:b] for array in arrays] for a, b in pairwise(bounds)]
@@ -295,7 +295,7 @@ class DeviceCache(HostCache):
 
     def _allocate(self, slots: int) -> NDArray[np.float32]:
         with torch.inference_mode(False):
-            return torch.empty((slots, *self._shape), pin_memory=self.device.type == "cuda").numpy()
+            return torch.empty((slots, *self._shape), pin_memory=self.device.type in STREAMING).numpy()
 
     def _read(self, pair: int, readers: ThreadPoolExecutor) -> bool:
         return pair in self._there or super()._read(pair, readers)
@@ -337,16 +337,17 @@ class _Sender:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-        self._steps: deque[torch.cuda.Event] = deque()
+        self._device, self._module = device, torch.get_device_module(device)
+        self._stream = self._module.Stream(device)
+        self._steps: deque[torch.Event] = deque()
 
     def __call__(self, images: Tensor) -> Tensor:
         """The images on the device; `images` are pinned."""
-        computing = torch.cuda.current_stream(self._device)
+        computing = self._module.current_stream(self._device)
         self._steps.append(computing.record_event())
         if len(self._steps) > BATCHES_AHEAD:
             self._steps.popleft().synchronize()
-        with torch.cuda.stream(self._stream):
+        with self._module.stream(self._stream):
             there = images.to(self._device, non_blocking=True)
         computing.wait_stream(self._stream)
         there.record_stream(computing)  # its memory was taken by one stream and is used by another

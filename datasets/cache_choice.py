@@ -22,8 +22,8 @@ def choose_cache(pair_bytes: int, seeds: int, device: torch.device, processes: i
     # The streams of a process, rounded up; at the borders of its share it needs pairs that others need too.
     streams = min(STREAMS, -(-STREAMS // processes) + (STREAMS % processes > 0))
     share = min(seeds, seeds * streams // STREAMS + 3) * pair_bytes
-    if device.type == "cuda":
-        free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+    if device.type in ("cuda", "xpu"):
+        free = FREE_SHARE * torch.get_device_module(device).mem_get_info(device)[0]
         if share <= free:
             log.info("cache: device (%.1f GiB of cubes, %.1f GiB free for them)", share / 2**30, free / 2**30)
             return "device"

@@ -126,7 +126,7 @@ def choose_gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, si
 
     It is called as this function and gives images (len(start), N, N).
     """
-    if not memory.is_cuda:
+    if memory.device.type not in ("cuda", "xpu"):
         return gather_in_parts
     import torch._dynamo
 
