@@ -237,7 +237,8 @@ def open_subject(options: argparse.Namespace) -> Subject:
     if accelerator.num_processes > fewest:
         raise EvaluationError(f"found {accelerator.num_processes} processes; allowed: one per seed, {fewest}")
     network: torch.nn.Module = copy.deepcopy(trained.network)
-    network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    memory_format = datasets.image_memory_format(accelerator.device)
+    network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     return Subject(run, config, accelerator, trained, network, cubes, seeds, home)
 

@@ -275,7 +275,8 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
         torch.use_deterministic_algorithms(params.deterministic)  # imports torch's compiler, which takes 1 s
     torch.backends.cudnn.benchmark = not params.deterministic  # every batch has the same shape
     network = models.build_model(**config.model_arguments(cubes.size))
-    network = network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    memory_format = datasets.image_memory_format(accelerator.device)
+    network = network.to(accelerator.device).to(memory_format=memory_format)  # type: ignore[call-overload]
     if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):
         models.synchronize_batch_norm(network)
     # Synchronized batch normalization breaks the graph at every layer: compiling would not pay.
@@ -306,7 +307,8 @@ def prepare(
     network, optimizer = accelerator.prepare(network, optimizer)
     rows = params.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
     images = torch.zeros(rows, *shape, device=accelerator.device)
-    distributed.warm_up_ddp(network, images.to(memory_format=torch.channels_last))
+    memory_format = datasets.image_memory_format(accelerator.device)
+    distributed.warm_up_ddp(network, images.to(memory_format=memory_format))
     set_seed(params.seed, device_specific=True)  # dropout differs between ranks
     return network, optimizer
 

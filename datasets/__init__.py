@@ -1,5 +1,6 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
+from .cache import image_memory_format
 from .cube_file import GRAVITIES, CubeFile, DataError
 from .dataset import Batch, WholeCubeDataset, measure_normalization
 from .normalization import check_normalization
@@ -16,6 +17,7 @@ __all__ = [
     "check_normalization",
     "check_synthetic",
     "decode",
+    "image_memory_format",
     "measure_normalization",
     "write_synthetic",
 ]

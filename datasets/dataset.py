@@ -21,7 +21,7 @@ class Batch:
     """This process's rows of one global batch."""
 
     ids: Tensor  # (b,) int64 sample ids, in host memory
-    images: Tensor  # (b, C, N, N) float32 on the device, channels last
+    images: Tensor  # (b, C, N, N) float32 on the device, in image_memory_format
     labels: Tensor  # (b,) float32 on the device: 1 for General Relativity, 0 for Newtonian gravity
     mask: Tensor  # (b,) float32 on the device: 1, or 0 for slices that only fill up a short batch
     num_valid: int  # slices of weight 1 in the whole batch, all processes together
