@@ -44,7 +44,7 @@ def logits(network: Network, batches: Iterable[Batch]) -> tuple[Ids, Floats]:
         for batch in batches:
             ids.append(batch.ids)
             said.append(network(batch.images).float())  # stays on the device: nothing waits for it
-    return torch.cat(ids).numpy(), torch.cat(said).double().cpu().numpy()
+    return torch.cat(ids).numpy(), torch.cat(said).cpu().double().numpy()
 
 
 def spectra(box: Box, batches: Iterable[Batch]) -> tuple[tuple[Ids, Floats], tuple[Ids, Floats]]:

@@ -123,9 +123,10 @@ class Bands:
         """What each band contributes to slices (..., N, N); the parts add up to the slices."""
         size = slices.shape[-1]
         waves = torch.fft.rfft2(slices)
-        lengths = wave_lengths(size, 2).to(slices.device)
+        lengths = wave_lengths(size, 2)
         for low, high in pairwise(self.edges):
-            yield torch.fft.irfft2(waves * ((lengths >= low) & (lengths < high)), s=(size, size))
+            inside = ((lengths >= low) & (lengths < high)).to(slices.device)  # MPS has no float64
+            yield torch.fft.irfft2(waves * inside, s=(size, size))
 
 
 INTERVENTIONS = ("low_pass", "high_pass", "exchange")
