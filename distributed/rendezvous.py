@@ -61,6 +61,9 @@ def init_process_group() -> None:
     if missing:
         ignore_launcher_sigterm()
         raise LaunchError(f"{missing}\n  meeting point: {host}:{port} (MASTER_ADDR:MASTER_PORT)")
+    # Accelerate passes LOCAL_RANK to DistributedDataParallel as the device, which is wrong where each rank sees
+    # its own devices only (srun --gpus-per-task=1). Without it the network's own device counts.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     # From now on one process may keep the others waiting for longer.
     set_timeout(timedelta(seconds=RUN_SECONDS))
     # Its threads must end before the interpreter does, or the process may abort at exit.
