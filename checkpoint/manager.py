@@ -229,9 +229,10 @@ class CheckpointManager:
     def _environment(self) -> dict[str, Any]:
         """What the last bits of a training depend on besides its settings."""
         device = self._accelerator.device.type
+        module = torch.get_device_module(device)
         return {
             "num_processes": self._accelerator.num_processes,
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "device": module.get_device_name() if hasattr(module, "get_device_name") else device,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "accelerate": version("accelerate"),

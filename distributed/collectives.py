@@ -74,7 +74,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def require_equal(values: Mapping[str, Any]) -> None:
-    """Raise a LaunchError on all ranks, with hosts and values, if `values` differs between them. Collective."""
+    """Raise a LaunchError on all ranks, with hosts and values, if `values` differs. Collective."""
     report = {"host": socket.gethostname(), "problem": "", **values}
     raise_if_different(all_gather_json(report, RUN_SECONDS))
 

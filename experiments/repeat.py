@@ -7,8 +7,8 @@ data_params.test_seeds seeds and trains on the first data_params.train_seeds of 
 this for other values of data_params.train_seeds: the learning curve.
 
 Every repetition is an ordinary run in its own folder, evaluated by `evaluation.py --quick`. The same command
-resumes what was interrupted. `--jobs N` runs N at a time, each on a share of the cores or on its own GPU. In a
-SLURM array every task does its part. The command that finds all runs complete writes the summary:
+resumes what was interrupted. `--jobs N` runs N at a time, each on a share of the cores or on its own GPU. In
+a SLURM array every task does its part. The command that finds all runs complete writes the summary:
 LOG_DIR/NAME-repeat/summary.json, summary.md and learning_curve.png and .pdf.
 """
 
@@ -134,8 +134,8 @@ def check_seeds(config: experiment.Config, cubes: datasets.CubeFile, options: ar
     if largest + data.test_seeds > found or smallest <= data.validation_seeds:
         raise RepeatError(
             f"train_seeds: found {smallest} to {largest}, allowed: more than validation_seeds "
-            f"{data.validation_seeds}, at most {found - data.test_seeds} ({found} seeds in {cubes.path}, less "
-            f"test_seeds {data.test_seeds})"
+            f"{data.validation_seeds}, at most {found - data.test_seeds}: {found} seeds of {cubes.path} less "
+            f"test_seeds {data.test_seeds}"
         )
 
 
@@ -272,7 +272,7 @@ def spread(values: np.ndarray, ensembles: np.ndarray) -> dict[str, float | None]
 
 
 def read_predictions(one: Repetition) -> tuple[metrics.Predictions, float]:
-    """Predictions on the test seeds, and the calibrated threshold of the logit (0 without validation seeds)."""
+    """Predictions on the test seeds, and the calibrated threshold (0 without validation seeds)."""
     with h5py.File(one.run_dir / "evaluation" / "predictions.h5", "r") as file:
         columns = [file[key][:] for key in ("seed", "label", "axis", "position", "logit")]
     model = json.loads((one.run_dir / "model" / "config.json").read_text(encoding="utf-8"))
