@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -276,7 +277,7 @@ class RunningMetrics:
         """`sums`: loss, correct predictions and slices since the last reading of a saved run."""
         self._sums = list(sums)
         self._batches: list[Tensor] = []
-        self._pending: tuple[int, Tensor] | None = None
+        self._pending: tuple[int, Tensor, Any] | None = None
 
     def add(self, logits: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Add this rank's part (rows,) of a batch; rows with mask 0 do not count."""
@@ -285,7 +286,12 @@ class RunningMetrics:
     def read(self, step: int) -> dict[str, float] | None:
         """Start the reading of `step`; returns the values of the previous one, if there is one."""
         previous = self.finish()
-        self._pending = (step, torch.stack(self._batches).to("cpu", non_blocking=True))
+        rows = torch.stack(self._batches)
+        copied = None  # an event, where the copy is asynchronous
+        host = rows.to("cpu", non_blocking=True)
+        if rows.device.type in ("cuda", "xpu"):
+            copied = torch.get_device_module(rows.device).current_stream(rows.device).record_event()
+        self._pending = step, host, copied
         self._batches = []
         return previous
 
@@ -293,7 +299,9 @@ class RunningMetrics:
         """The values of the last reading that was started: `step`, `loss`, `accuracy`; None without one."""
         if self._pending is None:
             return None
-        (step, rows), self._pending = self._pending, None
+        (step, rows, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
         self._accumulate(rows)
         (loss, correct, count), self._sums = self._sums, [0.0, 0.0, 0.0]
         return {"step": step, "loss": loss / count, "accuracy": correct / count}
