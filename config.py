@@ -117,7 +117,7 @@ class DataParams(Section):
     @property
     def slicing(self) -> dict[str, Any]:
         """How slices are taken from cubes: keyword arguments of WholeCubeDataset."""
-        keys = {"axes", "channels", "newton_augmentation", "symmetries", "cache"}
+        keys = {"axes", "channels", "newton_augmentation", "symmetries", "shifts", "pairs", "cache"}
         return self.model_dump(include=keys)
 
     @property

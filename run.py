@@ -266,7 +266,7 @@ def measure_power(config: Config, cubes: datasets.CubeFile, state: TrainState) -
         device=torch.device("cpu"),
         mean=state.mean,
         std=state.std,
-        **data.slicing | {"cache": "disk"},
+        **data.slicing | {"cache": "disk", "pairs": False},
     )
     spectra, weights = [], []
     for batch in slices.evaluation_batches():
