@@ -58,6 +58,7 @@ class ForkServer:
         Further keys of `request`, all optional:
 
         - processes: number of ranks (1)
+        - hosts: network namespace and host name of each rank
         - environment: further environment variables
         - record: a folder to which each rank writes the ids, mask and learning rate of its steps, RANK.json
         - after: seconds until all ranks get SIGKILL
@@ -70,14 +71,9 @@ class ForkServer:
         codes: list[int] = self._request(train=arguments, out=str(out), **request)["codes"]
         return codes
 
-    def launch(
-        self, *command: str, out: Path, host: tuple[str, str] | None = None, **environment: str
-    ) -> Launcher:
-        """Start `accelerate` or `torchrun` with arguments, as from a shell in the checkout.
-
-        `host` is a network namespace and a host name (default: those of this process).
-        """
-        pid = self._request(launch=command, out=str(out), host=host, environment=environment)["pid"]
+    def launch(self, *command: str, out: Path, **environment: str) -> Launcher:
+        """Start `accelerate` or `torchrun` with arguments, as from a shell in the checkout."""
+        pid = self._request(launch=command, out=str(out), environment=environment)["pid"]
         return Launcher(self, pid, out)
 
     def poll(self, pid: int) -> int | None:
@@ -166,24 +162,12 @@ def serve_launch(request: dict[str, Any]) -> dict[str, Any]:
     modules = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
 
     def work() -> int | None:
-        if request["host"]:
-            become_host(*request["host"])
         os.environ.update(request["environment"])
         sys.argv = [program, *arguments]
         status: int | None = importlib.import_module(modules[program]).main()
         return status
 
     return {"pid": fork(work, request["out"])}
-
-
-def become_host(namespace: str, name: str) -> None:
-    """Enter a network namespace made by `ip netns add`, and take a host name."""
-    clone_newnet, clone_newuts = 0x40000000, 0x04000000  # see <sched.h>
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{namespace}") as file:
-        if libc.setns(file.fileno(), clone_newnet) or libc.unshare(clone_newuts):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    socket.sethostname(name)
 
 
 def serve_poll(request: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +208,13 @@ def train(request: dict[str, Any], rank: int, processes: int, port: int) -> int:
     """`trainer.main` on one rank."""
     import trainer
 
-    os.environ.update(request.get("environment", {}))
     if processes > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-        os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if "hosts" in request:
+        become_host(*request["hosts"][rank])
+        os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ.update(request.get("environment", {}))
     if request.get("rank", rank) == rank:
         if "call" in request:
             die_at_call(request["call"])
@@ -252,6 +238,16 @@ def train(request: dict[str, Any], rank: int, processes: int, port: int) -> int:
     Path(request["record"]).mkdir(parents=True, exist_ok=True)
     Path(request["record"], f"{rank}.json").write_text(json.dumps(steps))
     return status
+
+
+def become_host(namespace: str, name: str) -> None:
+    """Enter a network namespace made by `ip netns add`, and take a host name."""
+    clone_newnet, clone_newuts = 0x40000000, 0x04000000  # see <sched.h>
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as file:
+        if libc.setns(file.fileno(), clone_newnet) or libc.unshare(clone_newuts):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    socket.sethostname(name)
 
 
 def die_at_call(fatal: int) -> None:

@@ -2,18 +2,16 @@
 
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer, Launcher
+from fork_server import ForkServer
 
-ROOT = Path(__file__).parents[1]
 HOSTS = ("alpha", "beta")
-EPOCHS = 3
 
 
 def ip(arguments: str) -> None:
@@ -44,63 +42,24 @@ def namespaces() -> Iterator[dict[str, str]]:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
 
 
-# trainer.py, which once, at its 12th step, waits for the loss of its host.
-PROGRAM = """
-import os, pathlib, sys, time, trainer
-train_step, steps, lost = trainer.train_step, [], pathlib.Path(__file__).with_name("lost")
-def step(run, batch, lr):
-    steps.append(batch)
-    if len(steps) == 12 and os.environ["RANK"] == "1" and not lost.exists():
-        lost.touch()
-        time.sleep(600)
-    return train_step(run, batch, lr)
-trainer.train_step = step
-sys.exit(trainer.main())
-"""
-
-
-@pytest.fixture
-def launch(
-    fork_server: ForkServer, namespaces: dict[str, str], experiment: Callable[..., Path], tmp_path: Path
-) -> Iterator[Callable[[int], dict[str, Launcher]]]:
-    """Gives the command of multi_node.yaml on both hosts, with one rank each."""
-    path = experiment(axes=[0], epochs=EPOCHS, save_every_steps=2, batch_size=48)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    started: list[Launcher] = []
-
-    def start(port: int) -> dict[str, Launcher]:
-        command = ["accelerate", "launch", "--config_file", f"{ROOT}/accelerate_configs/multi_node.yaml"]
-        command += ["--num_processes", "2", "--main_process_ip", "10.213.7.1"]
-        command += ["--main_process_port", str(port), "--rdzv_conf", "timeout=50"]
-        hosts = {}
-        for rank, (host, namespace) in enumerate(namespaces.items()):
-            hosts[host] = fork_server.launch(
-                *(*command, "--machine_rank", str(rank), str(tmp_path / "program.py"), str(path)),
-                out=tmp_path / f"{host}-{port}",
-                host=(namespace, host),
-                PYTHONPATH=str(ROOT),
-            )
-        started.extend(hosts.values())
-        return hosts
-
-    yield start
-    for launcher in started:
-        launcher.kill()
-
-
 def test_a_run_resumes_after_a_host_is_lost(
-    launch: Callable[[int], dict[str, Launcher]], tmp_path: Path
+    fork_server: ForkServer, namespaces: dict[str, str], experiment: Callable[..., Path], tmp_path: Path
 ) -> None:
-    first = launch(29511)
-    first["beta"].wait_for((tmp_path / "lost").exists)
-    first["beta"].kill()
-    assert first["alpha"].wait() != 0
-    assert "2 processes (alpha: 0, beta: 1), cpu" in first["alpha"].output
+    epochs = 3
+    arguments = [str(experiment(axes=[0], epochs=epochs, save_every_steps=2, batch_size=48))]
+    launch = {
+        "processes": 2,
+        "hosts": [[namespace, host] for host, namespace in namespaces.items()],
+        "environment": {"MASTER_ADDR": "10.213.7.1"},
+    }
+    first, second = tmp_path / "first", tmp_path / "second"
+    fatal_step = {"send": ["SIGKILL", "trainer.train_step", 11], "rank": 1}
+    assert fork_server.train(arguments, first, **launch, **fatal_step, grace=60) == [2, -signal.SIGKILL]
+    assert "2 processes (alpha: 0, beta: 1), cpu" in first.read_text()
+    assert "LaunchError: another rank ended; see its error" in first.read_text()
 
-    second = launch(29512)
-    for host in reversed(HOSTS):
-        assert second[host].wait() == 0, second[host].output
-    assert re.search("resumed from", second["alpha"].output)
+    assert fork_server.train(arguments, second, **launch) == [0, 0], second.read_text()
+    assert "resumed from" in second.read_text()
     metrics = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, metrics) if line["phase"] == "train"]
-    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+    assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
