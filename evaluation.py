@@ -13,22 +13,28 @@ spectrum, and write everything to RUN/evaluation/.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 
 import checkpoint
 import datasets
 import distributed
 import files
 import models
-from config import ConfigError, load_config
-from evaluation_context import EvaluationContext, EvaluationError, load_run
+from config import ConfigError
+from evaluation_context import (
+    EvaluationContext,
+    EvaluationError,
+    load_network,
+    load_run,
+    load_run_config,
+    training_units,
+)
 from metrics import Predictions
 
 try:
@@ -37,14 +43,22 @@ try:
         ensemble,
         figures,
         full_report,
+        information,
+        interventions,
         report,
         robustness,
+        saliency,
+        simulation_spectra,
         spectral_figures,
         style,
         summary,
         unlabelled,
     )
-    from analysis.findings import findings, format_estimate, warnings
+    from analysis.ceilings import Ceiling
+    from analysis.findings import findings, warnings
+    from analysis.interventions import Bands
+    from analysis.power_spectrum import SpectrumError
+    from analysis.simulation_spectra import Partitions, SimulationSpectra
 except ModuleNotFoundError as missing:
     print(f"Evaluation needs {missing.name}. Install it: pip install -e '.[evaluation]'", file=sys.stderr)
     sys.exit(2)
@@ -55,7 +69,7 @@ USER_ERRORS = (
     report.ReportError,
     ensemble.EnsembleError,
     robustness.DegradationError,
-    spectrum.SpectrumError,
+    SpectrumError,
     unlabelled.FieldError,
     datasets.DataError,
     models.ModelError,
@@ -74,9 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", metavar="A:B", help="seeds A to B-1 instead of the run's test seeds")
     parser.add_argument("--datafile", help="another file of cubes than the run's, such as another redshift")
     parser.add_argument("--checkpoint", metavar="best|last|STEP", help="instead of the run's final network")
-    parser.add_argument("--output", type=Path, help="folder of the report (default RUN/evaluation), or OUT.h5")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the report (default RUN/evaluation), or OUT.h5"
+    )
     parser.add_argument("--allow-training-seeds", action="store_true", help="evaluate on training seeds")
-    parser.add_argument("--quick", action="store_true", help="metrics only: no attribution, spectra, saliency")
+    parser.add_argument(
+        "--quick", action="store_true", help="metrics only: no attribution, spectra, saliency"
+    )
     parser.add_argument(
         "--degrade", nargs="*", metavar="KEY=VALUE", help="also on degraded slices: smoothing=R, noise=LEVEL"
     )
@@ -93,10 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--predict FILE needs the folder of a run and --output OUT.h5")
 
     def program() -> None:
-        if options.compare:
-            compare(options.compare, options.output or Path("comparison"))
-        elif options.ensemble:
-            evaluate_ensemble(options.ensemble, options.output or Path("ensemble"))
+        if runs := options.compare or options.ensemble:
+            part = comparison if options.compare else ensemble
+            output = options.output or Path("comparison" if options.compare else "ensemble")
+            require_writable(output)
+            print(part.write(output, unique_names(runs)), f"written to {output}", sep="\n")
         else:
             distributed.setup_process()
             (predict if options.predict else evaluate)(options)
@@ -135,11 +154,13 @@ def evaluate(options: argparse.Namespace) -> None:
     measured = None if options.quick else measure(context, clock)
     if not context.accelerator.is_main_process:
         return
-    results = context.describe() | summary.summarize(predictions)
+    results: dict[str, Any] = context.describe() | summary.summarize(predictions)
     clock.lap("metrics")
     if measured is not None:
         results |= full_report.analyse(predictions, measured)
-        results["saliency"] = saliency.saliency_of_extremes(context.network, predictions, context.slices_of_seed)
+        results["saliency"] = saliency.saliency_of_extremes(
+            context.network, predictions, context.slices_of_seed
+        )
         clock.lap("analysis")
     if degraded is not None:
         results["degradation"] = robustness.summarize(predictions, degraded, kinds, *settings)
@@ -153,7 +174,9 @@ def forward_pass(context: EvaluationContext) -> tuple[Any, Any]:
     with torch.inference_mode():
         for batch in context.slices(context.seeds):
             ids.append(batch.ids)
-            logits.append(context.network(batch.images).float())  # remains on the device: nothing waits for it
+            logits.append(
+                context.network(batch.images).float()
+            )  # remains on the device: nothing waits for it
     return torch.cat(ids).numpy(), torch.cat(logits).double().cpu().numpy()
 
 
@@ -191,7 +214,7 @@ def measure(context: EvaluationContext, clock: report.Stopwatch) -> full_report.
         test=test,
         train=train,
         limits=limits,
-        same_file=file is not None and file.path == context.cubes.path and context.held_out,
+        same_file=context.same_file,
         newton_augmentation=context.config.data_params.newton_augmentation,
     )
 
@@ -242,29 +265,6 @@ def require_writable(path: Path) -> None:
         raise EvaluationError(f"--output {path}: {problem}. Choose another folder.")
 
 
-def compare(runs: list[Path], output: Path) -> None:
-    """One table and one figure of evaluated runs."""
-    named = unique_names(runs)
-    reports = {name: report.read(run) for name, run in named.items()}
-    predictions = {name: report.read_predictions(run) for name, run in named.items()}
-    require_writable(output)
-    output.mkdir(parents=True, exist_ok=True)
-    print(comparison.write(output, reports, predictions), f"written to {output}", sep="\n")
-
-
-def evaluate_ensemble(runs: list[Path], output: Path) -> None:
-    """Runs that differ only in train_params.seed: their spread, and the ensemble of mean logits."""
-    named = unique_names(runs)
-    ensemble.require_one_experiment(
-        {name: load_config(run / "config.yaml").to_dict() for name, run in named.items()}
-    )
-    predictions = {name: report.read_predictions(run) for name, run in named.items()}
-    ensemble.require_same_slices(predictions)
-    require_writable(output)
-    output.mkdir(parents=True, exist_ok=True)
-    print(ensemble.write(output, predictions), f"written to {output}", sep="\n")
-
-
 def unique_names(runs: list[Path]) -> dict[str, Path]:
     """Runs by their names, or by their paths if names repeat."""
     names = [run.name for run in runs]
@@ -272,9 +272,36 @@ def unique_names(runs: list[Path]) -> dict[str, Path]:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Logits and probabilities of cubes without labels."""
+    """Write logits and probabilities of cubes without labels."""
+    run: Path = options.run
     require_writable(options.output.parent)
-    unlabelled.predict(load_network_for(options), options.predict, options.output)
+    config = load_run_config(run)
+    trained = load_network(run, config, options.checkpoint)
+    accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
+    units, std = training_units(config, trained)
+    table = unlabelled.predict(
+        trained.to(accelerator.device).eval(),
+        options.predict,
+        options.output,
+        size=trained.settings["size"],
+        channels=trained.settings["channels"],
+        axes=config.data_params.axes,
+        device=accelerator.device,
+        std=std,
+        units=units,
+        calibration=load_calibration(run) if options.checkpoint is None else None,
+    )
+    print(table, f"written to {options.output}", sep="\n")
+
+
+def load_calibration(run: Path) -> unlabelled.Calibration | None:
+    """Threshold and temperature of the final network; None if it was not calibrated."""
+    settings = models.export.read_config(run / "model")
+    if "threshold" not in settings or "temperature" not in settings:
+        return None
+    return unlabelled.Calibration(settings["threshold"], settings["temperature"])
 
 
 if __name__ == "__main__":

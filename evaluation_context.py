@@ -52,14 +52,17 @@ class EvaluationContext:
     @property
     def train_seeds(self) -> range:
         """The seeds that trained the network."""
-        data = self.config.data_params
-        return range(data.train_seeds - getattr(data, "validation_seeds", 0))
+        return self.config.data_params.train_range
 
     @property
-    def test_seeds(self) -> range:
-        """The test seeds of the run."""
-        data = self.config.data_params
-        return range(data.train_seeds, data.train_seeds + data.test_seeds)
+    def same_file(self) -> bool:
+        """Whether the evaluated seeds are other seeds of the training's file."""
+        same = self.training_file is not None and self.training_file.path == self.cubes.path
+        return same and not set(self.seeds) & set(self.train_seeds)
+
+    def slices_of_seed(self, seed: int) -> Iterator[datasets.Batch]:
+        """All slices of one seed, on this rank."""
+        return self._batches(range(seed, seed + 1), self.cubes)
 
     @property
     def box(self) -> Box:
@@ -71,12 +74,16 @@ class EvaluationContext:
 
         A slice meets the same slices in its batch on any number of ranks.
         """
-        options = self.config.data_params.slicing | {"cache": "disk"}
-        yield from datasets.WholeCubeDataset(
-            cubes or self.cubes,
-            self._share(seeds),
+        return self._batches(self._share(seeds), cubes or self.cubes)
+
+    def _batches(self, seeds: range, cubes: datasets.CubeFile) -> Iterator[datasets.Batch]:
+        options = self.config.data_params.model_dump(include={"axes", "channels", "newton_augmentation"})
+        return datasets.WholeCubeDataset(
+            cubes,
+            seeds,
             batch_size=ROWS,
             seed=0,
+            cache="disk",
             device=self.accelerator.device,
             mean=self.trained.mean,
             std=self.trained.std,
@@ -108,11 +115,44 @@ class EvaluationContext:
         tensors = metrics.gather_by_id(self.accelerator, torch.from_numpy(ids), torch.from_numpy(rows))
         return tensors[0].numpy(), tensors[1].numpy()
 
+    def describe(self) -> dict[str, Any]:
+        """What is evaluated and how: the descriptive sections of report.json."""
+        data, trained, accelerator = self.config.data_params, self.trained, self.accelerator
+        redshifts = [file and file.attr_float("redshift") for file in (self.training_file, self.cubes)]
+        transfer = {"trained_redshift": redshifts[0], "redshift": redshifts[1]}
+        differ = None not in redshifts and redshifts[0] != redshifts[1]
+        return {
+            "run": self.config.model_params.name,
+            "model": {
+                **trained.settings,
+                "weights": self.checkpoint,
+                "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+                "mean": trained.mean,
+                "std": trained.std,
+                **trained.training_record,
+            },
+            "data": {
+                "file": str(self.cubes.path),
+                "seeds": [self.seeds.start, self.seeds.stop],
+                "train_seeds": self.train_seeds.stop,
+                "size": self.cubes.size,
+                **{key: self.cubes.attr_float(key) for key in ("box_size", "redshift", "mean", "std")},
+                **data.model_dump(include={"newton_augmentation", "axes"}),
+            },
+            "environment": {
+                "processes": accelerator.num_processes,
+                "device": str(accelerator.device),
+                "mixed_precision": accelerator.mixed_precision,
+                "torch": torch.__version__,
+            },
+            "config": self.config.to_dict(),
+            "selection": self.describe_selection(),
+        } | ({"transfer": transfer} if differ else {})
+
     def describe_selection(self) -> dict[str, Any]:
         """What selected this network and on which seeds; `evaluated`: some of these seeds are evaluated."""
         data, params = self.config.data_params, self.config.train_params
-        held_out = len(range(data.train_seeds)) - len(self.train_seeds)
-        seeds = range(self.train_seeds.stop, data.train_seeds) if held_out else self.test_seeds
+        seeds = data.validation_range or data.test_range
         criteria = []
         if params.early_stopping is not None:
             criteria.append(f"early stopping after {params.early_stopping} evaluations without improvement")
@@ -125,7 +165,7 @@ class EvaluationContext:
         same_data = self.training_file is None or self.training_file.path == self.cubes.path
         return {
             "criteria": criteria,
-            "set": "validation" if held_out else "test",
+            "set": "validation" if data.validation_range else "test",
             "seeds": [seeds.start, seeds.stop],
             "evaluated": bool(criteria and overlap and same_data),
         }
@@ -149,11 +189,7 @@ def load_run(
 
     Raises EvaluationError, or the errors of the modules, if run and data do not belong together.
     """
-    if not (run / "config.yaml").is_file():
-        raise EvaluationError(
-            f"{run}: config.yaml is missing. Give the folder LOG_DIR/NAME that trainer.py wrote."
-        )
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     selected = select_seeds(seeds, config, allow_training_seeds=allow_training_seeds)
     trained = load_network(run, config, checkpoint_name)
     saved = checkpoint.list_checkpoints(run / "checkpoints")
@@ -183,9 +219,16 @@ def load_run(
     network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     name = checkpoint_name or "final"
-    return EvaluationContext(
-        run, config, accelerator, trained, network, name, cubes, selected, training_file
-    )
+    return EvaluationContext(run, config, accelerator, trained, network, name, cubes, selected, training_file)
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration of the run in folder `run`. Raises EvaluationError if the folder is not one of a run."""
+    if not (run / "config.yaml").is_file():
+        raise EvaluationError(
+            f"{run}: config.yaml is missing. Give the folder LOG_DIR/NAME that trainer.py wrote."
+        )
+    return load_config(run / "config.yaml")
 
 
 def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool) -> range:
@@ -194,8 +237,7 @@ def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool
     Raises EvaluationError for training seeds, unless they are allowed, and for fewer than MIN_SEEDS.
     """
     data = config.data_params
-    trained = data.train_seeds - getattr(data, "validation_seeds", 0)
-    seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
+    trained, seeds = data.train_range.stop, data.test_range
     if text is not None:
         ends = re.fullmatch(r"(\d+):(\d+)", text)
         seeds = range(int(ends[1]), int(ends[2])) if ends else range(0)
@@ -218,7 +260,9 @@ def load_network(run: Path, config: Config, name: str | None) -> models.TrainedN
     """The final network of a run, or that of its `best` (by evaluation loss), `last` or given checkpoint."""
     if name is None:
         if not (run / "model").is_dir():
-            raise EvaluationError(f"{run}: the training is not finished. Finish it, or add --checkpoint last.")
+            raise EvaluationError(
+                f"{run}: the training is not finished. Finish it, or add --checkpoint last."
+            )
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
     trained = models.TrainedNetwork(
@@ -260,3 +304,16 @@ def find_training_file(
         f"{path}: these are not the cubes that {run} was trained on. Restore them, or move this file away and "
         "give another one with --datafile."
     )
+
+
+def training_units(config: Config, trained: models.TrainedNetwork) -> tuple[dict[str, float | None], float]:
+    """The attributes `mean` and `std` of the training's file, and the standard deviation of its cubes.
+
+    Without that file: no attributes, and the standard deviation by which the network standardizes.
+    """
+    if not Path(config.data_params.datafile).exists():
+        return {}, trained.std
+    cubes = datasets.CubeFile(config.data_params.datafile)
+    values = np.empty((cubes.size,) * 3, np.float32)
+    cubes.read(cubes.seeds[0], datasets.GRAVITIES[0], values)
+    return {key: cubes.attr_float(key) for key in ("mean", "std")}, float(values.std(dtype=np.float64))

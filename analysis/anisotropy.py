@@ -66,7 +66,9 @@ def _dependence(
     }
     names = {
         name: statistics.mean_estimate(
-            np.exp((log_ratio * cell_modes)[:, cell % 3 == place].sum(1) / cell_modes[cell % 3 == place].sum())
+            np.exp(
+                (log_ratio * cell_modes)[:, cell % 3 == place].sum(1) / cell_modes[cell % 3 == place].sum()
+            )
         )
         for place, name in enumerate(DIRECTIONS)
         if (cell % 3 == place).any()

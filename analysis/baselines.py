@@ -1,8 +1,8 @@
 """Baselines: logistic regressions on the logarithm of binned power spectra.
 
-A network that does not exceed them has found nothing that a two-point statistic does not hold. The bins decide
-what a baseline knows: `power_spectrum.shells` only scale, `power_spectrum.directions` also the direction to
-the grid axes. The same code serves slices and cubes.
+A network that does not exceed them has found nothing that a two-point statistic does not hold. The bins
+decide what a baseline knows: `power_spectrum.shells` only scale, `power_spectrum.directions` also the
+direction to the grid axes. The same code serves slices and cubes.
 
 The strength of the regularisation is chosen by cross-validation over seeds, so that twins and slices of one
 simulation are never in both parts.

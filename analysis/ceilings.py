@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from analysis.power_spectrum import Bools, Floats, ModeBins, measurable
@@ -127,9 +127,7 @@ def fit(
     if box.length:
         solid = cubes["wavenumbers"][:, 0].mean(0)
         excess = linear_theory_ratio(cube_bins["wavenumbers"].n * box.fundamental)
-        flat = cube_bins["wavenumbers"].project(
-            np.stack([solid, solid * excess]), slice_bins["wavenumbers"]
-        )
+        flat = cube_bins["wavenumbers"].project(np.stack([solid, solid * excess]), slice_bins["wavenumbers"])
         newton = slices["wavenumbers"][:, 0].mean(0)
         projected = np.divide(flat[1], flat[0], out=np.ones_like(newton), where=flat[0] > 0)
         ceilings["linear"] = Ceiling(
@@ -152,7 +150,7 @@ def fit(
 
 
 def detectability(auc: float) -> float:
-    """d' of two normal distributions of equal width with this area under the ROC curve: sqrt(2) Phi^-1(AUC)."""
+    """d' = sqrt(2) Phi^-1(AUC) of two normal distributions of equal width with this AUC."""
     return float(np.sqrt(2) * ndtri(auc))
 
 
@@ -175,7 +173,7 @@ def _likelihood_ratio(
 
 
 def _exceeds(weights: Floats, modes: Floats, threshold: float) -> float:
-    """The probability that sum_b weights_b chi^2_b / 2 > threshold, chi^2_b with `modes_b` degrees of freedom.
+    """The probability of sum_b weights_b chi^2_b / 2 > threshold; chi^2_b has modes_b degrees of freedom.
 
     Inverts the characteristic function numerically (Gil-Pelaez 1951, Biometrika 38, 481; Imhof 1961,
     Biometrika 48, 419):  P = 1/2 + 1/pi int_0^inf dt Im[phi(t) exp(-i t threshold)] / t.
@@ -184,7 +182,7 @@ def _exceeds(weights: Floats, modes: Floats, threshold: float) -> float:
     nodes, coefficients = np.polynomial.legendre.leggauss(96)
     edges = np.concatenate([[0.0], np.geomspace(1, 2**16, 17)])  # in units of 1 / width
     probability = 0.5
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         t = ((high - low) * nodes + high + low) / (2 * width)
         tangent = np.multiply.outer(t, weights)
         log_modulus = -np.log1p(tangent**2) @ modes / 4

@@ -38,14 +38,15 @@ def p_values(predictions: Mapping[str, Predictions]) -> dict[str, float] | None:
     return dict(zip(predictions, significance.max_p_values(wins), strict=True))
 
 
-def write(
-    folder: Path, reports: Mapping[str, Mapping[str, Any]], predictions: Mapping[str, Predictions]
-) -> str:
-    """Write `comparison.json`, `.md`, `.png` and `.pdf`; returns the table. Both mappings are by run.
+def write(folder: Path, runs: Mapping[str, Path]) -> str:
+    """Write `comparison.json`, `.md`, `.png` and `.pdf` of evaluated runs by name; returns the table.
 
     `p` tests the slice AUC of each run against chance by exchanging the labels of twins, with the maximum over the
-    runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to the first run.
+    runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to the first run. Raises
+    ReportError for runs without evaluation.
     """
+    reports = {name: report.read(run) for name, run in runs.items()}
+    predictions = {name: report.read_predictions(run) for name, run in runs.items()}
     first = next(iter(predictions.values()))
     adjusted = p_values(predictions)
     results: dict[str, dict[str, Any]] = {}
@@ -67,7 +68,10 @@ def write(
                 format_number(adjusted[name]) if adjusted else "",
             ]
         )
-    table = markdown(["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", "p"], lines)
+    table = markdown(
+        ["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", "p"], lines
+    )
+    folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(folder / "comparison.md", table)
     files.write_atomically(
         folder / "comparison.json", json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"

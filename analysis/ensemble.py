@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis import statistics, summary
+import files
+from analysis import report, statistics, summary
+from analysis.comparison import markdown
+from analysis.findings import format_estimate, format_number
 from metrics import Predictions
 
 MAY_DIFFER = {  # keys that do not change what a training computes
@@ -64,6 +69,40 @@ def require_same_slices(predictions: Mapping[str, Predictions]) -> None:
 def mean_logits(members: Sequence[Predictions]) -> Predictions:
     """The ensemble: the mean logit of each slice."""
     return members[0].with_logits(np.mean([member.logit for member in members], axis=0))
+
+
+def write(folder: Path, runs: Mapping[str, Path]) -> str:
+    """Write `ensemble.json` and `ensemble.md` of evaluated runs by name; returns the table.
+
+    Raises ReportError for runs without evaluation, and EnsembleError for runs that do not belong together.
+    """
+    require_one_experiment({name: report.read(run)["config"] for name, run in runs.items()})
+    predictions = {name: report.read_predictions(run) for name, run in runs.items()}
+    require_same_slices(predictions)
+    results = summarize(predictions)
+    rows = [
+        [name, *(format_estimate(found[key]) for key in METRICS)]
+        for name, found in results["trainings"].items()
+    ]
+    mean, whole = results["mean"], results["ensemble"]
+    ensemble = {**whole["slices"], **whole["cubes"]}
+    rows += [
+        ["mean", *(format_estimate(mean[key]) for key in METRICS)],
+        *(
+            [
+                f"standard deviation over {what}",
+                *(format_number(mean[key][f"spread_{what}"]) for key in METRICS),
+            ]
+            for what in ("trainings", "seeds")
+        ),
+        ["ensemble of mean logits", *(format_estimate(ensemble[key]) for key in METRICS)],
+    ]
+    table = markdown(["", "accuracy", "AUC", "cube AUC"], rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(folder / "ensemble.md", table)
+    text = json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"
+    files.write_atomically(folder / "ensemble.json", text)
+    return table
 
 
 def summarize(predictions: Mapping[str, Predictions]) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def roc_and_precision(curves: Mapping[str, Any]) -> Figure:
     `curves`: `fpr`, `tpr`, `low`, `high`, `recall`, `precision` (points,); `auc`, `average_precision`, `balance`.
     """
     figure, (roc, pr) = subplots(2 * WIDTH, 2.9, columns=2)
-    roc.fill_between(curves["fpr"], curves["low"], curves["high"], color="0.85", lw=0, label="95 % over seeds")
+    roc.fill_between(
+        curves["fpr"], curves["low"], curves["high"], color="0.85", lw=0, label="95 % over seeds"
+    )
     roc.plot(curves["fpr"], curves["tpr"], color=GR["color"], label=f"AUC = {curves['auc']:.3f}")
     roc.plot([0, 1], [0, 1], ":", color=GRAY, label="chance")
     roc.set(
@@ -100,7 +102,14 @@ def reliability_diagram(rows: Sequence[Mapping[str, float | None]], error: float
     value, low, high = (np.array([row[key] for row in rows], float) for key in ("value", "low", "high"))
     bars = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
     axes.errorbar(
-        predicted, value, bars, color=GR["color"], marker="s", ms=3, capsize=2, label="network, 95 % over seeds"
+        predicted,
+        value,
+        bars,
+        color=GR["color"],
+        marker="s",
+        ms=3,
+        capsize=2,
+        label="network, 95 % over seeds",
     )
     ends = np.array([np.min([predicted, value - bars[0]]), np.max([predicted, value + bars[1]])]).clip(0, 1)
     ends += np.array([-0.05, 0.05]) * max(float(np.ptp(ends)), 0.02)

@@ -31,9 +31,7 @@ def format_estimate(estimate: Estimate, *, percent: bool = False) -> str:
     ends = [estimate["value"], estimate.get("low"), estimate.get("high")]
     if ends[0] is None:
         return "undefined"
-    texts = [
-        None if end is None else f"{100 * end:.1f} %" if percent else format_number(end) for end in ends
-    ]
+    texts = [None if end is None else f"{100 * end:.1f} %" if percent else format_number(end) for end in ends]
     return f"{texts[0]}" + (f" [{texts[1]}, {texts[2]}]" if None not in texts else "")
 
 
@@ -42,7 +40,9 @@ def warnings(results: Results) -> list[str]:
     data, selection = results["data"], results["selection"]
     lines = []
     if data["seeds"][0] < data["train_seeds"]:
-        lines.append("The network was trained on some of these seeds. The results say nothing about new ones.")
+        lines.append(
+            "The network was trained on some of these seeds. The results say nothing about new ones."
+        )
     if selection["evaluated"]:
         lines.append(
             f"{_join(selection['criteria'])} selected this network on seeds {_seeds(selection['seeds'])}, which are "
@@ -97,9 +97,7 @@ def _driver(results: Results) -> str:
             f"{format_estimate(results['slices']['auc'])}, p = {format_number(results['significance']['p_value'])}."
         )
     if "attribution" not in results:
-        return (
-            "The network distinguishes the gravities; what drives it is unknown without the full report (omit --quick)."
-        )
+        return "The network distinguishes the gravities; what drives it is unknown without the full report (omit --quick)."
     parts = results["attribution"]
     value = {key: parts[key]["value"] for key in ("mean", "large_scales", *SMALL_SCALES)}
     share = {
@@ -121,7 +119,9 @@ def _driver(results: Results) -> str:
         return f"The classification is driven by {modes}: {part} comes from them."
     if directional >= LATTICE:
         ratio = found["ratio"]
-        values = ", ".join(f"{ratio[key]['value']:.4f} {name}" for key, name in _NAMES.items() if key in ratio)
+        values = ", ".join(
+            f"{ratio[key]['value']:.4f} {name}" for key, name in _NAMES.items() if key in ratio
+        )
         return (
             f"The lattice drives the classification: {part} comes from {modes}, in which the twins differ by "
             f"direction to the grid axes ({100 * directional:.0f} % of the information; P_GR/P_N of slices "
@@ -166,9 +166,13 @@ def _beside_baselines(results: Results) -> str:
             f"{_compare(gain)} the {name} one (AUC {found[name]['slices']['auc']['value']:.4f}, difference "
             f"{format_estimate(gain)})"
         )
-    text = f"Of the baselines on the power spectrum of slices, the network is {verdicts[0]} and {verdicts[1]}."
+    text = (
+        f"Of the baselines on the power spectrum of slices, the network is {verdicts[0]} and {verdicts[1]}."
+    )
     return text + (
-        " It uses information beyond two-point statistics." if beyond_two_point(results) else _not_beyond(results)
+        " It uses information beyond two-point statistics."
+        if beyond_two_point(results)
+        else _not_beyond(results)
     )
 
 
@@ -185,7 +189,9 @@ def beyond_two_point(results: Results) -> bool:
 
 def _not_beyond(results: Results) -> str:
     if _above(results["baselines"]["isotropic"]["gain"]["auc"]):
-        return " What it has over the isotropic one is direction, not information beyond two-point statistics."
+        return (
+            " What it has over the isotropic one is direction, not information beyond two-point statistics."
+        )
     return " It shows no information beyond two-point statistics."
 
 
@@ -203,7 +209,11 @@ def _beside_ceilings(results: Results) -> str:
     found = results["ceilings"]
     parts = [f"{limit['slice_auc']['value']:.4f} {name}" for name, limit in found.items()]
     attained = found["directional"]["attained"]
-    share = "" if attained is None or not np.isfinite(attained) else f" The network attains {100 * attained:.0f} % of "
+    share = (
+        ""
+        if attained is None or not np.isfinite(attained)
+        else f" The network attains {100 * attained:.0f} % of "
+    )
     tail = "the detectability d' of the directional one." if share else ""
     return f"Gaussian fields with these spectra allow at best a slice AUC of {', '.join(parts)}.{share}{tail}"
 
@@ -233,9 +243,7 @@ def _selection(results: Results) -> str:
     selection = results["selection"]
     if not selection["criteria"]:
         return "Selection: none. This is the network after the last epoch of a fixed number of epochs."
-    return (
-        f"Selection: {_join(selection['criteria'])}, on {selection['set']} seeds {_seeds(selection['seeds'])}."
-    )
+    return f"Selection: {_join(selection['criteria'])}, on {selection['set']} seeds {_seeds(selection['seeds'])}."
 
 
 def _seeds(ends: list[int]) -> str:

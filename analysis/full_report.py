@@ -84,7 +84,10 @@ def power_spectra(partitions: Partitions, spectra: SimulationSpectra) -> dict[st
     """Mean P(k) of the slices of both gravities in shells, and the ratio of GR to Newton of slices and of cubes."""
 
     def ratio(power: Floats) -> list[statistics.Estimate]:
-        return [statistics.ratio_estimate(shell[:, 1], shell[:, 0], "positive") for shell in power.T.swapaxes(1, 2)]
+        return [
+            statistics.ratio_estimate(shell[:, 1], shell[:, 0], "positive")
+            for shell in power.T.swapaxes(1, 2)
+        ]
 
     slices = spectra.slice_means["isotropic"]
     newton, gr = slices.mean(0)

@@ -247,7 +247,8 @@ def _information(results: Results) -> str:
             expected | {key: limit[key] for key in ("cube_accuracy", "cube_auc") if key in limit},
         )
         add(
-            f"{name} likelihood ratio on the test seeds", {**limit["test"]["slices"], **limit["test"]["cubes"]}
+            f"{name} likelihood ratio on the test seeds",
+            {**limit["test"]["slices"], **limit["test"]["cubes"]},
         )
         add(f"network minus {name} likelihood ratio", limit["gain"])
     attained: list[list[Cell]] = [
@@ -277,9 +278,7 @@ def _degradation(results: Results) -> str:
     }
     keys = ("auc", "accuracy", "cube_auc", "change")
     head = ["", NAMES["auc"], NAMES["accuracy"], NAMES["cube_auc"], "change of AUC"]
-    rows: list[list[Cell]] = [
-        [name, *(found[kind].get(key) for key in keys)] for kind, name in names.items()
-    ]
+    rows: list[list[Cell]] = [[name, *(found[kind].get(key) for key in keys)] for kind, name in names.items()]
     return _table(head, rows)
 
 

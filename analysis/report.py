@@ -19,7 +19,7 @@ from metrics import Predictions
 
 MAPS = ("image", "gradient", "integrated")  # drawn as figures, too large to list
 REPORT, PREDICTIONS = "report.json", "predictions.h5"
-REQUIRED = ("run", "model", "data", "slices", "cubes", "pairs", "significance")
+REQUIRED = ("run", "config", "model", "data", "slices", "cubes", "pairs", "significance")
 COLUMNS = ("id", "seed", "label", "axis", "position", "logit")
 
 

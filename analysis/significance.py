@@ -1,9 +1,10 @@
-"""Does a network distinguish the gravities at all? Permutation tests that exchange twins.
+"""Permutation tests by exchanging twins: does a network distinguish the gravities at all?
 
-If logits do not depend on gravity, the labels of the two twins of a seed are exchangeable, whatever the twins
-share. Each relabelling exchanges the labels within some of the seeds. The statistic is the slice AUC over pairs
-of different seeds. The test is exact for any number of seeds and any distribution of logits (Fisher 1935;
-Phipson & Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9, 39 for drawn relabellings).
+If logits do not depend on gravity, the labels of the two twins of a seed are exchangeable, whatever else the
+twins share. A relabelling exchanges the labels within some of the seeds; the statistic is the slice AUC over
+pairs of different seeds. The p-values are valid for any number of seeds and any distribution of logits, also
+with randomly drawn relabellings, among which the identity is counted (Phipson & Smyth 2010, Stat. Appl.
+Genet. Mol. Biol. 9, 39).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def relabellings(seeds: int) -> NDArray[np.bool_]:
 def relabelled_auc(wins: Floats, exchanged: NDArray[np.bool_]) -> Floats:
     """Slice AUC over pairs of different seeds under each relabelling: (relabellings,).
 
-    `wins` (2 seeds, 2 seeds) comes from `analysis.statistics.mann_whitney`: under any relabelling, the AUC is a
-    sum of its entries. `exchanged` is (relabellings, seeds).
+    `wins` (2 seeds, 2 seeds) comes from `analysis.statistics.mann_whitney`: under any relabelling, the AUC is
+    a sum of its entries. `exchanged` is (relabellings, seeds).
     """
     seeds = len(wins) // 2
     if seeds > 1:
@@ -47,12 +48,12 @@ def relabelled_auc(wins: Floats, exchanged: NDArray[np.bool_]) -> Floats:
 
 
 def max_p_values(trials: Sequence[Floats]) -> list[float]:
-    """One-sided p-values of several networks on the same seeds, adjusted for having looked at all of them.
+    """One-sided p-values of several trials on the same seeds, adjusted for the choice among them.
 
-    Each entry of `trials` comes from `analysis.statistics.mann_whitney`. The p-value of a trial is the share of
-    relabellings, the identity included, in which the largest statistic of all trials reaches its own (Westfall
-    & Young 1993, Resampling-Based Multiple Testing). AUCs are standardised by their scatter over relabellings
-    so that every trial counts alike. With one trial this is the ordinary p-value.
+    Each trial is the result of `analysis.statistics.mann_whitney` for one network. Its p-value is the share
+    of relabellings, the identity included, in which the largest statistic of all trials reaches its own
+    (Westfall & Young 1993, Resampling-Based Multiple Testing). AUCs are standardised by their scatter over
+    relabellings, so that all trials have the same weight. With one trial this is the ordinary p-value.
     """
     exchanged = relabellings(len(trials[0]) // 2)
     areas = np.stack([relabelled_auc(wins, exchanged) for wins in trials])

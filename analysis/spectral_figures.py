@@ -90,10 +90,15 @@ def attribution(groups: Mapping[str, Estimate], measured: Mapping[str, Any], box
     left.axvline(0, ls=":", color=GRAY)
     left.set_yticks(places, list(SHARES.values()))
     left.set(xlabel="share of the mean twin difference", ylim=(-0.6, len(SHARES) - 0.4))
-    _line(right, np.array(measured["centres"]), measured["shares"][1:-1], "bands", GR)
+    _line(right, np.array(measured["centres"]), measured["shares"][1:], "bands", GR)
     right.plot(0.5 * box.fundamental, measured["shares"][0]["value"], **{**GR, "linestyle": ""}, mfc="white")
     right.annotate(
-        "mean", (0.5 * box.fundamental, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="center", va="top"
+        "mean",
+        (0.5 * box.fundamental, 0.97),
+        xycoords=("data", "axes fraction"),
+        rotation=90,
+        ha="center",
+        va="top",
     )
     right.axhline(0, ls=":", color=GRAY)
     right.set(ylabel="share of the mean twin difference")

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analysis.report import write_hdf5
+
 Floats = NDArray[np.float64]
 Network = Callable[[Tensor], Tensor]
 
@@ -111,6 +113,39 @@ def classify(
             parts = slice_field(field, axis, channels).split(ROWS)
             logits.append(torch.cat([network(part.to(device)).float() for part in parts]))
     return torch.stack(logits).double().cpu().numpy()
+
+
+def predict(
+    network: Network,
+    path: Path,
+    output: Path,
+    *,
+    size: int,
+    channels: int,
+    axes: Sequence[int],
+    device: torch.device,
+    std: float,
+    units: Mapping[str, float | None],
+    calibration: Calibration | None,
+) -> str:
+    """Write the predictions of all cubes in `path` to the HDF5 file `output`; returns a table of them.
+
+    `network` takes slices in the units of the file. `calibration` None is the sigmoid of the mean logit.
+    """
+    logits = {
+        name: classify(network, field, axes=axes, channels=channels, device=device)
+        for name, field in read_fields(path, find_fields(path, size, units=units), std=std)
+    }
+    found = columns(logits, calibration or Calibration())
+    attributes = {
+        "about": "positive logits: General Relativity; probability: of General Relativity, of each cube",
+        "axes": list(axes),
+        "calibrated": calibration is not None,
+        "source": str(path),
+    }
+    write_hdf5(output, found, attributes)
+    rows = zip(logits, found["cubes/mean_logit"], found["cubes/probability"], strict=True)
+    return "\n".join(f"/{name}  mean logit {logit:.4f}  P(GR) {share:.4f}" for name, logit, share in rows)
 
 
 def columns(logits: Mapping[str, Floats], calibration: Calibration) -> dict[str, Any]:
