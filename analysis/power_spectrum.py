@@ -52,10 +52,6 @@ _DIRECTIONS = {
 _NEGLIGIBLE = 1e-12
 
 
-class SpectrumError(ValueError):
-    """Fields whose power spectrum cannot be used."""
-
-
 @dataclass(frozen=True)
 class Box:
     """A periodic box: `size` cells per side, `length` of a side in Mpc/h, or None where it is not known."""
