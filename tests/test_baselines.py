@@ -83,7 +83,9 @@ def test_seeds_are_not_split_by_the_cross_validation() -> None:
     cubes = np.exp(random.normal(size=(20, 60)))
     power = cubes.repeat(10, axis=0)
     labels = np.tile([0, 1], 10).repeat(10)
-    baseline = Baseline.fit(power, np.ones(60), labels, np.arange(200) // 20)
+    order = random.permutation(200)
+    seeds = np.arange(200) // 20
+    baseline = Baseline.fit(power[order], np.ones(60), labels[order], seeds[order])
     assert baseline.strength == STRENGTHS[0]
 
 

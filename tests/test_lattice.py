@@ -84,6 +84,23 @@ def test_the_lattice_term_is_found_and_sized_right(seeds: int) -> None:
     )
 
 
+def test_a_contrast_too_small_to_matter_is_not_warned_about() -> None:
+    bins = partition(32)
+    found = lattice(32, universe(32, 1 - 2e-4 * bins.mu4, 8, noise=1e-4))
+    assert found.contrast[0][0] < -10 * found.contrast[1][0]
+    assert found.warnings() == []
+
+
+def test_noise_of_the_ratio_does_not_count_as_information() -> None:
+    """Independent twins: noise alone would give d'^2 = 2 per seed and bin."""
+    bins = partition(32)
+    information = []
+    for seed in range(50):
+        power = universe(32, np.ones(len(bins)), 16, seed)[:, 0]
+        information.append(lattice(32, power.reshape(8, 2, -1)).d_prime ** 2)
+    assert np.mean(information) < 0.2 * len(bins) * 2 / 8
+
+
 def test_a_single_band_is_found() -> None:
     bins = partition(64)
     in_band = (bins.n > 17.5) & (bins.n < 24.5)
