@@ -172,9 +172,10 @@ class EvaluationContext:
 
 
 def find_sweep(run: Path) -> str | None:
-    """The study of experiments/sweep.py of which the run is a trial: STUDY-000 beside STUDY-sweep.db."""
+    """The study of experiments/sweep.py of which the run is a trial: STUDY-000 beside STUDY-sweep.*."""
     trial = re.fullmatch(r"(.+)-\d{3,}", run.resolve().name)
-    return trial[1] if trial and (run.resolve().parent / f"{trial[1]}-sweep.db").exists() else None
+    studies = [run.resolve().parent / f"{trial[1]}-sweep.{kind}" for kind in ("journal", "db")] if trial else []
+    return trial[1] if trial and any(study.exists() for study in studies) else None
 
 
 def load_run(

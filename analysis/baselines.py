@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from analysis.power_spectrum import measurable
+from analysis.power_spectrum import NO_POWER, SpectrumError, measurable
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -47,11 +47,11 @@ class Baseline:
     def fit(cls, power: Floats, modes: Floats, labels: Integers, seeds: Integers) -> Baseline:
         """Fit to P(k) `power` (samples, bins) with `modes` (bins,), `labels` and `seeds` (samples,).
 
-        Bins whose power is a rounding error are left out. Raises ValueError if no bin is left.
+        Bins whose power is a rounding error are left out. Raises SpectrumError if no bin is left.
         """
         used = measurable(power, modes)
         if not used.any():
-            raise ValueError("no power in any bin: the training fields are constant")
+            raise SpectrumError(NO_POWER)
         floor = 1e-6 * power[:, used].mean(0)
         features = np.log(np.maximum(power[:, used], floor))
         # Newton's method: neighbouring bins are so correlated that first-order solvers converge slowly

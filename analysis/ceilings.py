@@ -27,7 +27,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.special import ndtri
 
-from analysis.power_spectrum import Bools, Floats, ModeBins, measurable
+from analysis.power_spectrum import NO_POWER, Bools, Floats, ModeBins, SpectrumError, measurable
 
 # Linear theory of P_GR/P_N for simulations that start at z = 100: GR in Poisson gauge with the radiation
 # perturbations of a Boltzmann code in its initial conditions, Newton in N-body gauge, and both evolved
@@ -120,7 +120,7 @@ def fit(
 
     `linear`: the ratio of linear theory, where the length of the box is known. `isotropic`: shells up to
     n = N/2. `directional`: resolved by direction, up to n = N/2. `corners`: the same with the corners of
-    Fourier space. Raises ValueError if no bin holds power.
+    Fourier space. Raises SpectrumError if no bin holds power.
     """
     ceilings = {}
     box = slice_bins["wavenumbers"].box
@@ -168,7 +168,7 @@ def _likelihood_ratio(
     if not corners:
         used &= bins[partition].inside_nyquist
     if not used.any():
-        raise ValueError("no power in any bin: the training fields are constant")
+        raise SpectrumError(NO_POWER)
     return LikelihoodRatio(partition, used, modes[used], newton[used], gr[used])
 
 

@@ -141,6 +141,6 @@ def _without_each_seed(predictions: Predictions) -> dict[str, tuple[float, Any]]
             float(right.sum() / count.sum()),
             (right.sum() - right) / (count.sum() - count),
         ),
-        "auc": statistics.auc_without_each_seed(statistics.mann_whitney(*summary.arrays(predictions))),
-        "cube_auc": statistics.auc_without_each_seed(statistics.cube_wins(predictions.cube_logits)),
+        "auc": statistics.leave_one_out_auc(statistics.mann_whitney(*summary.arrays(predictions))),
+        "cube_auc": statistics.leave_one_out_auc(statistics.cube_wins(predictions.cube_logits)),
     }

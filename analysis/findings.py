@@ -15,9 +15,9 @@ Results = Mapping[str, Any]
 Estimate = Mapping[str, float | None]
 
 ALPHA = 0.05
-LATTICE = 0.5  # from this directional share of the information on, a difference is called a lattice effect
-ISOTROPIC = 0.1  # up to this share, isotropic
-MEAN_AUC = 0.99  # cubes whose means separate the gravities this well are labelled by their mean
+# ln P_GR/P_N of diagonals minus that of axes, relative to its mean over directions: from LATTICE on, its sign
+# depends on direction and it is called a lattice effect; up to ISOTROPIC it is called isotropic.
+LATTICE, ISOTROPIC = 1.0, 0.2
 SMALL_SCALES = ("axes", "between", "diagonals")
 
 
@@ -113,34 +113,35 @@ def _driver(results: Results) -> str:
             "simulations are computed or stored, not of structure."
         )
     modes = "modes with n <= 4 (large scales)" if driver == "large_scales" else "modes with n > 4"
-    found = results["direction_dependence"].get(driver, {})
-    directional = found.get("share")
-    if directional is None:
-        return f"The classification is driven by {modes}: {part} comes from them."
-    if directional >= LATTICE:
-        ratio = found["ratio"]
-        values = ", ".join(
-            f"{ratio[key]['value']:.4f} {name}" for key, name in _NAMES.items() if key in ratio
-        )
+    text = f"The classification is driven by {modes}"
+    if driver == "small_scales":
+        text += _strongest_band(results)
+    text += f": {part} comes from them. "
+    if results["data"]["newton_augmentation"] != 1:
+        return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
+    found = results["direction_dependence"].get(driver)
+    if found is None:
+        return text.strip()
+    ratio = f"P_GR/P_N {found['axes']['value']:.4f} along the grid axes, {found['diagonals']['value']:.4f} along diagonals"
+    contrast, isotropic = found["contrast"], found["isotropic"]
+    relative = abs(contrast["value"]) / max(abs(isotropic["value"]), 1e-12)
+    if not _excludes_zero(contrast) or relative <= ISOTROPIC:
+        return text + f"The twins differ there equally in all directions, as expected of gravity ({ratio})."
+    if relative < LATTICE:
         return (
-            f"The lattice drives the classification: {part} comes from {modes}, in which the twins differ by "
-            f"direction to the grid axes ({100 * directional:.0f} % of the information; P_GR/P_N of slices "
-            f"{values}). No isotropic theory of gravity predicts this: it is an effect of the grid, not physics."
+            text
+            + f"The difference of the twins there depends in part on direction, an effect of the lattice ({ratio})."
         )
-    band = _strongest_band(results) if driver == "small_scales" else ""
-    text = f"The classification is driven by {modes}{band}: {part} comes from them. "
-    if directional <= ISOTROPIC:
-        return text + (
-            "The twins differ there in all directions alike, as physics does "
-            f"({100 * directional:.0f} % of the information depends on direction)."
-        )
-    return text + (
-        f"{100 * directional:.0f} % of the information there depends on direction to the grid axes, an effect of the "
-        "lattice; the rest is isotropic."
+    return (
+        f"The lattice drives the classification: {part} comes from {modes}, where the sign of the difference of the "
+        f"twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an effect of the "
+        "grid, not physics."
     )
 
 
-_NAMES = {"axes": "along the axes", "between": "between", "diagonals": "along the diagonals"}
+def _excludes_zero(estimate: Estimate) -> bool:
+    low, high = estimate["low"], estimate["high"]
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def _strongest_band(results: Results) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import anisotropy, attribution, information, interventions, statistics
+from analysis import attribution, information, interventions, statistics
 from analysis.ceilings import Ceiling
 from analysis.interventions import Bands
 from analysis.lattice import Lattice
@@ -43,16 +43,15 @@ def analyse(predictions: Predictions, measured: Measurements) -> dict[str, Any]:
     bands, box, changed = measured.bands, measured.partitions.box, measured.changed
     places = interventions.columns(bands)
     unchanged = measured.table[:, places["none"]][:, 0]
+    grid = lattice_of(measured)
     scan = interventions.summarize(changed, measured.table, bands, box)
     scan["shares"] = attribution.shares(changed, unchanged, measured.table[:, places["exchange"]])[:-1]
     results = {
         "interventions": scan,
         "attribution": attribution.attribute(changed, unchanged, measured.table[:, places["groups"]]),
         "power_spectra": power_spectra(measured.partitions, measured.test),
-        "direction_dependence": anisotropy.direction_dependence(
-            _all_seeds(measured, "slice_means", "symmetry"), measured.partitions.slices["symmetry"]
-        ),
-        "grid": grid(measured),
+        "grid": grid.report(),
+        "direction_dependence": grid.direction_dependence(),
     }
     if measured.train is not None:
         results["baselines"] = information.compare_baselines(
@@ -62,22 +61,18 @@ def analyse(predictions: Predictions, measured: Measurements) -> dict[str, Any]:
     return results
 
 
-def grid(measured: Measurements) -> dict[str, Any]:
-    """The lattice diagnostics of the cubes, without `newton_augmentation`."""
+def lattice_of(measured: Measurements) -> Lattice:
+    """Lattice diagnostics of the cubes, without `newton_augmentation`.
+
+    They include the seeds of the training if these come from the same file.
+    """
     factor = np.array([measured.newton_augmentation, 1.0])
-    power = _all_seeds(measured, "cubes", "directional") / factor[:, None] ** 2
-    parts = [measured.test.cube_means]
+    parts = [measured.test]
     if measured.same_file and measured.train is not None:
-        parts.append(measured.train.cube_means)
-    return Lattice(measured.partitions.cubes["directional"], power, np.concatenate(parts) / factor).report()
-
-
-def _all_seeds(measured: Measurements, field: str, partition: str) -> Floats:
-    """Spectra (seeds, 2, bins) of the evaluated seeds, and of the training's if they come from the same file."""
-    parts = [getattr(measured.test, field)[partition]]
-    if measured.same_file and measured.train is not None:
-        parts.append(getattr(measured.train, field)[partition])
-    return np.concatenate(parts)
+        parts.append(measured.train)
+    power = np.concatenate([part.cubes["directional"] for part in parts])
+    means = np.concatenate([part.cube_means for part in parts])
+    return Lattice(measured.partitions.cubes["directional"], power / factor[:, None] ** 2, means / factor)
 
 
 def power_spectra(partitions: Partitions, spectra: SimulationSpectra) -> dict[str, Any]:

@@ -29,6 +29,8 @@ NAMES = {
     "cube_auc": "AUC of cubes",
     "pair_accuracy": "pair accuracy",
     "mean_difference": "mean difference of twins [logit]",
+    "separation": "mean difference / its standard deviation",
+    "contrast": "mean difference / standard deviation between cubes",
 }
 # figures of the report: title, caption
 FIGURES = {

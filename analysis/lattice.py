@@ -29,10 +29,12 @@ from analysis.power_spectrum import (
     measurable,
     shell_edges,
 )
+from analysis.statistics import Estimate, mean_estimate
 
 DIRECTIONS = ("axis", "between", "diagonal")
 SIGNIFICANT = 5.0  # standard errors
 RELEVANT = 0.2  # d' of a cube; linear theory gives 0.3
+DIRECTIONAL = 0.1  # d' by direction, in parts of the isotropic one
 SMALL_SCALES = 4.5  # n above which linear theory predicts no excess
 
 # Bounds of the bands in n, up to N/2; the last band holds the corners of Fourier space.
@@ -103,12 +105,14 @@ class Lattice:
         """One sentence for each property of the grid that separates the gravities; none if none does.
 
         Direction separates them if axes and diagonals differ by 5 standard errors at n > 4, in any band or in
-        all of them, and if direction alone gives a cube d' > 0.2. The mean does if it differs by 5 standard
+        all of them, and if direction alone gives a cube d' > 0.2 and a tenth of that of the isotropic difference,
+        whose steps leave a residue in shells of finite width. The mean does if it differs by 5 standard
         errors and has a d' > 0.2, and if single precision resolves it.
         """
         found = []
         contrast, error = self.contrast
-        if (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT:
+        significant = (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT
+        if significant and self.d_prime > DIRECTIONAL * self.isotropic_d_prime:
             along = []
             for name, mask in (("grid axes", self._axis), ("diagonals", self._diagonal)):
                 ratio, error = _summary(self._average(self._log_ratio, mask & self._small_scales))
@@ -176,6 +180,38 @@ class Lattice:
         return float(np.sqrt(max(0.0, information[self._small_scales].sum())))
 
     @cached_property
+    def isotropic_d_prime(self) -> float:
+        """d' per cube from the mean of ln P_GR/P_N over directions, for the modes of `d_prime`."""
+        mean = (self._log_ratio - self._residual).mean(0)
+        return float(np.sqrt((self.bins.modes * mean**2 / 2)[self._small_scales].sum()))
+
+    def direction_dependence(self) -> dict[str, dict[str, Estimate]]:
+        """ln P_GR/P_N of large scales, n <= 4.5, and of small ones up to N/2, averaged with weights P(k).
+
+        `isotropic`: its mean over directions. `contrast`: what diagonals exceed axes by. `axes` and
+        `diagonals`: P_GR/P_N itself. All with intervals over seeds; a range without such modes is left out.
+        """
+        inside = self._used & self.bins.inside_nyquist
+        large = self.bins.n <= SMALL_SCALES
+        weights = self.power.mean((0, 1))
+        found = {}
+        for name, mask in (("large_scales", inside & large), ("small_scales", inside & ~large)):
+            if not (mask & self._axis).any() or not (mask & self._diagonal).any():
+                continue
+            mean = self._average(self._log_ratio, mask, weights)
+            axes, diagonals = (
+                self._average(self._residual, mask & direction, weights)
+                for direction in (self._axis, self._diagonal)
+            )
+            found[name] = {
+                "isotropic": mean_estimate(mean),
+                "contrast": mean_estimate(diagonals - axes),
+                "axes": mean_estimate(np.exp(mean + axes)),
+                "diagonals": mean_estimate(np.exp(mean + diagonals)),
+            }
+        return found
+
+    @cached_property
     def _used(self) -> Bools:
         return measurable(self.power.reshape(-1, len(self.bins)), self.bins.modes)
 
@@ -207,11 +243,15 @@ class Lattice:
     def _residual(self) -> Floats:
         """ln P_GR/P_N less its mean over directions and seeds at the same n: (seeds, bins).
 
-        The mean is interpolated to the n of each bin, because the bins of a shell differ slightly in n.
+        The mean is interpolated to the n of each bin, because the bins of a shell differ slightly in n, and
+        extrapolated below the first shell, where it varies most.
         """
         shells = [self._used & (self._shell == shell) for shell in np.unique(self._shell[self._used])]
         n = [np.average(self.bins.n[shell], weights=self.bins.modes[shell]) for shell in shells]
         isotropic = [self._average(self._log_ratio, shell).mean() for shell in shells]
+        if len(n) > 1:
+            slope = (isotropic[1] - isotropic[0]) / (n[1] - n[0])
+            n, isotropic = [0.0, *n], [isotropic[0] - slope * n[0], *isotropic]
         return (self._log_ratio - np.interp(self.bins.n, n, isotropic)) * self._used
 
     def _by_band(self) -> Floats:
@@ -222,9 +262,12 @@ class Lattice:
         averages = [[self._average(self._log_ratio, mask & (band == i)) for i in bands] for mask in masks]
         return np.array(averages).transpose(2, 0, 1)
 
-    def _average(self, values: Floats, mask: Bools) -> Floats:
-        """Average of `values` (seeds, bins) over the modes of some bins: (seeds,), NaN if there are none."""
-        weights = self.bins.modes * mask
+    def _average(self, values: Floats, mask: Bools, weights: Floats | float = 1.0) -> Floats:
+        """Average of `values` (seeds, bins) over the modes of some bins: (seeds,), NaN if there are none.
+
+        `weights` (bins,) weigh the modes.
+        """
+        weights = self.bins.modes * mask * weights
         total = weights.sum()
         return values @ weights / total if total else np.full(len(values), np.nan)
 

@@ -48,8 +48,16 @@ _DIRECTIONS = {
     3: [0.38, ALONG_DIAGONAL, 0.54, 0.63, 0.75, ALONG_AXIS],
 }
 
+NO_POWER = (
+    "The power spectra of the training slices are zero: their cubes are constant. Evaluate on other data."
+)
+
 # Single precision leaves a relative error of some 1e-7 in amplitude, 1e-14 in power, on every mode.
 _NEGLIGIBLE = 1e-12
+
+
+class SpectrumError(ValueError):
+    """Fields whose power spectra cannot be used."""
 
 
 @dataclass(frozen=True)

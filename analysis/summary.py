@@ -11,7 +11,7 @@ from analysis import significance, statistics
 from analysis.statistics import Estimate
 from metrics import Predictions
 
-PAIR_METRICS = ("pair_accuracy", "mean_difference")
+PAIR_METRICS = ("pair_accuracy", "mean_difference", "separation", "contrast")
 
 
 def arrays(predictions: Predictions) -> tuple[Any, Any, Any]:
@@ -30,16 +30,9 @@ def cube_metrics(predictions: Predictions) -> dict[str, Estimate]:
 
 
 def headline(predictions: Predictions) -> dict[str, Estimate]:
-    """Accuracy and AUC of slices, cube AUC and pair accuracy: enough to compare sets of predictions."""
-    correct = (predictions.logit > 0) == (predictions.label == 1)
-    index = predictions.seed_index
-    cubes = cube_metrics(predictions)
-    return {
-        "accuracy": statistics.ratio_estimate(np.bincount(index, correct), np.bincount(index).astype(float)),
-        "auc": statistics.auc_estimate(statistics.mann_whitney(*arrays(predictions))),
-        "cube_auc": cubes["cube_auc"],
-        "pair_accuracy": cubes["pair_accuracy"],
-    }
+    """Accuracy and AUC of slices, AUC of cubes: enough to compare sets of predictions."""
+    cubes = statistics.cube_wins(predictions.cube_logits)
+    return statistics.headline_estimates(*arrays(predictions)) | {"cube_auc": statistics.auc_estimate(cubes)}
 
 
 def difference(network: Predictions, baseline: Predictions) -> dict[str, Estimate]:
