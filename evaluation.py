@@ -1,120 +1,82 @@
-"""Measure what a trained network learned, with honest errors, and write a report.
+"""Evaluate a trained network: what it uses, how well it does, and what it could attain.
 
-    accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP] [--export onnx]
+    accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP] [--degrade] [--quick]
     python evaluation.py --compare runs/A runs/B [--output FOLDER]
+    python evaluation.py --ensemble runs/A runs/B [--output FOLDER]
+    python evaluation.py runs/NAME --predict FILE --output OUT.h5
 
-The story of an evaluation, top to bottom: open the run and its data, let the network judge slices it has
-never seen, take scales away from them, hold the yardstick beside it, and write everything to
-RUN/evaluation/.
+The program, top to bottom: load the run and its data (evaluation_context.py), predict the slices of seeds that the
+network was not trained on, remove and exchange wavenumbers, compare with baselines and ceilings of the power
+spectrum, and write everything to RUN/evaluation/.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import re
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
 import checkpoint
 import datasets
 import distributed
-import metrics
+import files
 import models
-from config import Config, ConfigError, DataParams, check_same_settings, load_config
+from config import ConfigError
+from evaluation_context import (
+    EvaluationContext,
+    EvaluationError,
+    load_network,
+    load_run,
+    load_run_config,
+    training_units,
+)
+from metrics import Predictions
 
 try:
     from analysis import (
         comparison,
+        ensemble,
         figures,
-        page,
-        passes,
+        full_report,
+        information,
+        interventions,
         report,
+        robustness,
         saliency,
-        scales,
-        spectra,
-        statistics,
+        simulation_spectra,
+        spectral_figures,
         style,
-        yardstick,
+        summary,
+        unlabelled,
     )
+    from analysis.ceilings import Ceiling
+    from analysis.findings import findings, warnings
+    from analysis.interventions import Bands
+    from analysis.power_spectrum import SpectrumError
+    from analysis.simulation_spectra import Partitions, SimulationSpectra
 except ModuleNotFoundError as missing:
-    print(f"an evaluation needs {missing.name}: pip install -e '.[evaluation]'", file=sys.stderr)
+    print(f"Evaluation needs {missing.name}. Install it: pip install -e '.[evaluation]'", file=sys.stderr)
     sys.exit(2)
-
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float64]
-
-ROWS = 64  # slices per batch; it divides every cube, so a batch never mixes cubes
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be done as asked."""
-
 
 USER_ERRORS = (
     EvaluationError,
-    comparison.ComparisonError,
     ConfigError,
+    report.ReportError,
+    ensemble.EnsembleError,
+    robustness.DegradationError,
+    SpectrumError,
+    unlabelled.FieldError,
     datasets.DataError,
     models.ModelError,
     checkpoint.CheckpointError,
     distributed.LaunchError,
     OSError,
 )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated, and on what."""
-
-    run: Path
-    config: Config
-    accelerator: Accelerator
-    trained: models.TrainedNetwork
-    network: torch.nn.Module  # the bare network on its device, for slices that are standardised already
-    cubes: datasets.CubeFile
-    seeds: range
-    home: datasets.CubeFile | None  # the file it was trained on, if that is still there
-
-    @property
-    def trained_on(self) -> range:
-        """The seeds that the network was trained on."""
-        return range(self.config.data_params.train_seeds)
-
-    @property
-    def box(self) -> spectra.Box:
-        """The box of the simulations, as far as the data file tells."""
-        return spectra.Box(self.cubes.size, self.cubes.attr_float("box_size"))
-
-    def share(self, seeds: range) -> range:
-        """The seeds of this process."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return seeds[len(seeds) * process // processes : len(seeds) * (process + 1) // processes]
-
-    def slices_of(self, seeds: range, cubes: datasets.CubeFile | None = None) -> Iterator[datasets.Batch]:
-        """All slices of `seeds` as the network sees them, simulation by simulation."""
-        options = self.config.data_params.model_dump(include={"axes", "channels", "newton_augmentation"})
-        options |= {"mean": self.trained.mean, "std": self.trained.std, "device": self.accelerator.device}
-        return datasets.WholeCubeDataset(
-            cubes or self.cubes, seeds, batch_size=ROWS, seed=0, cache="disk", **options
-        ).evaluation_batches()
-
-    def named(self, ids: Ids, logits: Floats) -> metrics.Predictions:
-        """Slices with their logits and where they come from."""
-        return metrics.Predictions(ids, *datasets.decode(ids, self.cubes.size), logits)
-
-    def gathered(self, ids: Ids, values: Floats) -> tuple[Ids, Floats]:
-        """Ids, ascending, and values of all ranks. Collective."""
-        columns = metrics.gather_by_id(self.accelerator, torch.from_numpy(ids), torch.from_numpy(values))
-        return columns[0].numpy(), columns[1].numpy()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,250 +86,222 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run: LOG_DIR/NAME")
     parser.add_argument("--seeds", metavar="A:B", help="seeds A to B-1 instead of the run's test seeds")
-    parser.add_argument("--datafile", help="another file of cubes than the run's")
+    parser.add_argument("--datafile", help="another file of cubes than the run's, such as another redshift")
     parser.add_argument("--checkpoint", metavar="best|last|STEP", help="instead of the run's final network")
-    parser.add_argument("--output", type=Path, help="folder for it; default RUN/evaluation or ./comparison")
     parser.add_argument(
-        "--allow-training-seeds", action="store_true", help="evaluate on what it was trained on"
+        "--output", type=Path, help="folder of the report (default RUN/evaluation), or OUT.h5"
     )
-    parser.add_argument("--quick", action="store_true", help="numbers only: no scales, yardstick, saliency")
+    parser.add_argument("--allow-training-seeds", action="store_true", help="evaluate on training seeds")
+    parser.add_argument(
+        "--quick", action="store_true", help="metrics only: no attribution, spectra, saliency"
+    )
+    parser.add_argument(
+        "--degrade", nargs="*", metavar="KEY=VALUE", help="also on degraded slices: smoothing=R, noise=LEVEL"
+    )
     parser.add_argument("--export", choices=["onnx"], help="also write model.onnx beside the weights")
+    parser.add_argument("--predict", type=Path, metavar="FILE", help="predict the cubes of an HDF5 file")
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="compare evaluated runs")
     parser.add_argument(
-        "--compare", nargs="+", type=Path, metavar="RUN", help="compare runs already evaluated"
+        "--ensemble", nargs="+", type=Path, metavar="RUN", help="runs that differ in train_params.seed"
     )
-    options = parser.parse_args(arguments)
-    if (options.run is None) == (options.compare is None):
-        parser.error("either the folder of a run or --compare with several is needed")
+    options = parser.parse_intermixed_args(arguments)
+    if sum(bool(choice) for choice in (options.run, options.compare, options.ensemble)) != 1:
+        parser.error("give the folder of one run, or --compare or --ensemble with several")
+    if options.predict and not (options.run and options.output):
+        parser.error("--predict FILE needs the folder of a run and --output OUT.h5")
 
-    def work() -> None:
-        if options.compare:
-            compare(options.compare, options.output or Path("comparison"))
+    def program() -> None:
+        if runs := options.compare or options.ensemble:
+            part = comparison if options.compare else ensemble
+            output = options.output or Path("comparison" if options.compare else "ensemble")
+            require_writable(output)
+            print(part.write(output, unique_names(runs)), f"written to {output}", sep="\n")
         else:
             distributed.setup_process()
-            evaluate(options)
+            (predict if options.predict else evaluate)(options)
 
-    return distributed.run_program(work, USER_ERRORS)
+    return distributed.run_program(program, USER_ERRORS)
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """One run from its folder to its report."""
+    """One run, from its folder to its report."""
     distributed.init_process_group()
     with distributed.raise_on_all_ranks():
-        subject = open_subject(options)
-        output = options.output or subject.run / "evaluation"
-        if output.is_file():
-            raise EvaluationError(f"--output: found the file {output}, allowed: a folder")
-        output.mkdir(parents=True, exist_ok=True)
-    clock, box, mine = report.Clock(subject.accelerator.print), subject.box, subject.share(subject.seeds)
+        context = load_run(
+            options.run,
+            datafile=options.datafile,
+            seeds=options.seeds,
+            checkpoint_name=options.checkpoint,
+            allow_training_seeds=options.allow_training_seeds,
+        )
+        if options.export == "onnx":
+            models.export.require_onnx()
+        settings = robustness.parse(options.degrade or (), context.box)
+        output = options.output or context.run / "evaluation"
+        require_writable(output)
+    clock = report.Stopwatch(context.accelerator.print)
     with distributed.raise_on_all_ranks():
-        judged = passes.logits(subject.network, subject.slices_of(mine))
-    slices = subject.named(*subject.gathered(*judged))
-    clock.lap("logits")
-    if not options.quick:
-        bands = spectra.Bands.logarithmic(box.size)
+        rows = forward_pass(context)
+    predictions = context.predictions(*context.gather(*rows))
+    clock.lap("forward pass")
+    degraded = None
+    if options.degrade is not None:
+        kinds = robustness.degradations(context.box, *settings)
         with distributed.raise_on_all_ranks():
-            scan = passes.scales(subject.network, subject.slices_of(mine), bands, box)
-        filtered, table = subject.gathered(*scan)
-        clock.lap("scales")
-        unknown = power_spectra(subject, subject.seeds, subject.cubes)
-        known = power_spectra(subject, subject.trained_on, subject.home) if subject.home else None
-        if known is None:
-            subject.accelerator.print("no yardstick: the data file of the training is not there any more")
-        clock.lap("spectra")
-    if not subject.accelerator.is_main_process:
+            rows = robustness.measure(context.network, context.slices(context.seeds), kinds)
+        degraded = context.gather(*rows)[1]
+        clock.lap("degradation")
+    measured = None if options.quick else measure(context, clock)
+    if not context.accelerator.is_main_process:
         return
-    bootstrap = statistics.SeedBootstrap(slices.seeds)
-    numbers = description(subject, options) | statistics.summary(slices, bootstrap)
-    report.write_predictions(output / "predictions.h5", slices)
-    clock.lap("numbers")
-    curves, history = statistics.curves(slices, bootstrap), report.history(subject.run / "metrics.jsonl")
-    drawn = figures.of_slices(slices, curves, numbers, history)
+    results: dict[str, Any] = context.describe() | summary.summarize(predictions)
+    clock.lap("metrics")
+    if measured is not None:
+        results |= full_report.analyse(predictions, measured)
+        results["saliency"] = saliency.saliency_of_extremes(
+            context.network, predictions, context.slices_of_seed
+        )
+        clock.lap("analysis")
+    if degraded is not None:
+        results["degradation"] = robustness.summarize(predictions, degraded, kinds, *settings)
+    results |= {"warnings": warnings(results), "findings": findings(results)}
+    write(context, options, output, predictions, results, clock)
+
+
+def forward_pass(context: EvaluationContext) -> tuple[Any, Any]:
+    """Sample ids and logits (slices,) of this rank's share of the evaluated slices."""
+    ids, logits = [], []
+    with torch.inference_mode():
+        for batch in context.slices(context.seeds):
+            ids.append(batch.ids)
+            logits.append(
+                context.network(batch.images).float()
+            )  # remains on the device: nothing waits for it
+    return torch.cat(ids).numpy(), torch.cat(logits).double().cpu().numpy()
+
+
+def measure(context: EvaluationContext, clock: report.Stopwatch) -> full_report.Measurements:
+    """What the full report is computed from. Collective."""
+    box, partitions = context.box, Partitions(context.box)
+    bands = Bands.logarithmic(box.size)
+    with distributed.raise_on_all_ranks():
+        rows = interventions.measure(context.network, context.slices(context.seeds), bands, box)
+    ids, table = context.gather(*rows)
+    clock.lap("interventions")
+
+    def spectra(seeds: range, file: datasets.CubeFile, limits: dict[str, Ceiling]) -> SimulationSpectra:
+        with distributed.raise_on_all_ranks():
+            batches, fields = context.slices(seeds, file), context.fields(seeds, file)
+            rows = simulation_spectra.measure(partitions, batches, fields, limits)
+        slices = context.gather(rows.slice_ids, rows.slice_table)
+        cubes = context.gather(rows.cube_numbers, rows.cube_table)
+        gathered = simulation_spectra.Rows(*slices, *cubes)
+        return SimulationSpectra.from_rows(partitions, gathered, list(limits))
+
+    train, limits, file = None, {}, context.training_file
+    if file is None:
+        context.accelerator.print("no baselines and ceilings: the data file of the training is missing")
+    else:
+        train = spectra(context.train_seeds, file, {})
+        limits = information.fit_ceilings(partitions, train)
+    test = spectra(context.seeds, context.cubes, limits)
+    clock.lap("spectra")
+    return full_report.Measurements(
+        bands=bands,
+        changed=context.predictions(ids, table[:, 0]),
+        table=table,
+        partitions=partitions,
+        test=test,
+        train=train,
+        limits=limits,
+        same_file=context.same_file,
+        newton_augmentation=context.config.data_params.newton_augmentation,
+    )
+
+
+def write(
+    context: EvaluationContext,
+    options: argparse.Namespace,
+    output: Path,
+    predictions: Predictions,
+    results: dict[str, Any],
+    clock: report.Stopwatch,
+) -> None:
+    """Write the report, its figures and predictions, and update the model card."""
+    history = files.read_json_lines(context.run / "metrics.jsonl")
+    drawn = figures.of_predictions(predictions, summary.curves(predictions), results, history)
     if not options.quick:
-        some = subject.named(filtered, table[:, 0])
-        numbers["scales"] = scales.by_wavenumber(some, table, bands, box, bootstrap)
-        numbers["spectra"] = scales.power(some, table, unknown.cubes, bands, box, bootstrap)
-        if known:
-            numbers["yardstick"] = yardstick.compare(slices, known, unknown, bootstrap)
-        numbers["extremes"] = look_closer(subject, slices)
-        clock.lap("yardstick")
-        drawn |= figures.of_scales(numbers, box)
+        drawn |= spectral_figures.of_spectra(results, context.box)
+    output.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         style.save(figure, output / name)
     clock.lap("figures")
-    numbers["how"]["seconds"] = clock.seconds
-    numbers = report.write(output, numbers, drawn)
-    leave_with_network(subject, numbers, output, options)
-    print(*page.findings(numbers), f"report: {output / 'report.html'}", sep="\n")
+    report.write_predictions(output / "predictions.h5", predictions)
+    results["environment"]["seconds"] = clock.seconds
+    results = report.write(output, results, drawn)
+    update_model_card(context, options, output, results)
+    print(*results["warnings"], *results["findings"], f"report: {output / 'report.html'}", sep="\n")
 
 
-def open_subject(options: argparse.Namespace) -> Subject:
-    """The run, its network and the data, checked against each other before anything is computed."""
-    run: Path = options.run
-    if not (run / "config.yaml").is_file():
-        raise EvaluationError(
-            f"{run}: found no config.yaml; allowed: a folder LOG_DIR/NAME that trainer.py wrote"
-        )
-    config = load_config(run / "config.yaml")
-    if options.export == "onnx":
-        models.export.require_onnx()
-    seeds = seeds_asked(options, config.data_params)
-    trained = open_network(run, options.checkpoint, config)
-    given = datasets.CubeFile(options.datafile) if options.datafile else None
-    complete = (
-        one
-        for one in reversed(checkpoint.list_checkpoints(run / "checkpoints"))
-        if one.find_problem() is None
-    )
-    last = next(complete, None)
-    if last is not None:
-        check_same_settings(run, last.config, config.to_dict())
-    home = home_of(run, config, last, given)
-    cubes = given or home
-    assert cubes is not None
-    size = trained.settings["size"]
-    if cubes.size != size:
-        raise EvaluationError(
-            f"{cubes.path}: found cubes of {cubes.size}^3, allowed: {size}^3, as in training"
-        )
-    cubes.require(seeds)
-    if home is not None:
-        datasets.check_normalization(home, cubes)
-    accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
-    fewest = min(len(seeds), config.data_params.train_seeds)
-    if accelerator.num_processes > fewest:
-        raise EvaluationError(f"found {accelerator.num_processes} processes; allowed: one per seed, {fewest}")
-    network: torch.nn.Module = copy.deepcopy(trained.network)
-    network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = accelerator.prepare_model(network, evaluation_mode=True).eval()
-    return Subject(run, config, accelerator, trained, network, cubes, seeds, home)
-
-
-def home_of(
-    run: Path, config: Config, last: checkpoint.Checkpoint | None, given: datasets.CubeFile | None
-) -> datasets.CubeFile | None:
-    """The file that the run was trained on where it was then; else `given`, if it holds the same cubes.
-
-    EvaluationError if other cubes lie where the run's were.
-    """
-    identity = last.state["data_identity"] if last else None
-    path = Path(config.data_params.datafile)
-    if identity is not None and not path.exists():
-        path = Path(identity["path"])  # as when this is another working directory
-    moved = given is not None and not path.exists()
-    cubes = given if moved else datasets.CubeFile(path)
-    assert cubes is not None
-    if identity is None:  # nothing tells what it was trained on but the path
-        return None if moved else cubes
-    seeds = range(*identity["seeds"])
-    if (
-        identity["shape"] == [cubes.size] * 3
-        and set(seeds) <= set(cubes.seeds)
-        and cubes.identity(seeds)["fingerprint"] == identity["fingerprint"]
-    ):
-        return cubes
-    if moved:
-        return None
-    raise EvaluationError(
-        f"{path}: found other cubes than those that {run} was trained on\nallowed: the same file, "
-        "wherever it is, or another one by --datafile while this one is out of the way"
-    )
-
-
-def seeds_asked(options: argparse.Namespace, data: DataParams) -> range:
-    """The seeds to evaluate; those that the network was trained on only where that is allowed expressly."""
-    seeds = range(data.train_seeds, data.train_seeds + data.test_seeds)
-    if options.seeds is not None:
-        ends = re.fullmatch(r"(\d+):(\d+)", options.seeds)
-        seeds = range(int(ends[1]), int(ends[2])) if ends else range(0)
-        if not seeds:
-            raise EvaluationError(f"--seeds: found '{options.seeds}', allowed: A:B with A < B, for A to B-1")
-    if seeds.start < data.train_seeds and not options.allow_training_seeds:
-        raise EvaluationError(
-            f"--seeds: found {seeds.start}:{seeds.stop}, but the network was trained on seeds 0 to "
-            f"{data.train_seeds - 1}\nallowed: seeds from {data.train_seeds} on, or --allow-training-seeds"
-        )
-    return seeds
-
-
-def open_network(run: Path, choice: str | None, config: Config) -> models.TrainedNetwork:
-    """The run's final network, or that of its best (by test loss), last or given checkpoint."""
-    if choice is None:
-        if not (run / "model").is_dir():
-            raise EvaluationError(f"{run}: not trained to its end yet; allowed: --checkpoint last")
-        return models.load(run / "model")
-    chosen = checkpoint.select(run / "checkpoints", choice)
-    trained = models.TrainedNetwork(
-        **config.model_arguments(chosen.state["data_identity"]["shape"][0]),
-        mean=chosen.train_state["mean"],
-        std=chosen.train_state["std"],
-        training={"run": run.name, "step": chosen.step, "epoch": chosen.train_state["epoch"]},
-    )
-    trained.network.load_state_dict(chosen.tensors("model"))
-    return trained.eval()
-
-
-def power_spectra(subject: Subject, seeds: range, cubes: datasets.CubeFile) -> yardstick.Spectra:
-    """P(k) of all slices and cubes of `seeds`, as the network sees them. Collective."""
-    with distributed.raise_on_all_ranks():
-        found = passes.spectra(subject.box, subject.slices_of(subject.share(seeds), cubes))
-    (ids, slices), (_, solids) = (subject.gathered(*part) for part in found)
-    where = datasets.decode(ids, cubes.size)
-    return yardstick.Spectra(where.seed, where.gravity, slices, solids.reshape(len(seeds), 2, -1))
-
-
-def description(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
-    """What was evaluated, on what, and how."""
-    data, trained, accelerator = subject.config.data_params, subject.trained, subject.accelerator
-    attributes = {key: subject.cubes.attr_float(key) for key in ("box_size", "redshift", "mean", "std")}
-    settings = data.model_dump(include={"train_seeds", "newton_augmentation", "axes"})
-    slices = {"seeds": [subject.seeds.start, subject.seeds.stop], "size": subject.cubes.size}
-    parameters = sum(parameter.numel() for parameter in trained.parameters())
-    weights = {"weights": options.checkpoint or "final", "parameters": parameters}
-    standardisation = {"subtracts": trained.mean, "divides by": trained.std}
-    return {
-        "run": subject.config.model_params.name,
-        "model": trained.settings | weights | standardisation | trained.training_record,
-        "data": {"file": str(subject.cubes.path)} | slices | attributes | settings,
-        "how": {
-            "processes": accelerator.num_processes,
-            "device": str(accelerator.device),
-            "mixed_precision": accelerator.mixed_precision,
-            "torch": torch.__version__,
-        },
-    }
-
-
-def look_closer(subject: Subject, slices: metrics.Predictions) -> list[dict[str, Any]]:
-    """The slices of which the network is most and least certain: their names, and their saliency maps."""
-    found = []
-    for what, place in saliency.extremes(slices).items():
-        name = saliency.describe_slice(slices, place)
-        simulation = subject.slices_of(range(name["seed"], name["seed"] + 1))
-        image = passes.find(simulation, int(slices.id[place]))
-        found.append({"what": what} | name | saliency.maps(subject.network, image))
-    return found
-
-
-def leave_with_network(
-    subject: Subject, numbers: dict[str, Any], output: Path, options: argparse.Namespace
+def update_model_card(
+    context: EvaluationContext, options: argparse.Namespace, output: Path, results: dict[str, Any]
 ) -> None:
-    """The numbers in the network's model card, and the network as ONNX where that is asked for."""
-    folder = output if options.checkpoint else subject.run / "model"
-    # Without the file of the training nothing tells whether the values mean the same.
-    if subject.home and not (options.checkpoint or options.allow_training_seeds or options.output):
-        models.export.record_evaluation(folder, report.for_card(numbers))
+    """Record the results in the run's model card, and export the network as ONNX if requested."""
+    folder = output if options.checkpoint else context.run / "model"
+    # Without the training's file nothing shows that the values have the same units.
+    same_units = context.training_file is not None and "transfer" not in results
+    if same_units and not (options.checkpoint or options.allow_training_seeds or options.output):
+        models.export.record_evaluation(folder, report.card_record(results))
     if options.export == "onnx":
-        difference = models.export.export_onnx(subject.trained, folder / "model.onnx")
+        difference = models.export.export_onnx(context.trained, folder / "model.onnx")
         print(f"{folder / 'model.onnx'}: logits within {difference:.0e} of torch's")
 
 
-def compare(runs: Sequence[Path], output: Path) -> None:
-    """One table and one figure of runs that are evaluated."""
+def require_writable(path: Path) -> None:
+    """Raise EvaluationError unless a folder `path` exists or can be made."""
+    parent = files.existing_parent(path)
+    if path.is_file() or not os.access(parent, os.W_OK):
+        problem = "this is a file" if path.is_file() else f"{parent} is not writable"
+        raise EvaluationError(f"--output {path}: {problem}. Choose another folder.")
+
+
+def unique_names(runs: list[Path]) -> dict[str, Path]:
+    """Runs by their names, or by their paths if names repeat."""
     names = [run.name for run in runs]
-    unique = len(set(names)) == len(names)
-    reports = {run.name if unique else str(run): comparison.read(run) for run in runs}
-    output.mkdir(parents=True, exist_ok=True)
-    print(comparison.write(output, reports), f"written to {output}", sep="\n")
+    return {run.name if len(set(names)) == len(names) else str(run): run for run in runs}
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Write logits and probabilities of cubes without labels."""
+    run: Path = options.run
+    require_writable(options.output.parent)
+    config = load_run_config(run)
+    trained = load_network(run, config, options.checkpoint)
+    accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
+    units, std = training_units(config, trained)
+    table = unlabelled.predict(
+        trained.to(accelerator.device).eval(),
+        options.predict,
+        options.output,
+        size=trained.settings["size"],
+        channels=trained.settings["channels"],
+        axes=config.data_params.axes,
+        device=accelerator.device,
+        std=std,
+        units=units,
+        calibration=load_calibration(run) if options.checkpoint is None else None,
+    )
+    print(table, f"written to {options.output}", sep="\n")
+
+
+def load_calibration(run: Path) -> unlabelled.Calibration | None:
+    """Threshold and temperature of the final network; None if it was not calibrated."""
+    settings = models.export.read_config(run / "model")
+    if "threshold" not in settings or "temperature" not in settings:
+        return None
+    return unlabelled.Calibration(settings["threshold"], settings["temperature"])
 
 
 if __name__ == "__main__":

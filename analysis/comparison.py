@@ -3,52 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import figures, page, report, style
+import numpy as np
 
-
-class ComparisonError(ValueError):
-    """Runs that cannot be compared."""
-
+import files
+from analysis import figures, report, significance, statistics, style, summary
+from analysis.findings import format_estimate, format_number
+from metrics import Predictions
 
 COLUMNS = {
     "accuracy": "accuracy",
     "auc": "AUC",
     "log_loss": "log loss",
     "calibration_error": "calibration error",
-    "cube_accuracy": "accuracy of cubes",
-    "pair_accuracy": "pairs ranked correctly",
-    "contrast": "contrast",
+    "cube_accuracy": "cube accuracy",
+    "cube_auc": "cube AUC",
 }
 
 
-def read(run: Path) -> dict[str, Any]:
-    """The report of an evaluated run; ComparisonError if there is none."""
-    path = run / "evaluation" / "report.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ComparisonError(f"{path}: not there; evaluate the run first: evaluation.py {run}") from None
-    except ValueError as error:
-        raise ComparisonError(f"{path}: damaged ({error}); evaluate the run again") from None
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
-def write(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """`comparison.json`, `.md`, `.png` and `.pdf` of reports by the name of their run; returns the table."""
-    rows = {name: {**found["slices"], **found["cubes"]} for name, found in reports.items()}
-    head = ["run", "network", "data, seeds, Newton x", *COLUMNS.values()]
-    lines = [head, ["---"] * len(head)]
+def p_values(predictions: Mapping[str, Predictions]) -> dict[str, float] | None:
+    """p-values by run, adjusted for the number of runs; None unless all were evaluated on the same seeds."""
+    members = list(predictions.values())
+    if any(not np.array_equal(members[0].seeds, member.seeds) for member in members):
+        return None
+    wins = [statistics.mann_whitney(*summary.arrays(member)) for member in members]
+    return dict(zip(predictions, significance.max_p_values(wins), strict=True))
+
+
+def write(folder: Path, runs: Mapping[str, Path]) -> str:
+    """Write `comparison.json`, `.md`, `.png` and `.pdf` of evaluated runs by name; returns the table.
+
+    `p` tests the slice AUC of each run against chance by exchanging the labels of twins, with the maximum over the
+    runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to the first run. Raises
+    ReportError for runs without evaluation.
+    """
+    reports = {name: report.read(run) for name, run in runs.items()}
+    predictions = {name: report.read_predictions(run) for name, run in runs.items()}
+    first = next(iter(predictions.values()))
+    adjusted = p_values(predictions)
+    results: dict[str, dict[str, Any]] = {}
+    lines = []
     for name, found in reports.items():
+        row = {**found["slices"], **found["cubes"]}
+        if np.array_equal(predictions[name].id, first.id):
+            row["difference"] = summary.difference(predictions[name], first)["auc"]
+        results[name] = row | {"p_value": adjusted[name] if adjusted else None}
         model, data = found["model"], found["data"]
-        first, after = data["seeds"]
-        numbers = (page.in_words(rows[name][key]) if key in rows[name] else "" for key in COLUMNS)
-        about = f"{Path(data['file']).name}, {first} to {after - 1}, {data['newton_augmentation']:g}"
-        lines.append([name, f"{model['architecture']} {model['layer_param']}", about, *numbers])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    report.write_text(folder / "comparison.md", table)
-    report.write_text(folder / "comparison.json", json.dumps(rows, indent=1) + "\n")
-    style.save(figures.intervals(rows, figures.CONTEST), folder / "comparison")
+        start, end = data["seeds"]
+        lines.append(
+            [
+                name,
+                f"{model['architecture']} {model['layer_param']}",
+                f"{Path(data['file']).name}, {start} to {end - 1}, {data['newton_augmentation']:g}",
+                *(format_estimate(row[key]) for key in COLUMNS),
+                format_estimate(row["difference"]) if "difference" in row else "",
+                format_number(adjusted[name]) if adjusted else "",
+            ]
+        )
+    table = markdown(
+        ["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", "p"], lines
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(folder / "comparison.md", table)
+    files.write_atomically(
+        folder / "comparison.json", json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"
+    )
+    style.save(figures.intervals(results, figures.COMPARED), folder / "comparison")
     return table

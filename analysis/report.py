@@ -1,126 +1,153 @@
-"""The report of an evaluation: `report.json` with every number, `report.html` that opens anywhere."""
+"""The files of an evaluation: `report.json`, `report.html` and `predictions.h5`, written and read."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 
-from analysis import page
+import files
+from analysis import html_report
+from metrics import Predictions
 
-if TYPE_CHECKING:
-    from metrics import Predictions
+MAPS = ("image", "gradient", "integrated")  # drawn as figures, too large to list
+REPORT, PREDICTIONS = "report.json", "predictions.h5"
+REQUIRED = ("run", "config", "model", "data", "slices", "cubes", "pairs", "significance")
+COLUMNS = ("id", "seed", "label", "axis", "position", "logit")
 
-MAPS = ("image", "gradient", "integrated")  # shown as figures, too many numbers to list
+
+class ReportError(ValueError):
+    """A report or predictions that cannot be read."""
 
 
-def write(folder: Path, numbers: Mapping[str, Any], pictures: Iterable[str]) -> dict[str, Any]:
-    """Write `report.json` and `report.html`; returns the numbers as JSON has them.
+class Stopwatch:
+    """Seconds that each part of an evaluation took, printed when it ends."""
 
-    `pictures` are the figures of `folder` to show, as PNG.
+    def __init__(self, print_line: Callable[[str], Any]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._print, self._last = print_line, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the part `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+        self._print(f"{name}: {self.seconds[name]:.1f} s")
+
+
+def write(folder: Path, results: Mapping[str, Any], figures: Iterable[str]) -> dict[str, Any]:
+    """Write `report.json` and `report.html`; returns the results as JSON holds them.
+
+    `figures` are names of PNG files in `folder` to show.
     """
-    clean: dict[str, Any] = plain(numbers)
-    write_text(folder / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
-    images = {name: (folder / f"{name}.png").read_bytes() for name in pictures}
-    write_text(folder / "report.html", page.html(clean, images))
+    clean: dict[str, Any] = to_json(results)
+    files.write_atomically(folder / REPORT, json.dumps(clean, indent=1, allow_nan=False) + "\n")
+    images = {name: (folder / f"{name}.png").read_bytes() for name in figures}
+    files.write_atomically(folder / "report.html", html_report.page(clean, images))
     return clean
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path`: after a crash it is the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.part")
+def read(run: Path) -> dict[str, Any]:
+    """The report of an evaluated run. Raises ReportError if it is missing, damaged or of an older version."""
+    path = run / "evaluation" / REPORT
+    fix = f"Evaluate the run first: evaluation.py {run}"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: there is no such file. {fix}") from None
+    except ValueError as error:
+        raise ReportError(f"{path}: the file is damaged ({error}). {fix}") from None
+    missing = [key for key in REQUIRED if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise ReportError(f"{path}: {', '.join(missing)} missing, as in reports of earlier versions. {fix}")
+    return found
 
 
-class Clock:
-    """How long each part of an evaluation took, in seconds, told as it goes."""
-
-    def __init__(self, say: Callable[[str], Any]) -> None:
-        self.seconds: dict[str, float] = {}
-        self._say, self._last = say, time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """The part called `name` is done."""
-        now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
-        self._say(f"{name}: {self.seconds[name]:.1f} s")
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):  # the last line of a run that was killed may be cut short
-            lines.append(json.loads(line))
-    return lines
-
-
-def write_predictions(path: Path, slices: Predictions) -> None:
-    """Logit, label and place of each slice, and under `cubes` the mean logit of each cube, as HDF5."""
-    temporary = path.with_name(f"{path.name}.part")
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write logit, label and place of each slice, and under `cubes` the mean logit of each cube, as HDF5."""
     gravities = np.array(["newton", "gr"], dtype="S6")
-    columns = {
-        "logit": slices.logit,
-        "label": slices.label,
-        "seed": slices.seed,
-        "gravity": gravities[slices.label],
-        "axis": slices.axis,
-        "position": slices.position,
-        "cubes/seed": np.repeat(slices.seeds, 2),
-        "cubes/gravity": np.tile(gravities, len(slices.seeds)),
-        "cubes/mean_logit": slices.cube_logits.ravel(),
+    columns = {name: getattr(predictions, name) for name in COLUMNS} | {
+        "gravity": gravities[predictions.label],
+        "cubes/seed": np.repeat(predictions.seeds, 2),
+        "cubes/gravity": np.tile(gravities, len(predictions.seeds)),
+        "cubes/mean_logit": predictions.cube_logits.ravel(),
     }
+    write_hdf5(path, columns, {"about": "positive logits and label 1: General Relativity"})
+
+
+def write_hdf5(path: Path, columns: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    """Replace `path` by an HDF5 file of data sets by name, with attributes of the file."""
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        file.attrs.update(attributes)
+        for name, column in columns.items():
+            file.create_dataset(name, data=column, track_times=False)
+    files.write_atomically(path, memory.getvalue())
+
+
+def read_predictions(run: Path) -> Predictions:
+    """The predictions of an evaluated run. Raises ReportError unless they are what `write_predictions` wrote."""
+    path = run / "evaluation" / PREDICTIONS
+    fix = f"Evaluate the run again: evaluation.py {run}"
     try:
-        with h5py.File(temporary, "w") as file:
-            file.attrs["about"] = "positive logits and label 1: General Relativity"
-            for name, column in columns.items():
-                file.create_dataset(name, data=column)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with h5py.File(path, "r", locking=False) as file:
+            columns = {name: file[name][:] for name in COLUMNS}
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ReportError(f"{path}: the predictions cannot be read ({error}). {fix}") from None
+    ids, label, logit = columns["id"], columns["label"], columns["logit"]
+    if problem := _problem(columns):
+        raise ReportError(f"{path}: {problem}. {fix}")
+    integers = {name: columns[name].astype(np.int64) for name in ("seed", "axis", "position")}
+    return Predictions(id=ids, label=label.astype(np.int64), logit=logit.astype(np.float64), **integers)
 
 
-def for_card(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model card tells of an evaluation."""
-    data = numbers["data"]
-    estimates = {**numbers["slices"], **numbers["cubes"]}
+def _problem(columns: Mapping[str, Any]) -> str | None:
+    """What is wrong with the columns of predictions; None if nothing is."""
+    length = len(columns["id"])
+    if not length or any(column.shape != (length,) for column in columns.values()):
+        return "the columns are empty or differ in length"
+    if any(column.dtype.kind not in "iu" for name, column in columns.items() if name != "logit"):
+        return "ids, seeds, labels, axes and positions must be integers"
+    if columns["logit"].dtype.kind != "f" or not np.isfinite(columns["logit"]).all():
+        return "a logit is not a finite number"
+    if (np.diff(columns["id"]) <= 0).any():
+        return "the sample ids are not ascending"
+    gravities = [np.unique(columns["seed"][columns["label"] == label]) for label in (0, 1)]
+    if not np.isin(columns["label"], (0, 1)).all() or not np.array_equal(*gravities):
+        return "one gravity is missing for some seeds"
+    return None
+
+
+def card_record(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card shows of an evaluation."""
+    data = results["data"]
+    estimates = {**results["slices"], **results["cubes"], **results["pairs"]}
     return {
         "data": Path(data["file"]).name,
         "seeds": data["seeds"],
-        "slices": sum(numbers["confusion"].values()),
+        "slices": sum(results["confusion"].values()),
         "newton_augmentation": data["newton_augmentation"],
         "estimates": {
-            key: plain([estimate["value"], estimate.get("low"), estimate.get("high")])
+            key: to_json([estimate["value"], estimate.get("low"), estimate.get("high")])
             for key, estimate in estimates.items()
         },
     }
 
 
-def plain(value: Any) -> Any:
-    """The same numbers as JSON has them: lists for arrays, null for what is not a number; no pictures."""
+def to_json(value: Any) -> Any:
+    """The same values as JSON holds them: lists for arrays, null for NaN and infinity; without MAPS."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if key not in MAPS}
+        return {str(key): to_json(item) for key, item in value.items() if key not in MAPS}
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

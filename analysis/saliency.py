@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,18 @@ from torch import Tensor
 from metrics import Predictions
 
 Network = Callable[[Tensor], Tensor]
+
+
+class Batch(Protocol):
+    """Slices with their sample ids."""
+
+    @property
+    def ids(self) -> Tensor:
+        """Sample ids (b,), on the host."""
+
+    @property
+    def images(self) -> Tensor:
+        """Slices (b, C, N, N), on the device."""
 
 
 def gradient(network: Network, slices: Tensor) -> Tensor:
@@ -23,11 +35,11 @@ def gradient(network: Network, slices: Tensor) -> Tensor:
 
 
 def integrated_gradients(network: Network, slices: Tensor, steps: int = 64) -> Tensor:
-    """Each pixel's share in the logit of slices (b, C, N, N) against that of a field without structure.
+    """Each pixel's share in the logit of slices (b, C, N, N), relative to a field without structure.
 
-    The gradient is averaged over the straight path from 0, the mean of the universe, to the slice, by the
-    midpoint rule, and multiplied by the slice; the shares add up to logit(slice) - logit(0) (Sundararajan,
-    Taly & Yan 2017, arXiv:1703.01365).
+    The gradient is averaged over the straight path from 0, the mean field, to the slice, by the midpoint rule,
+    and multiplied by the slice. The shares add up to logit(slice) - logit(0) (Sundararajan, Taly & Yan 2017,
+    arXiv:1703.01365).
     """
     total = torch.zeros_like(slices)
     for step in range(steps):
@@ -38,7 +50,7 @@ def integrated_gradients(network: Network, slices: Tensor, steps: int = 64) -> T
 def maps(network: Network, slices: Tensor) -> dict[str, Any]:
     """One slice (1, C, N, N) with its maps, each (N, N) for its first channel.
 
-    `residual` is how far the integrated gradients are from adding up to logit(slice) - logit(0).
+    `residual` is the sum of the integrated gradients minus logit(slice) + logit(0), the error of the integration.
     """
     shares = integrated_gradients(network, slices)
     with torch.no_grad():
@@ -71,3 +83,20 @@ def describe_slice(predictions: Predictions, index: int) -> dict[str, Any]:
         "position": int(predictions.position[index]),
         "logit": float(predictions.logit[index]),
     }
+
+
+def find_slice(batches: Iterable[Batch], sample_id: int) -> Tensor:
+    """The slice (1, C, N, N) with this sample id."""
+    return next(batch.images[batch.ids == sample_id] for batch in batches if sample_id in batch.ids)
+
+
+def saliency_of_extremes(
+    network: Network, predictions: Predictions, slices_of: Callable[[int], Iterable[Batch]]
+) -> list[dict[str, Any]]:
+    """The slices with extreme logits and their saliency maps; `slices_of` gives all slices of a seed."""
+    rows = []
+    for what, index in extremes(predictions).items():
+        about = describe_slice(predictions, index)
+        image = find_slice(slices_of(about["seed"]), int(predictions.id[index]))
+        rows.append({"what": what} | about | maps(network, image))
+    return rows

@@ -1,7 +1,8 @@
-"""How figures look: readable in black and white, at the width of a journal's column."""
+"""Style of figures: legible in black and white, at the width of a journal's column."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+import files
 
 WIDTH = 3.4  # inches: one column of a journal
 STYLE: Any = {
@@ -25,13 +28,15 @@ STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 300,
     "image.cmap": "gray",
-    "pdf.fonttype": 42,  # letters stay letters in the PDF
+    "pdf.fonttype": 42,  # text remains text in the PDF
     "svg.fonttype": "none",
 }
-# dark and light enough to tell apart in print, with different lines and markers beside the colour
+# distinct in print: dark and light, with different lines and markers
 NEWTON: dict[str, Any] = {"color": "#d08a26", "linestyle": "--", "marker": "o"}
 GR: dict[str, Any] = {"color": "#16365c", "linestyle": "-", "marker": "s"}
-GREY = "0.55"
+GRAY = "0.55"
+# Without dates, equal results give equal files.
+NO_DATE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
 LINES: tuple[dict[str, Any], ...] = (
     {"color": "#16365c", "linestyle": "-", "marker": "s"},
     {"color": "#d08a26", "linestyle": "--", "marker": "o"},
@@ -41,7 +46,7 @@ LINES: tuple[dict[str, Any], ...] = (
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw with the style of this module and leave matplotlib's settings as they were."""
+    """Draw with STYLE, without changing matplotlib's settings."""
 
     @wraps(draw)
     def inside(*arguments: Any, **options: Any) -> Figure:
@@ -54,17 +59,15 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def save(figure: Figure, path: Path) -> None:
     """Write `figure` as PNG and PDF beside each other; `path` has no suffix."""
     with mpl.rc_context(STYLE):
-        for suffix in (".png", ".pdf"):
-            # no dates inside: the same numbers give the same files
-            figure.savefig(path.with_name(path.name + suffix), metadata=NO_DATE[suffix])
-
-
-NO_DATE: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
+        for kind, metadata in NO_DATE.items():
+            memory = io.BytesIO()
+            figure.savefig(memory, format=kind, metadata=metadata)
+            files.write_atomically(path.with_name(f"{path.name}.{kind}"), memory.getvalue())
 
 
 def subplots(
     width: float = WIDTH, height: float = 2.6, columns: int = 1, rows: int = 1, **options: Any
 ) -> Any:
-    """A figure, in inches, with its axes; it makes room for labels by itself."""
+    """A figure of `width` by `height` inches with its axes, laid out so that labels fit."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)

@@ -1,0 +1,47 @@
+"""Which modes the mean difference between twins comes from.
+
+Delta is the mean logit of GR slices minus that of their Newtonian twins. Exchanging the modes of a group between
+twins turns it into Delta'. A network whose logit is a sum over groups has Delta' = Delta - 2 Delta_b, where
+Delta_b is the part of the group, so Delta_b = (Delta - Delta') / 2. The shares Delta_b / Delta of groups that
+partition all modes then sum to one; for any other network the remainder measures how far they interact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import statistics
+from analysis.interventions import GROUPS
+from analysis.statistics import Estimate
+from metrics import Predictions
+
+Floats = NDArray[np.float64]
+
+
+def twin_difference(predictions: Predictions) -> Floats:
+    """Mean logit of the GR slices minus that of the Newtonian ones, of each seed: (seeds,)."""
+    newton, gr = predictions.cube_logits.T
+    return gr - newton
+
+
+def shares(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> list[Estimate]:
+    """Delta_b / Delta of each group, with paired jackknife intervals, and last the remainder.
+
+    `unchanged` (slices,) are the logits of the slices of `predictions`, `exchanged` (slices, groups) those after
+    the exchange of each group.
+    """
+    whole = twin_difference(predictions.with_logits(unchanged))
+    after = np.stack([twin_difference(predictions.with_logits(logits)) for logits in exchanged.T], axis=1)
+    parts = (whole[:, None] - after) / 2
+    parts = np.hstack([parts, (whole - parts.sum(1))[:, None]])
+    return [statistics.ratio_estimate(part, whole, "real") for part in parts.T]
+
+
+def attribute(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> dict[str, Estimate]:
+    """Shares of GROUPS and the `remainder`, and the mean twin `difference` Delta in logits."""
+    estimates = shares(predictions, unchanged, exchanged)
+    whole = twin_difference(predictions.with_logits(unchanged))
+    return dict(zip((*GROUPS, "remainder"), estimates, strict=True)) | {
+        "difference": statistics.mean_estimate(whole)
+    }

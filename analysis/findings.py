@@ -1,0 +1,256 @@
+"""What the results of an evaluation mean, in sentences.
+
+Sentences rest on the AUC of slices and on the permutation test, not on accuracy at logit 0, which depends on the
+threshold, and not on pairs of twins, which four modes alone rank correctly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Results = Mapping[str, Any]
+Estimate = Mapping[str, float | None]
+
+ALPHA = 0.05
+# ln P_GR/P_N of diagonals minus that of axes, relative to its mean over directions: from LATTICE on, its sign
+# depends on direction and it is called a lattice effect; up to ISOTROPIC it is called isotropic.
+LATTICE, ISOTROPIC = 1.0, 0.2
+SMALL_SCALES = ("axes", "between", "diagonals")
+
+
+def format_number(value: float) -> str:
+    """A number with four significant places."""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def format_estimate(estimate: Estimate, *, percent: bool = False) -> str:
+    """A value with its 95 % interval, where it has one."""
+    ends = [estimate["value"], estimate.get("low"), estimate.get("high")]
+    if ends[0] is None:
+        return "undefined"
+    texts = [None if end is None else f"{100 * end:.1f} %" if percent else format_number(end) for end in ends]
+    return f"{texts[0]}" + (f" [{texts[1]}, {texts[2]}]" if None not in texts else "")
+
+
+def warnings(results: Results) -> list[str]:
+    """What limits every number of the report, for its first lines."""
+    data, selection = results["data"], results["selection"]
+    lines = []
+    if data["seeds"][0] < data["train_seeds"]:
+        lines.append(
+            "The network was trained on some of these seeds. The results say nothing about new ones."
+        )
+    if selection["evaluated"]:
+        lines.append(
+            f"{_join(selection['criteria'])} selected this network on seeds {_seeds(selection['seeds'])}, which are "
+            "evaluated here: the results are biased upwards. Evaluate on other seeds (--seeds A:B), or train with "
+            "data_params.validation_seeds."
+        )
+    if data["newton_augmentation"] != 1:
+        lines.append(
+            f"Newtonian slices were multiplied by {data['newton_augmentation']:g}: this tests the pipeline, not "
+            "gravity."
+        )
+    return lines
+
+
+def findings(results: Results) -> list[str]:
+    """What the results show; the first sentence states what drives the classification."""
+    lines = [_driver(results), _performance(results)]
+    if "grid" in results:
+        lines += _lattice(results)
+    if "baselines" in results:
+        lines.append(_beside_baselines(results))
+    if "ceilings" in results:
+        lines.append(_beside_ceilings(results))
+    if "transfer" in results:
+        lines.append(_transfer(results))
+    if "degradation" in results:
+        lines.append(_degraded(results))
+    lines.append(_selection(results))
+    return lines
+
+
+def significant(results: Results) -> bool:
+    """Whether the slice AUC exceeds chance by the permutation test."""
+    return results["significance"]["p_value"] <= ALPHA
+
+
+def _performance(results: Results) -> str:
+    cubes = results["cubes"]
+    return (
+        f"Slices: AUC {format_estimate(results['slices']['auc'])}, one-sided p = "
+        f"{format_number(results['significance']['p_value'])} by exchanging the labels of twins. Cubes by mean logit: "
+        f"AUC {format_estimate(cubes['cube_auc'])}, accuracy {format_estimate(cubes['cube_accuracy'], percent=True)}, "
+        f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar)."
+    )
+
+
+def _driver(results: Results) -> str:
+    """The first finding."""
+    if not significant(results):
+        return (
+            "The network does not distinguish the gravities, so nothing drives its classification: slice AUC "
+            f"{format_estimate(results['slices']['auc'])}, p = {format_number(results['significance']['p_value'])}."
+        )
+    if "attribution" not in results:
+        return "The network distinguishes the gravities; what drives it is unknown without the full report (omit --quick)."
+    parts = results["attribution"]
+    value = {key: parts[key]["value"] for key in ("mean", "large_scales", *SMALL_SCALES)}
+    share = {
+        "mean": value["mean"],
+        "large_scales": value["large_scales"],
+        "small_scales": sum(value[key] for key in SMALL_SCALES),
+    }
+    driver = max(share, key=lambda key: share[key])
+    part = f"{100 * share[driver]:.0f} % of the mean difference between twins"
+    if driver == "mean":
+        return (
+            f"The mean of the slices drives the classification: {part} comes from it. It is a property of how the "
+            "simulations are computed or stored, not of structure."
+        )
+    modes = "modes with n <= 4 (large scales)" if driver == "large_scales" else "modes with n > 4"
+    text = f"The classification is driven by {modes}"
+    if driver == "small_scales":
+        text += _strongest_band(results)
+    text += f": {part} comes from them. "
+    if results["data"]["newton_augmentation"] != 1:
+        return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
+    found = results["direction_dependence"].get(driver)
+    if found is None:
+        return text.strip()
+    ratio = f"P_GR/P_N {found['axes']['value']:.4f} along the grid axes, {found['diagonals']['value']:.4f} along diagonals"
+    contrast, isotropic = found["contrast"], found["isotropic"]
+    relative = abs(contrast["value"]) / max(abs(isotropic["value"]), 1e-12)
+    if not _excludes_zero(contrast) or relative <= ISOTROPIC:
+        return text + f"The twins differ there equally in all directions, as expected of gravity ({ratio})."
+    if relative < LATTICE:
+        return (
+            text
+            + f"The difference of the twins there depends in part on direction, an effect of the lattice ({ratio})."
+        )
+    return (
+        f"The lattice drives the classification: {part} comes from {modes}, where the sign of the difference of the "
+        f"twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an effect of the "
+        "grid, not physics."
+    )
+
+
+def _excludes_zero(estimate: Estimate) -> bool:
+    low, high = estimate["low"], estimate["high"]
+    return low is not None and high is not None and (low > 0 or high < 0)
+
+
+def _strongest_band(results: Results) -> str:
+    """The band of wavenumbers with the largest share, as part of a sentence."""
+    found = results["interventions"]
+    shares = [estimate["value"] for estimate in found["shares"]]
+    band = int(np.argmax(shares))
+    low, high = found["edges"][band : band + 2]
+    return f", most of all by k = {low:.3g} to {high:.3g} {found['unit']} ({100 * shares[band]:.0f} %)"
+
+
+def _lattice(results: Results) -> list[str]:
+    """Warnings of the data themselves: direction or mean separates the labels."""
+    return [str(line) for line in results["grid"]["warnings"]]
+
+
+def _beside_baselines(results: Results) -> str:
+    found = results["baselines"]
+    verdicts = []
+    for name in ("isotropic", "directional"):
+        gain = found[name]["gain"]["auc"]
+        verdicts.append(
+            f"{_compare(gain)} the {name} one (AUC {found[name]['slices']['auc']['value']:.4f}, difference "
+            f"{format_estimate(gain)})"
+        )
+    text = (
+        f"Of the baselines on the power spectrum of slices, the network is {verdicts[0]} and {verdicts[1]}."
+    )
+    return text + (
+        " It uses information beyond two-point statistics."
+        if beyond_two_point(results)
+        else _not_beyond(results)
+    )
+
+
+def beyond_two_point(results: Results) -> bool:
+    """Whether the network exceeds all that the direction-resolved power spectrum attains on the same slices.
+
+    By the intervals of the paired difference in AUC to the directional baseline and, as that may be fitted to too few
+    seeds, to the Gaussian likelihood ratio.
+    """
+    gains = [results["baselines"]["directional"]["gain"]["auc"]]
+    gains += [limit["gain"]["auc"] for limit in results.get("ceilings", {}).values()]
+    return significant(results) and all(gain["low"] is not None and gain["low"] > 0 for gain in gains)
+
+
+def _not_beyond(results: Results) -> str:
+    if _above(results["baselines"]["isotropic"]["gain"]["auc"]):
+        return (
+            " What it has over the isotropic one is direction, not information beyond two-point statistics."
+        )
+    return " It shows no information beyond two-point statistics."
+
+
+def _above(gain: Estimate) -> bool:
+    return gain["low"] is not None and gain["low"] > 0
+
+
+def _compare(gain: Estimate) -> str:
+    if gain["low"] is None or gain["high"] is None:
+        return "of unknown rank beside"
+    return "above" if gain["low"] > 0 else "below" if gain["high"] < 0 else "not distinguishable from"
+
+
+def _beside_ceilings(results: Results) -> str:
+    found = results["ceilings"]
+    parts = [f"{limit['slice_auc']['value']:.4f} {name}" for name, limit in found.items()]
+    attained = found["directional"]["attained"]
+    share = (
+        ""
+        if attained is None or not np.isfinite(attained)
+        else f" The network attains {100 * attained:.0f} % of "
+    )
+    tail = "the detectability d' of the directional one." if share else ""
+    return f"Gaussian fields with these spectra allow at best a slice AUC of {', '.join(parts)}.{share}{tail}"
+
+
+def _transfer(results: Results) -> str:
+    found = results["transfer"]
+    verdict = "transfers" if significant(results) else "does not transfer"
+    return (
+        f"The network was trained at z = {found['trained_redshift']:g} and {verdict} to z = {found['redshift']:g} "
+        f"(p = {format_number(results['significance']['p_value'])})."
+    )
+
+
+def _degraded(results: Results) -> str:
+    found = results["degradation"]
+    names = {
+        "smoothed": "smoothing",
+        "large_scales": "n <= N/4 only",
+        "mean_removed": "no mean",
+        "noisy": "shot noise",
+    }
+    parts = [f"{found[key]['auc']['value']:.4f} with {name}" for key, name in names.items() if key in found]
+    return f"Degraded slices: AUC {', '.join(parts)}, against {found['none']['auc']['value']:.4f} unchanged."
+
+
+def _selection(results: Results) -> str:
+    selection = results["selection"]
+    if not selection["criteria"]:
+        return "Selection: none. This is the network after the last epoch of a fixed number of epochs."
+    return f"Selection: {_join(selection['criteria'])}, on {selection['set']} seeds {_seeds(selection['seeds'])}."
+
+
+def _seeds(ends: list[int]) -> str:
+    return f"{ends[0]} to {ends[1] - 1}"
+
+
+def _join(words: list[str]) -> str:
+    text = " and ".join(words)
+    return text[:1].upper() + text[1:]

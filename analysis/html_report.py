@@ -1,0 +1,296 @@
+"""The report as one HTML page: findings, tables and figures."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from analysis.findings import format_estimate, format_number
+
+Estimate = Mapping[str, float | None]
+Results = Mapping[str, Any]
+
+NAMES = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "tpr": "true positive rate",
+    "fpr": "false positive rate",
+    "auc": "area under the ROC curve (AUC)",
+    "average_precision": "average precision",
+    "log_loss": "log loss [nat]",
+    "brier_score": "Brier score",
+    "calibration_error": "expected calibration error",
+    "cube_accuracy": "accuracy of cubes",
+    "cube_auc": "AUC of cubes",
+    "pair_accuracy": "pair accuracy",
+    "mean_difference": "mean difference of twins [logit]",
+    "separation": "mean difference / its standard deviation",
+    "contrast": "mean difference / standard deviation between cubes",
+}
+# figures of the report: title, caption
+FIGURES = {
+    "twins": (
+        "Twins",
+        "Mean logit of the slices of each cube. Twins share their initial conditions and are joined by a line.",
+    ),
+    "roc": (
+        "ROC and precision-recall",
+        "Curves of single slices. The shade is the pointwise 95 % interval over seeds.",
+    ),
+    "confusion": ("Confusion matrix", "Predictions at the threshold logit > 0."),
+    "reliability": (
+        "Calibration",
+        "Share of GR against predicted probability, in bins of equally many slices. A calibrated network is on the "
+        "dotted line.",
+    ),
+    "logits": ("Logits", "Distribution of the logits of slices; the outermost bins include what is beyond."),
+    "training": (
+        "Training",
+        "From metrics.jsonl, over all starts of the run. The training loss includes dropout.",
+    ),
+    "attribution": (
+        "Attribution",
+        "Share of the mean twin difference that changes sign when twins exchange a group of modes (left) or a band of "
+        "wavenumbers (right, relative to the band's width in log k; open symbol: the mean of the slice).",
+    ),
+    "interventions": (
+        "Interventions",
+        "Slices of which only wavenumbers below or above k remain, and twins that exchanged one band. Exchanging a "
+        "band that the network uses lowers the AUC, below 0.5 if no other band holds the same information. An "
+        "accuracy of 0.5 with a higher AUC means that a filter shifted all logits. Dotted: unchanged slices. Shades: "
+        "95 % over seeds.",
+    ),
+    "power_spectra": (
+        "Power spectra",
+        "Left: mean spectra of slices as the network sees them. Middle: ratio of twins. Right: power of the gradient "
+        "of the logit; regular peaks come from the stride of the first convolution. The last k is the Nyquist "
+        "frequency.",
+    ),
+    "directions": (
+        "Ratio by direction",
+        "P_GR/P_N of the cubes along the grid axes, along diagonals and between. An isotropic theory has one curve. "
+        "Right of the dotted line: the corners of Fourier space, beyond the Nyquist sphere.",
+    ),
+    "information": (
+        "Network, baselines and ceilings",
+        "Baselines: logistic regressions on log P(k), isotropic and by direction. Likelihood ratios: the optimal test "
+        "for Gaussian fields with the spectra of the training twins, on the test seeds; open symbols: its expectation, "
+        "the ceiling. Dotted: chance.",
+    ),
+    "saliency": (
+        "Saliency",
+        "The slices with extreme logits, the gradient of the logit by pixel, and integrated gradients, which add up "
+        "to the logit minus that of an empty slice.",
+    ),
+}
+DOTS_PER_PIXEL = 2  # figures have the resolution of print, twice that of a screen
+STYLE = """
+body { font: 16px/1.5 Georgia, serif; color: #111; background: #fff; max-width: 60rem; margin: 2rem auto;
+padding: 0 1rem } h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #999 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } td, th { padding: .2rem .6rem;
+text-align: right; vertical-align: top } th { border-bottom: 1px solid #111 } td:first-child, th:first-child {
+text-align: left; overflow-wrap: anywhere } tr:nth-child(even) td { background: #f3f3f3 } .interval { display: block;
+font-size: .8rem; color: #444 } figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption, .small {
+font-size: .9rem; color: #444 } .small td { text-align: left; overflow-wrap: anywhere }
+.warning { font-weight: bold; border-left: .3rem solid #111; padding-left: .7rem }
+@media (max-width: 700px) { body { font-size: 14px; padding: 0 .5rem } table { font-size: .75rem }
+td, th { padding: .15rem .25rem } .interval { font-size: .65rem } }
+@page { size: A4; margin: 15mm }
+@media print { body { font-size: 10pt; max-width: none; margin: 0; padding: 0 } table, figure { break-inside: avoid }
+h2, h3 { break-after: avoid } img { max-height: 220mm } }
+"""
+
+
+def page(results: Results, images: Mapping[str, bytes]) -> str:
+    """The report as one page without external files; `images` are PNG files by name."""
+    sections = [
+        ("Findings", _warnings(results["warnings"]) + _list(results["findings"])),
+        (
+            "Attribution",
+            _attribution(results) + _figures(images, "attribution", "interventions", "directions"),
+        ),
+        ("Baselines and ceilings", _information(results) + _figures(images, "information", "power_spectra")),
+        (
+            "Predictions",
+            _predictions(results) + _figures(images, "twins", "roc", "confusion", "reliability", "logits"),
+        ),
+        ("Robustness", _degradation(results)),
+        ("Saliency", _figures(images, "saliency")),
+        ("Training", _figures(images, "training")),
+        ("Provenance", _provenance(results)),
+    ]
+    body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections if content)
+    title = escape(f"{results['run']}: evaluation")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{title}</h1>\n{body}</body></html>\n"
+    )
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _warnings(lines: Iterable[str]) -> str:
+    return "".join(f'<p class="warning">{escape(line)}</p>' for line in lines)
+
+
+Cell = str | Estimate | None
+
+
+def _cell(cell: Cell) -> str:
+    """A text, or an estimate with its interval on a line of its own."""
+    if cell is None or isinstance(cell, str):
+        return escape(cell or "")
+    value, _, interval = format_estimate(cell).partition(" ")
+    return escape(value) + (f' <span class="interval">{escape(interval)}</span>' if interval else "")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    def line(tag: str, cells: Sequence[Cell]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = (line("th", head) if any(head) else "") + "".join(line("td", row) for row in rows)
+    return f"<table>{lines}</table>"
+
+
+def _figures(images: Mapping[str, bytes], *names: str) -> str:
+    parts = []
+    for name in names:
+        if name in images:
+            title, caption = FIGURES[name]
+            data = base64.b64encode(images[name]).decode()
+            width = int.from_bytes(images[name][16:20], "big") // DOTS_PER_PIXEL  # from the header of the PNG
+            picture = f'<img src="data:image/png;base64,{data}" width="{width}" alt="{escape(title)}">'
+            words = f"<b>{escape(title)}.</b> {escape(caption)} ({name}.png, {name}.pdf)"
+            parts.append(f"<figure>{picture}<figcaption>{words}</figcaption></figure>")
+    return "\n".join(parts)
+
+
+def _predictions(results: Results) -> str:
+    columns = {
+        "all axes": results["slices"],
+        **{f"axis {axis}": row for axis, row in results["axes"].items()},
+    }
+    chance = {key: format_number(value) for key, value in results["chance"].items()}
+    rows: list[list[Cell]] = [
+        [NAMES[key], chance.get(key), *(part[key] for part in columns.values())] for key in results["slices"]
+    ]
+    simulations = {**results["cubes"], **results["pairs"]}
+    cubes: list[list[Cell]] = [
+        [NAMES[key], chance.get(key), estimate] for key, estimate in simulations.items()
+    ]
+    tests: list[list[Cell]] = [
+        [
+            "slice AUC above chance, labels of twins exchanged",
+            format_number(results["significance"]["p_value"]),
+        ],
+        ["cubes better than chance, McNemar", format_number(results["significance"]["mcnemar_p_value"])],
+    ]
+    data = results["data"]
+    intro = (
+        f"{sum(results['confusion'].values()):,} slices of {data['seeds'][1] - data['seeds'][0]} seeds, "
+        f"{100 * results['chance']['balance']:.1f} % of them GR, the positive class. Brackets are 95 % intervals over "
+        "seeds: the delete-one-seed jackknife with a t quantile, score intervals for rates. AUC and its interval "
+        "count pairs of slices from different seeds. Trainings differ too: see --ensemble. Metrics by metrics.py and "
+        "analysis/statistics.py; logistic regression by scikit-learn."
+    )
+    return (
+        f"<p>{escape(intro)}</p><h3>Slices</h3>{_table(['', 'chance', *columns], rows)}"
+        f"<h3>Cubes and pairs of twins, by mean logit</h3>{_table(['', 'chance', ''], cubes)}"
+        f"<h3>One-sided p-values</h3>{_table(['', 'p'], tests)}"
+        "<p>Pair accuracy is no evidence: a few modes at the largest scales rank all twins correctly.</p>"
+    )
+
+
+def _attribution(results: Results) -> str:
+    if "attribution" not in results:
+        return ""
+    names = {
+        "mean": "mean of the slice",
+        "large_scales": "large scales, 0 < n <= 4",
+        "axes": "n > 4, along grid axes",
+        "between": "n > 4, between",
+        "diagonals": "n > 4, along diagonals",
+        "remainder": "remainder: interactions between groups",
+    }
+    rows: list[list[Cell]] = [[name, results["attribution"][key]] for key, name in names.items()]
+    text = (
+        "Share of the mean difference of twins, logit of GR minus logit of Newton, by exchanging each group of modes "
+        "between twins. n is the wavenumber in units of the fundamental mode."
+    )
+    return f"<p>{text}</p>{_table(['', 'share'], rows)}"
+
+
+def _information(results: Results) -> str:
+    if "baselines" not in results:
+        return ""
+    keys = ("accuracy", "auc", "cube_accuracy", "cube_auc")
+    rows: list[list[Cell]] = []
+
+    def add(name: str, estimates: Mapping[str, Estimate]) -> None:
+        rows.append([name, *(estimates.get(key) for key in keys)])
+
+    add("network", {**results["slices"], **results["cubes"]})
+    for name, found in results["baselines"].items():
+        add(f"{name} baseline, slices", {**found["slices"], **found["slices_by_cube"]})
+        add(f"{name} baseline, cubes", found["cubes"])
+        add(f"network minus {name} baseline", found["gain"])
+    for name, limit in results.get("ceilings", {}).items():
+        expected = {"accuracy": limit["slice_accuracy"], "auc": limit["slice_auc"]}
+        add(
+            f"{name} ceiling",
+            expected | {key: limit[key] for key in ("cube_accuracy", "cube_auc") if key in limit},
+        )
+        add(
+            f"{name} likelihood ratio on the test seeds",
+            {**limit["test"]["slices"], **limit["test"]["cubes"]},
+        )
+        add(f"network minus {name} likelihood ratio", limit["gain"])
+    attained: list[list[Cell]] = [
+        [name, format_number(limit["attained"]) if limit["attained"] is not None else "undefined"]
+        for name, limit in results.get("ceilings", {}).items()
+    ]
+    text = (
+        "Baselines are logistic regressions on log P(k) of slices or cubes, fitted to the training seeds. Ceilings "
+        "are the expected performance of the likelihood ratio of Gaussian fields with the spectra of the training "
+        "twins. Of several channels the first counts."
+    )
+    shares = _table(["share of the ceiling's d'", "network"], attained) if attained else ""
+    return f"<p>{text}</p>{_table(['', *(NAMES[key] for key in keys)], rows)}{shares}"
+
+
+def _degradation(results: Results) -> str:
+    if "degradation" not in results:
+        return ""
+    found = results["degradation"]
+    unit = "Mpc/h" if results["data"]["box_size"] else "cells"
+    names = {
+        "none": "unchanged",
+        "smoothed": f"Gaussian smoothing, R = {found['smoothing']:g} {unit}",
+        "large_scales": "only n <= N/4",
+        "mean_removed": "mean removed",
+        "noisy": f"shot noise, {found['noise']:g} standard deviations",
+    }
+    keys = ("auc", "accuracy", "cube_auc", "change")
+    head = ["", NAMES["auc"], NAMES["accuracy"], NAMES["cube_auc"], "change of AUC"]
+    rows: list[list[Cell]] = [[name, *(found[kind].get(key) for key in keys)] for kind, name in names.items()]
+    return _table(head, rows)
+
+
+def _provenance(results: Results) -> str:
+    rows: list[list[Cell]] = [
+        [f"{part}: {key}", value if isinstance(value, str) else json.dumps(value)]
+        for part in ("model", "data", "selection", "environment")
+        for key, value in results[part].items()
+        if (part, key) != ("data", "seeds")
+    ]
+    first, end = results["data"]["seeds"]
+    rows.append(["data: seeds", f"{first} to {end - 1}"])
+    return f'<div class="small">{_table(["", ""], rows)}</div>'

@@ -1,0 +1,277 @@
+"""Lattice diagnostics: do direction or the mean of a cube separate the gravities?
+
+Gravity has no preferred direction, and the mean of a potential has no physical meaning. Where P_GR/P_N of
+the cubes differs between grid axes and diagonals, or where the means differ, a classifier can identify the
+gravity by the discretisation of the simulation. Twins share their phases, so a few seeds measure the ratio
+of their spectra to 1e-4.
+
+A direction is mu4 = sum_i n_i^4 / n^4 (see `power_spectrum`): above 0.9 along a grid axis, up to 0.45 along a
+diagonal, between otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+from scipy.stats import mannwhitneyu
+
+from analysis.power_spectrum import (
+    ALONG_AXIS,
+    ALONG_DIAGONAL,
+    Bools,
+    Floats,
+    ModeBins,
+    measurable,
+    shell_edges,
+)
+from analysis.statistics import Estimate, mean_estimate
+
+DIRECTIONS = ("axis", "between", "diagonal")
+SIGNIFICANT = 5.0  # standard errors
+RELEVANT = 0.2  # d' of a cube; linear theory gives 0.3
+DIRECTIONAL = 0.1  # d' by direction, in parts of the isotropic one
+SMALL_SCALES = 4.5  # n above which linear theory predicts no excess
+
+# Bounds of the bands in n, up to N/2; the last band holds the corners of Fourier space.
+_BANDS = (0.5, 1.5, 2.5, 3.5, 5.5, 8.5, 12.5, 17.5, 24.5, 32.5, 48.5, 64.5, 96.5, 128.5, 192.5, 256.5)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Twins of several seeds by scale and direction.
+
+    `power` (seeds, 2, bins) is P(k) of the cubes in `bins`, the partition `power_spectrum.directions`, and
+    `means` (seeds, 2) are the means of the cubes in units of the field's standard deviation, Newton first.
+    """
+
+    bins: ModeBins
+    power: Floats
+    means: Floats
+
+    def __post_init__(self) -> None:
+        seeds = len(self.power)
+        if seeds < 2:
+            raise ValueError(f"found {seeds} seed with both gravities; errors from twins need at least 2")
+
+    def report(self) -> dict[str, Any]:
+        """The `grid` section of report.json.
+
+        `ratio`: P_GR/P_N with a 95 % interval by direction and band of n, between `edges`: `value`, `low`
+        and `high` are (directions, bands) with NaN where a band has no modes. `corners`: share of the modes
+        and of the variance beyond the Nyquist sphere. `cube_mean`: the means; `cube_mean_auc`: their AUC.
+        """
+        mean, error = _summary(self._by_band())
+        reach = error * stdtrit(len(self.power) - 1, 0.975)
+        beyond = ~self.bins.inside_nyquist
+        variance = self.power * self.bins.modes
+        share = (variance[..., beyond].sum(-1) / variance.sum(-1)).mean(0)
+        return {
+            "ratio": {
+                "edges": self.edges,
+                "directions": list(DIRECTIONS),
+                "value": np.exp(mean),
+                "low": np.exp(mean - reach),
+                "high": np.exp(mean + reach),
+            },
+            "corners": {
+                "modes": self.bins.modes[beyond].sum() / self.bins.modes.sum(),
+                "newton": share[0],
+                "gr": share[1],
+            },
+            "cube_mean": {"newton": self.means[:, 0].mean(), "gr": self.means[:, 1].mean()},
+            "cube_mean_auc": self.mean_auc,
+            "warnings": self.warnings(),
+        }
+
+    @cached_property
+    def edges(self) -> Floats:
+        """Bounds of the bands in n, the last one from N/2 to the end of the corners: (bands + 1,)."""
+        nyquist = self.bins.box.size / 2 + 0.5
+        end = np.sqrt(self.bins.dimensions) * self.bins.box.size / 2
+        return np.array([*(edge for edge in _BANDS if edge < nyquist), nyquist, end])
+
+    @cached_property
+    def mean_auc(self) -> float:
+        """AUC of the cube means as a classifier."""
+        newton, gr = self.means.T
+        return float(mannwhitneyu(gr, newton).statistic / len(gr) ** 2)
+
+    def warnings(self) -> list[str]:
+        """One sentence for each property of the grid that separates the gravities; none if none does.
+
+        Direction separates them if axes and diagonals differ by 5 standard errors at n > 4, in any band or in
+        all of them, and if direction alone gives a cube d' > 0.2 and a tenth of that of the isotropic difference,
+        whose steps leave a residue in shells of finite width. The mean does if it differs by 5 standard
+        errors and has a d' > 0.2, and if single precision resolves it.
+        """
+        found = []
+        contrast, error = self.contrast
+        significant = (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT
+        if significant and self.d_prime > DIRECTIONAL * self.isotropic_d_prime:
+            along = []
+            for name, mask in (("grid axes", self._axis), ("diagonals", self._diagonal)):
+                ratio, error = _summary(self._average(self._log_ratio, mask & self._small_scales))
+                along.append(f"{np.exp(ratio):.4f} +- {error:.1g} along {name}")
+            found.append(
+                f"P_GR/P_N depends on direction: {along[0]}, {along[1]} at n = 5 to "
+                f"{self.bins.box.size // 2}; gravity is isotropic, so the grid separates the labels "
+                f"(d' = {self.d_prime:.1f} per cube)."
+            )
+        difference = self.means[:, 1] - self.means[:, 0]
+        mean = difference.mean()
+        significant = abs(mean) > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(len(difference))
+        spread = np.sqrt(self.means.var(0, ddof=1).mean())
+        resolved = abs(mean) > np.finfo(np.float32).eps
+        if significant and resolved and abs(mean) > RELEVANT * spread:
+            found.append(
+                f"The mean of a cube separates the labels (AUC {self.mean_auc:.3f}): Newton "
+                f"{self.means[:, 0].mean():.2g}, GR {self.means[:, 1].mean():.2g} standard deviations; "
+                "remove it with pack --remove-mean."
+            )
+        return found
+
+    @cached_property
+    def contrast(self) -> tuple[Floats, Floats]:
+        """ln P_GR/P_N along axes minus along diagonals, and its standard error: each (bands + 1,).
+
+        First of all shells between n = 4.5 and N/2 together, then of each band of them; a shell counts in
+        proportion to the information in its contrast. Empty where N is too small for such shells.
+
+        The error is the larger one of two: from the spread over seeds, and from the spread over seeds and
+        shells around the shells' means. With few seeds the former alone can be small by chance.
+        """
+        differences, weights, n = [], [], []
+        for shell in np.unique(self._shell[self._small_scales]):
+            axis, diagonal = (self._shell == shell) & self._axis, (self._shell == shell) & self._diagonal
+            modes = self.bins.modes[axis].sum(), self.bins.modes[diagonal].sum()
+            if all(modes):
+                differences.append(
+                    self._average(self._residual, axis) - self._average(self._residual, diagonal)
+                )
+                weights.append(modes[0] * modes[1] / (modes[0] + modes[1]))
+                n.append(self.bins.n[axis].mean())
+        if not differences:
+            return np.zeros(0), np.zeros(0)
+        difference, weight = np.stack(differences, axis=1), np.array(weights)
+        seeds, shells = difference.shape
+        scatter = ((difference - difference.mean(0)) ** 2 * weight).sum() / ((seeds - 1) * shells)
+        band = np.digitize(n, self.edges)
+        values, errors = [], []
+        for group in (np.ones(shells, bool), *(band == index for index in np.unique(band))):
+            total = weight[group].sum()
+            by_seed = difference[:, group] @ weight[group] / total
+            values.append(by_seed.mean())
+            errors.append(np.sqrt(max(by_seed.var(ddof=1), scatter / total) / seeds))
+        return np.array(values), np.array(errors)
+
+    @cached_property
+    def d_prime(self) -> float:
+        """d' per cube from direction alone: the Gaussian information in what an isotropic ratio leaves.
+
+        Counts 4.5 < n <= N/2. The noise of the measured ratio is subtracted.
+        """
+        mean, error = _summary(self._residual)
+        information = self.bins.modes * (mean**2 - error**2) / 2
+        return float(np.sqrt(max(0.0, information[self._small_scales].sum())))
+
+    @cached_property
+    def isotropic_d_prime(self) -> float:
+        """d' per cube from the mean of ln P_GR/P_N over directions, for the modes of `d_prime`."""
+        mean = (self._log_ratio - self._residual).mean(0)
+        return float(np.sqrt((self.bins.modes * mean**2 / 2)[self._small_scales].sum()))
+
+    def direction_dependence(self) -> dict[str, dict[str, Estimate]]:
+        """ln P_GR/P_N of large scales, n <= 4.5, and of small ones up to N/2, averaged with weights P(k).
+
+        `isotropic`: its mean over directions. `contrast`: what diagonals exceed axes by. `axes` and
+        `diagonals`: P_GR/P_N itself. All with intervals over seeds; a range without such modes is left out.
+        """
+        inside = self._used & self.bins.inside_nyquist
+        large = self.bins.n <= SMALL_SCALES
+        weights = self.power.mean((0, 1))
+        found = {}
+        for name, mask in (("large_scales", inside & large), ("small_scales", inside & ~large)):
+            if not (mask & self._axis).any() or not (mask & self._diagonal).any():
+                continue
+            mean = self._average(self._log_ratio, mask, weights)
+            axes, diagonals = (
+                self._average(self._residual, mask & direction, weights)
+                for direction in (self._axis, self._diagonal)
+            )
+            found[name] = {
+                "isotropic": mean_estimate(mean),
+                "contrast": mean_estimate(diagonals - axes),
+                "axes": mean_estimate(np.exp(mean + axes)),
+                "diagonals": mean_estimate(np.exp(mean + diagonals)),
+            }
+        return found
+
+    @cached_property
+    def _used(self) -> Bools:
+        return measurable(self.power.reshape(-1, len(self.bins)), self.bins.modes)
+
+    @cached_property
+    def _small_scales(self) -> Bools:
+        """Bins whose ratio linear theory predicts to be 1, up to N/2."""
+        return self._used & self.bins.inside_nyquist & (self.bins.n > SMALL_SCALES)
+
+    @cached_property
+    def _axis(self) -> Bools:
+        return self._used & (self.bins.mu4 > ALONG_AXIS)
+
+    @cached_property
+    def _diagonal(self) -> Bools:
+        return self._used & (self.bins.mu4 <= ALONG_DIAGONAL)
+
+    @cached_property
+    def _shell(self) -> NDArray[np.int64]:
+        return np.digitize(self.bins.n, shell_edges(self.bins.box.size, self.bins.dimensions))
+
+    @cached_property
+    def _log_ratio(self) -> Floats:
+        """ln P_GR/P_N (seeds, bins), 0 in bins that hold no power."""
+        ratio = np.ones_like(self.power[:, 0])
+        np.divide(self.power[:, 1], self.power[:, 0], out=ratio, where=self._used)
+        return np.log(ratio)
+
+    @cached_property
+    def _residual(self) -> Floats:
+        """ln P_GR/P_N less its mean over directions and seeds at the same n: (seeds, bins).
+
+        The mean is interpolated to the n of each bin, because the bins of a shell differ slightly in n, and
+        extrapolated below the first shell, where it varies most.
+        """
+        shells = [self._used & (self._shell == shell) for shell in np.unique(self._shell[self._used])]
+        n = [np.average(self.bins.n[shell], weights=self.bins.modes[shell]) for shell in shells]
+        isotropic = [self._average(self._log_ratio, shell).mean() for shell in shells]
+        if len(n) > 1:
+            slope = (isotropic[1] - isotropic[0]) / (n[1] - n[0])
+            n, isotropic = [0.0, *n], [isotropic[0] - slope * n[0], *isotropic]
+        return (self._log_ratio - np.interp(self.bins.n, n, isotropic)) * self._used
+
+    def _by_band(self) -> Floats:
+        """ln P_GR/P_N by direction and band: (seeds, directions, bands)."""
+        band = np.digitize(self.bins.n, self.edges[1:-1])
+        masks = (self._axis, self._used & ~self._axis & ~self._diagonal, self._diagonal)
+        bands = range(len(self.edges) - 1)
+        averages = [[self._average(self._log_ratio, mask & (band == i)) for i in bands] for mask in masks]
+        return np.array(averages).transpose(2, 0, 1)
+
+    def _average(self, values: Floats, mask: Bools, weights: Floats | float = 1.0) -> Floats:
+        """Average of `values` (seeds, bins) over the modes of some bins: (seeds,), NaN if there are none.
+
+        `weights` (bins,) weigh the modes.
+        """
+        weights = self.bins.modes * mask * weights
+        total = weights.sum()
+        return values @ weights / total if total else np.full(len(values), np.nan)
+
+
+def _summary(values: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard error of values (seeds, ...)."""
+    return values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))

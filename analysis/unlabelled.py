@@ -1,0 +1,158 @@
+"""Predictions for cubes without labels, in any HDF5 file of 3-D data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analysis.report import write_hdf5
+
+Floats = NDArray[np.float64]
+Network = Callable[[Tensor], Tensor]
+
+ROWS = 64
+SPREAD = (0.5, 2.0)  # standard deviations, relative to the training's, of values in the same units
+
+
+class FieldError(ValueError):
+    """A file whose data sets the network cannot classify."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Probability of GR = sigmoid((mean logit - threshold) / temperature)."""
+
+    threshold: float = 0.0
+    temperature: float = 1.0
+
+    def probability(self, mean_logit: Floats) -> Floats:
+        """Probability of each cube from the mean logit of its slices."""
+        return np.exp(-np.logaddexp(0, -(mean_logit - self.threshold) / self.temperature))
+
+
+def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> list[str]:
+    """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
+
+    `units` are the attributes `mean` and `std` by which the training's file was standardized, as far as known.
+    Raises FieldError if the file cannot be read, holds no or other cubes, or was standardized otherwise.
+    """
+    names: list[str] = []
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim == 3 and item.dtype.kind in "fiu":
+            names.append(name)
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            file.visititems(collect)
+            shapes = {name: file[name].shape for name in names}
+            attributes = dict(file.attrs)
+    except (OSError, RuntimeError) as error:
+        raise FieldError(f"{path}: the file cannot be read as HDF5 ({error}). Give an HDF5 file.") from None
+    if not names:
+        raise FieldError(f"{path}: the file has no 3-D data sets of numbers. Give a file of cubes.")
+    for name, shape in shapes.items():
+        if shape != (size,) * 3:
+            raise FieldError(
+                f"{path}: /{name} has the shape {shape}, but the network was trained on cubes of {size}^3. "
+                "Use cubes of that size."
+            )
+    for key, trained in units.items():
+        found = attributes.get(key)
+        if trained is not None and found is not None and not np.isclose(float(found), trained, rtol=1e-6):
+            raise FieldError(
+                f"{path}: the cubes were standardized by {key} {float(found):.6g}, those of the training by "
+                f"{trained:.6g}. Standardize both files by the same mean and std."
+            )
+    return names
+
+
+def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tuple[str, Tensor]]:
+    """Each data set by name, (N, N, N) float32. Raises FieldError for values that are not finite or in other units.
+
+    `std` is the standard deviation of the training's cubes.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        for name in names:
+            try:
+                values = np.asarray(file[name][()], dtype=np.float32)
+            except (OSError, RuntimeError) as error:
+                raise FieldError(f"{path}: /{name} cannot be read ({error}). Copy the file again.") from None
+            spread = float(values.std(dtype=np.float64))
+            if not np.isfinite(spread):
+                raise FieldError(f"{path}: /{name} has values that are not finite. Make this cube again.")
+            if not SPREAD[0] * std < spread < SPREAD[1] * std:
+                raise FieldError(
+                    f"{path}: /{name} has a standard deviation of {spread:.3g}, the training's cubes about "
+                    f"{std:.3g}. Standardize the file like the training's."
+                )
+            yield name, torch.from_numpy(values)
+
+
+def slice_field(field: Tensor, axis: int, channels: int) -> Tensor:
+    """All slices (N, channels, N, N) of a cube perpendicular to `axis`; channel c is c cells further, periodic."""
+    planes = field.movedim(axis, 0)
+    return torch.stack([planes.roll(-channel, 0) for channel in range(channels)], dim=1)
+
+
+def classify(
+    network: Network, field: Tensor, *, axes: Sequence[int], channels: int, device: torch.device
+) -> Floats:
+    """Logits (axes, N) of the slices of a cube in the units that `network` takes."""
+    logits = []
+    with torch.inference_mode():
+        for axis in axes:
+            parts = slice_field(field, axis, channels).split(ROWS)
+            logits.append(torch.cat([network(part.to(device)).float() for part in parts]))
+    return torch.stack(logits).double().cpu().numpy()
+
+
+def predict(
+    network: Network,
+    path: Path,
+    output: Path,
+    *,
+    size: int,
+    channels: int,
+    axes: Sequence[int],
+    device: torch.device,
+    std: float,
+    units: Mapping[str, float | None],
+    calibration: Calibration | None,
+) -> str:
+    """Write the predictions of all cubes in `path` to the HDF5 file `output`; returns a table of them.
+
+    `network` takes slices in the units of the file. `calibration` None is the sigmoid of the mean logit.
+    """
+    logits = {
+        name: classify(network, field, axes=axes, channels=channels, device=device)
+        for name, field in read_fields(path, find_fields(path, size, units=units), std=std)
+    }
+    found = columns(logits, calibration or Calibration())
+    attributes = {
+        "about": "positive logits: General Relativity; probability: of General Relativity, of each cube",
+        "axes": list(axes),
+        "calibrated": calibration is not None,
+        "source": str(path),
+    }
+    write_hdf5(output, found, attributes)
+    rows = zip(logits, found["cubes/mean_logit"], found["cubes/probability"], strict=True)
+    return "\n".join(f"/{name}  mean logit {logit:.4f}  P(GR) {share:.4f}" for name, logit, share in rows)
+
+
+def columns(logits: Mapping[str, Floats], calibration: Calibration) -> dict[str, Any]:
+    """The data sets of the output: `logits/NAME` (axes, N) of each cube, and the table `cubes` of all."""
+    means = np.array([values.mean() for values in logits.values()])
+    return {f"logits/{name}": values for name, values in logits.items()} | {
+        "cubes/name": np.array([name.encode() for name in logits]),
+        "cubes/mean_logit": means,
+        "cubes/probability": calibration.probability(means),
+    }

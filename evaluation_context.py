@@ -1,0 +1,320 @@
+"""A trained run with the data it is evaluated on, checked against each other before anything is computed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+import checkpoint
+import datasets
+import metrics
+import models
+from analysis.power_spectrum import Box
+from config import Config, check_same_settings, load_config
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+ROWS = 64  # slices per batch; divides the number of slices of every cube, so no batch mixes cubes
+MIN_SEEDS = 3  # a jackknife over seeds needs at least this many
+
+
+class EvaluationError(ValueError):
+    """An evaluation that is not possible as requested."""
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """A trained network, the data it is evaluated on, and the data it was trained on."""
+
+    run: Path
+    config: Config
+    accelerator: Accelerator
+    trained: models.TrainedNetwork
+    network: torch.nn.Module
+    """The bare network on its device, for slices that are standardized already."""
+    checkpoint: str
+    """`final`, `best`, `last` or the step of a checkpoint."""
+    cubes: datasets.CubeFile
+    seeds: range
+    training_file: datasets.CubeFile | None
+    """The file of the training, if it still exists."""
+
+    @property
+    def train_seeds(self) -> range:
+        """The seeds that trained the network."""
+        return self.config.data_params.train_range
+
+    @property
+    def same_file(self) -> bool:
+        """Whether the evaluated seeds are other seeds of the training's file."""
+        same = self.training_file is not None and self.training_file.path == self.cubes.path
+        return same and not set(self.seeds) & set(self.train_seeds)
+
+    def slices_of_seed(self, seed: int) -> Iterator[datasets.Batch]:
+        """All slices of one seed, on this rank."""
+        return self._batches(range(seed, seed + 1), self.cubes)
+
+    @property
+    def box(self) -> Box:
+        """The periodic box of the simulations."""
+        return Box(self.cubes.size, self.cubes.attr_float("box_size"))
+
+    def slices(self, seeds: range, cubes: datasets.CubeFile | None = None) -> Iterator[datasets.Batch]:
+        """This rank's share of the slices of `seeds`, as the network sees them, cube by cube.
+
+        A slice meets the same slices in its batch on any number of ranks.
+        """
+        return self._batches(self._share(seeds), cubes or self.cubes)
+
+    def _batches(self, seeds: range, cubes: datasets.CubeFile) -> Iterator[datasets.Batch]:
+        options = self.config.data_params.model_dump(include={"axes", "channels", "newton_augmentation"})
+        return datasets.WholeCubeDataset(
+            cubes,
+            seeds,
+            batch_size=ROWS,
+            seed=0,
+            cache="disk",
+            device=self.accelerator.device,
+            mean=self.trained.mean,
+            std=self.trained.std,
+            **options,
+        ).evaluation_batches()
+
+    def fields(
+        self, seeds: range, cubes: datasets.CubeFile | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """This rank's share of the cubes of `seeds`, in the units of `slices`: 2 * seed + label and (N, N, N)."""
+        file, factor = cubes or self.cubes, self.config.data_params.newton_augmentation
+        values = np.empty((file.size,) * 3, np.float32)
+        for seed in self._share(seeds):
+            for label, gravity in enumerate(datasets.GRAVITIES):
+                file.read(seed, gravity, values)
+                field = torch.from_numpy((values - self.trained.mean) / self.trained.std)
+                yield 2 * seed + label, field if label else field * factor
+
+    def _share(self, seeds: range) -> range:
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return seeds[len(seeds) * rank // ranks : len(seeds) * (rank + 1) // ranks]
+
+    def predictions(self, ids: Integers, logits: Floats) -> metrics.Predictions:
+        """Logits (slices,) with the seed, label and place of each slice."""
+        return metrics.Predictions(ids, *datasets.decode(ids, self.cubes.size), logits)
+
+    def gather(self, ids: Integers, rows: Floats) -> tuple[Integers, Floats]:
+        """Ids (n,), ascending, and `rows` (n, ...) of all ranks. Collective."""
+        tensors = metrics.gather_by_id(self.accelerator, torch.from_numpy(ids), torch.from_numpy(rows))
+        return tensors[0].numpy(), tensors[1].numpy()
+
+    def describe(self) -> dict[str, Any]:
+        """What is evaluated and how: the descriptive sections of report.json."""
+        data, trained, accelerator = self.config.data_params, self.trained, self.accelerator
+        redshifts = [file and file.attr_float("redshift") for file in (self.training_file, self.cubes)]
+        transfer = {"trained_redshift": redshifts[0], "redshift": redshifts[1]}
+        differ = None not in redshifts and redshifts[0] != redshifts[1]
+        return {
+            "run": self.config.model_params.name,
+            "model": {
+                **trained.settings,
+                "weights": self.checkpoint,
+                "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+                "mean": trained.mean,
+                "std": trained.std,
+                **trained.training_record,
+            },
+            "data": {
+                "file": str(self.cubes.path),
+                "seeds": [self.seeds.start, self.seeds.stop],
+                "train_seeds": self.train_seeds.stop,
+                "size": self.cubes.size,
+                **{key: self.cubes.attr_float(key) for key in ("box_size", "redshift", "mean", "std")},
+                **data.model_dump(include={"newton_augmentation", "axes"}),
+            },
+            "environment": {
+                "processes": accelerator.num_processes,
+                "device": str(accelerator.device),
+                "mixed_precision": accelerator.mixed_precision,
+                "torch": torch.__version__,
+            },
+            "config": self.config.to_dict(),
+            "selection": self.describe_selection(),
+        } | ({"transfer": transfer} if differ else {})
+
+    def describe_selection(self) -> dict[str, Any]:
+        """What selected this network and on which seeds; `evaluated`: some of these seeds are evaluated."""
+        data, params = self.config.data_params, self.config.train_params
+        seeds = data.validation_range or data.test_range
+        criteria = []
+        if params.early_stopping is not None:
+            criteria.append(f"early stopping after {params.early_stopping} evaluations without improvement")
+        if self.checkpoint == "best":
+            criteria.append("the lowest loss of all checkpoints")
+        if study := find_sweep(self.run):
+            trials = len(list(self.run.parent.glob(f"{study}-[0-9][0-9][0-9]")))
+            criteria.append(f"a sweep of {trials} trials ({study})")
+        overlap = set(seeds) & set(self.seeds)
+        same_data = self.training_file is None or self.training_file.path == self.cubes.path
+        return {
+            "criteria": criteria,
+            "set": "validation" if data.validation_range else "test",
+            "seeds": [seeds.start, seeds.stop],
+            "evaluated": bool(criteria and overlap and same_data),
+        }
+
+
+def find_sweep(run: Path) -> str | None:
+    """The study of experiments/sweep.py of which the run is a trial: STUDY-000 beside STUDY-sweep.*."""
+    trial = re.fullmatch(r"(.+)-\d{3,}", run.resolve().name)
+    studies = [run.resolve().parent / f"{trial[1]}-sweep.{kind}" for kind in ("journal", "db")] if trial else []
+    return trial[1] if trial and any(study.exists() for study in studies) else None
+
+
+def load_run(
+    run: Path,
+    *,
+    datafile: str | None = None,
+    seeds: str | None = None,
+    checkpoint_name: str | None = None,
+    allow_training_seeds: bool = False,
+) -> EvaluationContext:
+    """The run in folder `run`, to be evaluated on `datafile` and `seeds` (A:B), by default its test seeds.
+
+    Raises EvaluationError, or the errors of the modules, if run and data do not belong together.
+    """
+    config = load_run_config(run)
+    selected = select_seeds(seeds, config, allow_training_seeds=allow_training_seeds)
+    trained = load_network(run, config, checkpoint_name)
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    last = next((one for one in reversed(saved) if one.find_problem() is None), None)
+    if last is not None:
+        check_same_settings(run, last.config, config.to_dict())
+    given = datasets.CubeFile(datafile) if datafile else None
+    training_file = find_training_file(run, config, last, given)
+    cubes = given or training_file
+    assert cubes is not None
+    size = trained.settings["size"]
+    if cubes.size != size:
+        raise EvaluationError(
+            f"{cubes.path}: the cubes are {cubes.size}^3, but the network was trained on {size}^3. "
+            "Evaluate on cubes of the same size."
+        )
+    cubes.require(selected)
+    if training_file is not None:
+        datasets.check_normalization(training_file, cubes)
+    accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
+    fewest = min(len(selected), config.data_params.train_seeds)
+    if accelerator.num_processes > fewest:
+        raise EvaluationError(
+            f"{accelerator.num_processes} processes are too many: start at most one per seed, {fewest}."
+        )
+    network: torch.nn.Module = copy.deepcopy(trained.network)
+    network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = accelerator.prepare_model(network, evaluation_mode=True).eval()
+    name = checkpoint_name or "final"
+    return EvaluationContext(run, config, accelerator, trained, network, name, cubes, selected, training_file)
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration of the run in folder `run`. Raises EvaluationError if the folder is not one of a run."""
+    if not (run / "config.yaml").is_file():
+        raise EvaluationError(
+            f"{run}: config.yaml is missing. Give the folder LOG_DIR/NAME that trainer.py wrote."
+        )
+    return load_config(run / "config.yaml")
+
+
+def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool) -> range:
+    """The seeds A to B-1 of `text` "A:B", or the run's test seeds.
+
+    Raises EvaluationError for training seeds, unless they are allowed, and for fewer than MIN_SEEDS.
+    """
+    data = config.data_params
+    trained, seeds = data.train_range.stop, data.test_range
+    if text is not None:
+        ends = re.fullmatch(r"(\d+):(\d+)", text)
+        seeds = range(int(ends[1]), int(ends[2])) if ends else range(0)
+        if not seeds:
+            raise EvaluationError(f"--seeds: found '{text}', allowed: A:B with A < B, for seeds A to B-1")
+    if seeds.start < trained and not allow_training_seeds:
+        raise EvaluationError(
+            f"--seeds {seeds.start}:{seeds.stop}: the network was trained on seeds 0 to {trained - 1}. "
+            f"Choose seeds from {trained} on, or add --allow-training-seeds."
+        )
+    if len(seeds) < MIN_SEEDS:
+        raise EvaluationError(
+            f"seeds {seeds.start}:{seeds.stop}: {len(seeds)} are too few, because the intervals are a jackknife "
+            f"over seeds. Choose at least {MIN_SEEDS} with --seeds A:B."
+        )
+    return seeds
+
+
+def load_network(run: Path, config: Config, name: str | None) -> models.TrainedNetwork:
+    """The final network of a run, or that of its `best` (by evaluation loss), `last` or given checkpoint."""
+    if name is None:
+        if not (run / "model").is_dir():
+            raise EvaluationError(
+                f"{run}: the training is not finished. Finish it, or add --checkpoint last."
+            )
+        return models.load(run / "model")
+    selected = checkpoint.select(run / "checkpoints", name)
+    trained = models.TrainedNetwork(
+        **config.model_arguments(selected.state["data_identity"]["shape"][0]),
+        mean=selected.train_state["mean"],
+        std=selected.train_state["std"],
+        training={"run": run.name, "step": selected.step, "epoch": selected.train_state["epoch"]},
+    )
+    trained.network.load_state_dict(selected.tensors("model"))
+    return trained.eval()
+
+
+def find_training_file(
+    run: Path, config: Config, last: checkpoint.Checkpoint | None, given: datasets.CubeFile | None
+) -> datasets.CubeFile | None:
+    """The file that the run was trained on, at its old place; else `given`, if it holds the same cubes.
+
+    None if neither is known to hold them. Raises EvaluationError if other cubes are in the old place.
+    """
+    identity = last.state["data_identity"] if last else None
+    path = Path(config.data_params.datafile)
+    if identity is not None and not path.exists():
+        path = Path(identity["path"])  # the working directory may be another one
+    moved = given is not None and not path.exists()
+    cubes = given if moved else datasets.CubeFile(path)
+    assert cubes is not None
+    if identity is None:  # only the path identifies the training data
+        return None if moved else cubes
+    seeds = range(*identity["seeds"])
+    if (
+        identity["shape"] == [cubes.size] * 3
+        and set(seeds) <= set(cubes.seeds)
+        and cubes.identity(seeds)["fingerprint"] == identity["fingerprint"]
+    ):
+        return cubes
+    if moved:
+        return None
+    raise EvaluationError(
+        f"{path}: these are not the cubes that {run} was trained on. Restore them, or move this file away and "
+        "give another one with --datafile."
+    )
+
+
+def training_units(config: Config, trained: models.TrainedNetwork) -> tuple[dict[str, float | None], float]:
+    """The attributes `mean` and `std` of the training's file, and the standard deviation of its cubes.
+
+    Without that file: no attributes, and the standard deviation by which the network standardizes.
+    """
+    if not Path(config.data_params.datafile).exists():
+        return {}, trained.std
+    cubes = datasets.CubeFile(config.data_params.datafile)
+    values = np.empty((cubes.size,) * 3, np.float32)
+    cubes.read(cubes.seeds[0], datasets.GRAVITIES[0], values)
+    return {key: cubes.attr_float(key) for key in ("mean", "std")}, float(values.std(dtype=np.float64))

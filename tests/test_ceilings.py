@@ -1,0 +1,210 @@
+"""Gaussian likelihood ratios against densities, draws and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtr
+from scipy.stats import mannwhitneyu, multivariate_normal
+
+from analysis.ceilings import (
+    LikelihoodRatio,
+    attained_share,
+    detectability,
+    fit,
+    linear_theory_ratio,
+)
+from analysis.power_spectrum import (
+    Box,
+    Floats,
+    SpectrumError,
+    cube_partitions,
+    mu4,
+    slice_partitions,
+    symmetry_classes,
+    wave_vectors,
+    wavenumber,
+)
+
+
+def likelihood_ratio(modes: Floats, newton: Floats, gr: Floats) -> LikelihoodRatio:
+    return LikelihoodRatio("", np.ones(len(modes), bool), modes, newton, gr)
+
+
+def gaussian(spectrum: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Fields (count, N, ..., N) with <|delta_k|^2> = N^d times `spectrum`, the layout of a real transform."""
+    size, dimensions = spectrum.shape[0], spectrum.ndim
+    random = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, *[size] * dimensions, dtype=torch.float64, generator=random)
+    axes = tuple(range(1, dimensions + 1))
+    return torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) * spectrum.sqrt(), dim=axes)
+
+
+def test_it_is_the_ratio_of_gaussian_densities() -> None:
+    """Field values are jointly normal; their covariance is the transform of the spectrum."""
+    box, size = Box(4, 4.0), 4
+    vectors = wave_vectors(size, 2)
+    bins = symmetry_classes(box)
+    fields = gaussian(1 + wavenumber(vectors), 3, seed=0)
+    densities, spectra = [], []
+    for spectrum in (1 + wavenumber(vectors), 1 + wavenumber(vectors) * (1 + mu4(vectors))):
+        correlation = torch.fft.irfft2(spectrum.cdouble()).numpy()
+        i = np.arange(size**2)
+        covariance = correlation[
+            (i[:, None] // size - i // size) % size, (i[:, None] % size - i % size) % size
+        ]
+        densities.append(multivariate_normal(cov=covariance).logpdf(fields.flatten(1).numpy()))
+        spectra.append(bins.power(torch.fft.irfft2(spectrum.sqrt().cdouble())[None])[0] * size**2)
+    found = likelihood_ratio(bins.modes, *spectra)(bins.power(fields))
+    np.testing.assert_allclose(found, densities[1] - densities[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("modes", "ratio"),
+    [
+        ([4, 4, 8, 16], [1.5, 0.6, 1.2, 0.9]),
+        ([1, 2], [3.0, 0.5]),
+        ([100, 1000, 1000], [1.1, 1.02, 0.97]),
+        ([300] * 30, np.linspace(0.9, 1.15, 30)),
+    ],
+)
+def test_expectations_agree_with_draws(modes: list[int], ratio: list[float]) -> None:
+    count, degrees, draws = np.array(modes, float), np.array(ratio), 100_000
+    lambda_ratio = likelihood_ratio(count, np.full(len(count), 7.0), 7 * degrees)
+    random = np.random.default_rng(0)
+    newton = lambda_ratio(7.0 * random.chisquare(count, (draws, len(count))) / count)
+    gr = lambda_ratio(7.0 * degrees * random.chisquare(count, (draws, len(count))) / count)
+    expected = lambda_ratio.expected()
+    assert expected.accuracy == pytest.approx((np.mean(gr > 0) + np.mean(newton < 0)) / 2, abs=0.005)
+    assert expected.auc == pytest.approx(mannwhitneyu(gr, newton).statistic / draws**2, abs=0.005)
+
+
+def test_weak_signals_are_normal() -> None:
+    expected = likelihood_ratio(np.full(50, 400.0), np.ones(50), np.full(50, 1.005)).expected()
+    assert expected.d_prime == pytest.approx(np.sqrt(50 * 400 / 2) * np.log(1.005))
+    assert expected.accuracy == pytest.approx(ndtr(expected.d_prime / 2), abs=1e-4)
+    assert detectability(expected.auc) == pytest.approx(expected.d_prime, rel=1e-3)
+
+
+def test_certain_and_absent_signals() -> None:
+    certain = likelihood_ratio(np.full(100, 1000.0), np.ones(100), np.full(100, 1.3)).expected()
+    assert certain.accuracy == pytest.approx(1, abs=1e-9)
+    assert certain.auc == pytest.approx(1, abs=1e-9)
+    absent = likelihood_ratio(np.ones(3), np.ones(3), np.ones(3)).expected()
+    assert (absent.d_prime, absent.accuracy, absent.auc) == (0, 0.5, 0.5)
+
+
+def test_linear_theory() -> None:
+    k = 2 * np.pi / 5120 * np.array([0.1, 1, 2**0.5, 3**0.5, 2, 3, 4, 5, 100])
+    expected = [1.072, 1.072, 1.059, 1.049, 1.041, 1.019, 1.006, 1, 1]
+    np.testing.assert_allclose(linear_theory_ratio(k), expected)
+    assert linear_theory_ratio(2.5 * k[1:2]) == pytest.approx(np.sqrt(1.041 * 1.019))
+
+
+BOX = Box(16, 5120.0)
+SLICES, CUBES = slice_partitions(BOX), cube_partitions(BOX)
+
+
+def measured(ratio: torch.Tensor, seeds: int = 6, keep: float = 100) -> tuple[dict, dict]:
+    """Mean spectra of slices and spectra of cubes of Gaussian twins with P_GR/P_N = `ratio` of cubes."""
+    vectors = wave_vectors(16, 3)
+    newton = wavenumber(vectors).clamp(min=1) ** -3 * (wavenumber(vectors) <= keep)
+    slices, cubes = {name: [] for name in SLICES}, {name: [] for name in CUBES}
+    for spectrum in (newton, newton * ratio):
+        fields = gaussian(spectrum, seeds, seed=0)  # the same phases
+        for name, bins in CUBES.items():
+            cubes[name].append(bins.power(fields))
+        for name, bins in SLICES.items():
+            of_cubes = [
+                bins.power(torch.cat([field.movedim(axis, 0) for axis in range(3)])) for field in fields
+            ]
+            slices[name].append(np.stack([power.mean(0) for power in of_cubes]))
+    return tuple(
+        {name: np.stack(power, axis=1) for name, power in spectra.items()} for spectra in (slices, cubes)
+    )
+
+
+def test_an_isotropic_ceiling_counts_scales_and_a_directional_one_both() -> None:
+    vectors = wave_vectors(16, 3)
+    isotropic = fit(SLICES, CUBES, *measured(torch.full_like(wavenumber(vectors), 1.1)))
+    for name in ("isotropic", "directional"):
+        expected = isotropic[name].expected()
+        modes = CUBES[name].modes[CUBES[name].inside_nyquist].sum()
+        assert expected["cube_d_prime"] == pytest.approx(np.sqrt(modes / 2) * np.log(1.1), rel=1e-6)
+    assert isotropic["corners"].expected()["cube_d_prime"] == pytest.approx(
+        np.sqrt((16**3 - 1) / 2) * np.log(1.1), rel=1e-6
+    )
+
+    anisotropic = fit(SLICES, CUBES, *measured(1 + 0.3 * (0.6 - mu4(vectors))))
+    assert anisotropic["isotropic"].expected()["cube_auc"] < 0.6
+    assert anisotropic["directional"].expected()["cube_auc"] > 0.8
+
+
+def test_ceilings_of_slices_come_true_on_gaussian_slices() -> None:
+    """Spectra from a training set; independent slices from the same spectra are classified as expected."""
+    box = Box(32, None)
+    bins = symmetry_classes(box)
+    vectors = wave_vectors(32, 2)
+    newton = wavenumber(vectors).clamp(min=1) ** -3
+    gr = newton * (1.2 - 0.25 * mu4(vectors))
+    train = [bins.power(gaussian(spectrum, 400, seed=0)).mean(0) for spectrum in (newton, gr)]
+    lambda_ratio = likelihood_ratio(bins.modes, *train)
+    test = [
+        lambda_ratio(bins.power(gaussian(spectrum, 800, seed=1 + i)))
+        for i, spectrum in enumerate((newton, gr))
+    ]
+    expected = lambda_ratio.expected()
+    assert 0.6 < expected.auc < 0.9
+    assert mannwhitneyu(test[1], test[0]).statistic / 800**2 == pytest.approx(expected.auc, abs=0.04)
+    assert (np.mean(test[1] > 0) + np.mean(test[0] < 0)) / 2 == pytest.approx(expected.accuracy, abs=0.04)
+
+
+def test_the_linear_ceiling_does_not_depend_on_the_measured_difference() -> None:
+    vectors = wave_vectors(16, 3)
+    ratio = torch.full_like(wavenumber(vectors), 1.3)
+    slices, cubes = measured(ratio)
+    linear = fit(SLICES, CUBES, slices, cubes)["linear"]
+    # cubes: modes times the square of the table's logarithm
+    bins = CUBES["wavenumbers"]
+    log_ratio = np.log(linear_theory_ratio(bins.n * BOX.fundamental))
+    assert linear.cubes.expected().d_prime == pytest.approx(np.sqrt(bins.modes @ log_ratio**2 / 2))
+    # slices: the excess of a mode is diluted by the cube modes of higher n that project onto it
+    of_slices = linear.slices
+    excess = of_slices.gr / of_slices.newton
+    n = SLICES["wavenumbers"].n[of_slices.used]
+    assert 1 < excess[0] < 1.072
+    np.testing.assert_allclose(excess[n >= 5], 1, rtol=1e-12)
+    assert "linear" not in fit(slice_partitions(Box(16, None)), cube_partitions(Box(16, None)), slices, cubes)
+
+
+def test_the_projected_excess_is_that_of_slices() -> None:
+    """Slices of cubes with the excess of linear theory have the excess that the ceiling of slices assumes."""
+    ratio = torch.from_numpy(linear_theory_ratio(wavenumber(wave_vectors(16, 3)).numpy() * BOX.fundamental))
+    slices, cubes = measured(ratio, seeds=40)
+    linear = fit(SLICES, CUBES, slices, cubes)["linear"].slices
+    power = slices["wavenumbers"][..., linear.used].mean(0)
+    np.testing.assert_allclose(linear.gr / linear.newton, power[1] / power[0], atol=1.5e-3)
+
+
+def test_removed_modes_are_left_out() -> None:
+    vectors = wave_vectors(16, 3)
+    slices, cubes = measured(torch.full_like(wavenumber(vectors), 1.1), seeds=2, keep=6)
+    for ceiling in fit(SLICES, CUBES, slices, cubes).values():
+        for part, partitions in ((ceiling.slices, SLICES), (ceiling.cubes, CUBES)):
+            bins = partitions[part.partition]
+            assert not part.used[bins.n > 6.5].any()
+            assert part.used[bins.n < 5].all()
+            assert np.isfinite(part(np.ones((1, len(bins))))).all()
+
+
+def test_constant_fields_are_rejected() -> None:
+    nothing = ({name: np.zeros((2, 2, len(bins))) for name, bins in bins.items()} for bins in (SLICES, CUBES))
+    with pytest.raises(SpectrumError, match="cubes are constant"):
+        fit(SLICES, CUBES, *nothing)
+
+
+def test_shares_of_the_attainable() -> None:
+    assert detectability(0.5) == 0
+    assert detectability(float(ndtr(0.55 / np.sqrt(2)))) == pytest.approx(0.55)
+    assert attained_share(0.65, 0.65) == 1
+    assert attained_share(0.5, 0.65) == 0
+    assert np.isnan(attained_share(0.6, 0.5))

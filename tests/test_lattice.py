@@ -1,0 +1,199 @@
+"""Lattice diagnostics on universes whose anisotropy is known."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.lattice import Lattice
+from analysis.power_spectrum import (
+    ALONG_AXIS,
+    ALONG_DIAGONAL,
+    Box,
+    Floats,
+    ModeBins,
+    directions,
+    mu4,
+    wave_vectors,
+    wavenumber,
+)
+
+TWIN_NOISE = 0.02  # of the power of single modes, relative; P_GR/P_N of all modes at 64^3: 1e-4
+
+
+@cache
+def partition(size: int) -> ModeBins:
+    return directions(Box(size, None), 3)
+
+
+def universe(size: int, ratio: Floats, seeds: int, seed: int = 0, noise: float = TWIN_NOISE) -> Floats:
+    """P(k) (seeds, 2, bins) of Gaussian twins with P_GR/P_N = `ratio` (bins,)."""
+    bins, random = partition(size), np.random.default_rng(seed)
+    shape = (seeds, len(bins))
+    newton = bins.n**-3.0 * random.chisquare(bins.modes, shape) / bins.modes
+    gr = newton * ratio * (1 + noise * random.normal(size=shape) * np.sqrt(2 / bins.modes))
+    return np.stack([newton, gr], axis=1)
+
+
+def lattice_term(mu4: Floats) -> Floats:
+    """P_GR/P_N of gevolution at 64^3, fitted at n = 12 to 16."""
+    return 1.0425 - 0.054 * mu4
+
+
+def lattice(size: int, power: Floats, means: Floats | None = None) -> Lattice:
+    return Lattice(partition(size), power, np.zeros((len(power), 2)) if means is None else means)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 24])
+def test_isotropic_universes_are_not_warned_about(seeds: int) -> None:
+    n = partition(64).n
+    for ratio in (np.ones_like(n), 1 + 0.072 / n, 0.72 + 0.28 * np.tanh(n / 8), 1 + 0.02 * np.sin(n)):
+        for seed in range(25):
+            assert lattice(64, universe(64, ratio, seeds, seed)).warnings() == []
+
+
+@pytest.mark.parametrize("seeds", [2, 8])
+def test_independent_twins_are_not_warned_about(seeds: int) -> None:
+    for seed in range(50):
+        power = universe(32, np.ones(len(partition(32))), 2 * seeds, seed)[:, 0]
+        assert lattice(32, power.reshape(seeds, 2, -1)).warnings() == []
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 24])
+def test_the_lattice_term_is_found_and_sized_right(seeds: int) -> None:
+    bins = partition(64)
+    truth = np.log(lattice_term(bins.mu4))
+    found = lattice(64, universe(64, np.exp(truth), seeds))
+    (warning,) = found.warnings()
+    assert warning.startswith("P_GR/P_N depends on direction: 0.99")
+    assert " along grid axes, 1.02" in warning
+    value, error = found.contrast
+    small = bins.inside_nyquist & (bins.n > 4.5)
+    axis, diagonal = small & (bins.mu4 > ALONG_AXIS), small & (bins.mu4 <= ALONG_DIAGONAL)
+    expected = np.average(truth[axis], weights=bins.modes[axis]) - np.average(
+        truth[diagonal], weights=bins.modes[diagonal]
+    )
+    assert value[0] == pytest.approx(expected, abs=5 * error[0] + 5e-4)
+    assert error[0] < 5e-4
+    assert found.d_prime == pytest.approx(
+        np.sqrt(
+            bins.modes[small] @ (truth[small] - np.average(truth[small], weights=bins.modes[small])) ** 2 / 2
+        ),
+        rel=0.03,
+    )
+
+
+def test_a_contrast_too_small_to_matter_is_not_warned_about() -> None:
+    bins = partition(32)
+    found = lattice(32, universe(32, 1 - 2e-4 * bins.mu4, 8, noise=1e-4))
+    assert found.contrast[0][0] < -10 * found.contrast[1][0]
+    assert found.warnings() == []
+
+
+def test_noise_of_the_ratio_does_not_count_as_information() -> None:
+    """Independent twins: noise alone would give d'^2 = 2 per seed and bin."""
+    bins = partition(32)
+    information = []
+    for seed in range(50):
+        power = universe(32, np.ones(len(bins)), 16, seed)[:, 0]
+        information.append(lattice(32, power.reshape(8, 2, -1)).d_prime ** 2)
+    assert np.mean(information) < 0.2 * len(bins) * 2 / 8
+
+
+def test_a_single_band_is_found() -> None:
+    bins = partition(64)
+    in_band = (bins.n > 17.5) & (bins.n < 24.5)
+    ratio = np.where(in_band, lattice_term(bins.mu4), 1.0)
+    found = lattice(64, universe(64, ratio, 8))
+    assert len(found.warnings()) == 1
+    value, error = found.contrast
+    significant = np.abs(value[1:]) > 5 * error[1:]
+    band = found.edges[np.searchsorted(found.edges, 4.5) - 1 :][:-2]
+    np.testing.assert_array_equal(significant, band == 17.5)
+
+
+def test_a_contrast_of_a_twentieth_of_a_per_cent_is_found_at_256() -> None:
+    bins = partition(256)
+    slope = 5e-4 / (bins.mu4[bins.mu4 > ALONG_AXIS].mean() - bins.mu4[bins.mu4 <= ALONG_DIAGONAL].mean())
+    (warning,) = lattice(256, universe(256, 1 - slope * (bins.mu4 - 0.6), 8)).warnings()
+    assert "direction" in warning
+    assert lattice(256, universe(256, np.ones(len(bins)), 8)).warnings() == []
+
+
+@pytest.mark.parametrize("ratio", ["isotropic", "lattice"])
+def test_gaussian_cubes(ratio: str) -> None:
+    """From fields to the report: the ratio by direction within its errors, the power in the corners."""
+    vectors = wave_vectors(32, 3)
+    spectrum = wavenumber(vectors).clamp(min=1) ** -3
+    excess = lattice_term(mu4(vectors)) if ratio == "lattice" else torch.full_like(spectrum, 1.01)
+    power = []
+    for seed in range(4):
+        random = torch.Generator().manual_seed(seed)
+        white = torch.fft.rfftn(torch.randn(32, 32, 32, generator=random))
+        cubes = [torch.fft.irfftn(white * kept.sqrt().float()) for kept in (spectrum, spectrum * excess)]
+        power.append(partition(32).power(torch.stack(cubes)))
+    report = lattice(32, np.stack(power)).report()
+    assert len(report["warnings"]) == (ratio == "lattice")
+    assert report["ratio"]["edges"][-2:] == pytest.approx([16.5, np.sqrt(3) * 16])
+    axis, between, diagonal = report["ratio"]["value"][:, 4:-1]
+    if ratio == "lattice":
+        np.testing.assert_allclose(axis, 1.0425 - 0.054 * 0.96, atol=2e-3)
+        np.testing.assert_allclose(between, 1.0425 - 0.054 * 0.61, atol=2e-3)
+        np.testing.assert_allclose(diagonal, 1.0425 - 0.054 * 0.39, atol=2e-3)
+        assert (report["ratio"]["high"] > report["ratio"]["low"])[:, 4:-1].all()
+    else:
+        np.testing.assert_allclose([axis, between, diagonal], 1.01, rtol=1e-4)
+    assert np.isnan(report["ratio"]["value"][2, 0])  # no diagonal has n = 1
+    assert report["corners"]["modes"] == pytest.approx(1 - np.pi / 6, abs=0.05)
+    n = np.sqrt(sum(axis**2 for axis in np.meshgrid(*[np.fft.fftfreq(32, 1 / 32)] * 3)))
+    share = (n[n > 16.5] ** -3).sum() / (n[n > 0] ** -3).sum()
+    assert report["corners"]["newton"] == pytest.approx(share, rel=0.1)
+
+
+def test_intervals_contain_the_true_ratio() -> None:
+    bins = partition(32)
+    inside = []
+    for seed in range(200):
+        ratio = lattice(32, universe(32, np.full(len(bins), 1.01), 6, seed)).report()["ratio"]
+        low, high = ratio["low"][:, 3:-1], ratio["high"][:, 3:-1]
+        inside.append((low <= 1.01) & (high >= 1.01))
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+
+
+def test_means_that_separate_the_gravities() -> None:
+    power = universe(16, np.ones(len(partition(16))), 8)
+    random = np.random.default_rng(0)
+    gr = 8.4e-4 + 2e-5 * random.normal(size=8)
+    found = lattice(16, power, np.stack([4e-11 * random.normal(size=8), gr], axis=1))
+    assert found.mean_auc == 1
+    (warning,) = found.warnings()
+    assert warning.startswith("The mean of a cube separates the labels (AUC 1.000): ")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-3])
+def test_means_that_do_not_separate_the_gravities(scale: float) -> None:
+    power = universe(16, np.ones(len(partition(16))), 8)
+    for seed in range(50):
+        random = np.random.default_rng(seed)
+        assert lattice(16, power, scale * random.normal(size=(8, 2))).warnings() == []
+    assert lattice(16, power, 1e-9 * np.tile([0, 1], (8, 1))).warnings() == []  # not seen in float32
+    assert lattice(16, power).mean_auc == 0.5
+
+
+def test_removed_modes() -> None:
+    bins = partition(32)
+    power = universe(32, lattice_term(bins.mu4), 4) * (bins.n < 12)
+    report = lattice(32, power).report()
+    assert "along grid axes" in report["warnings"][0]
+    assert np.isnan(report["ratio"]["value"][:, -1]).all()
+    assert report["corners"]["gr"] == 0
+
+
+def test_small_cubes_have_no_shells_to_compare() -> None:
+    assert lattice(8, universe(8, lattice_term(partition(8).mu4), 8)).warnings() == []
+
+
+def test_one_seed_has_no_errors() -> None:
+    with pytest.raises(ValueError, match="found 1 seed with both gravities"):
+        lattice(16, universe(16, np.ones(len(partition(16))), 1))

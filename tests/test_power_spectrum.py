@@ -1,0 +1,200 @@
+"""Power spectra against sums over single modes, symmetries and closed forms."""
+
+from collections import defaultdict
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.power_spectrum import (
+    Box,
+    ModeBins,
+    cube_partitions,
+    directions,
+    equal_wavenumbers,
+    measurable,
+    mu4,
+    shell_edges,
+    shells,
+    slice_partitions,
+    spectra,
+    symmetry_classes,
+    wave_vectors,
+    wavenumber,
+)
+
+BOX = Box(8, 100.0)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_mode(field: np.ndarray, length: float) -> dict[tuple[int, ...], float]:
+    """P(k) of every single mode but the mean, from a complex transform."""
+    size, dimensions = len(field), field.ndim
+    power = np.abs(np.fft.fftn(field)) ** 2 * length**dimensions / size ** (2 * dimensions)
+    signed = np.fft.fftfreq(size, 1 / size).round().astype(int)
+    modes = product(range(size), repeat=dimensions)
+    return {tuple(int(abs(signed[i])) for i in mode) + mode: power[mode] for mode in modes if any(mode)}
+
+
+def oracle(field: np.ndarray, box: Box, name: str) -> list[tuple[float, float, float, float]]:
+    """(modes, n, mu4, P) of each bin, by a loop over modes."""
+    bins = defaultdict(list)
+    dimensions = field.ndim
+    bounds = {
+        2: [(3 + np.cos(np.radians(4 * angle))) / 4 for angle in (36, 27, 18, 9)],
+        3: [0.38, 0.45, 0.54, 0.63, 0.75, 0.9],
+    }[dimensions]
+    for mode, power in by_mode(field, box.side).items():
+        vector = np.array(mode[:dimensions], float)
+        squared = (vector**2).sum()
+        n, direction = np.sqrt(squared), (vector**4).sum() / squared**2
+        shell = int(np.floor(n + 0.5))
+        key = {
+            "isotropic": shell,
+            "directional": (shell, sum(direction > bound for bound in bounds)),
+            "symmetry": tuple(sorted(mode[:dimensions])[::-1]),
+            "wavenumbers": round(squared),
+        }[name]
+        if name != "isotropic" or shell <= box.size // 2:
+            bins[key].append((n, direction, power))
+    return [(len(bins[key]), *np.mean(bins[key], axis=0)) for key in sorted(bins)]
+
+
+@pytest.mark.parametrize("name", ["isotropic", "directional", "symmetry", "wavenumbers"])
+def test_slices_agree_with_a_sum_over_modes(name: str) -> None:
+    field = noise(8, 8)
+    bins = slice_partitions(BOX)[name]
+    found = np.stack([bins.modes, bins.n, bins.mu4, bins.power(field[None])[0]], axis=1)
+    np.testing.assert_allclose(found, oracle(field.numpy(), BOX, name), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["isotropic", "directional", "wavenumbers"])
+def test_cubes_agree_with_a_sum_over_modes(name: str) -> None:
+    field = noise(8, 8, 8)
+    bins = cube_partitions(BOX)[name]
+    found = np.stack([bins.modes, bins.n, bins.mu4, bins.power(field[None])[0]], axis=1)
+    np.testing.assert_allclose(found, oracle(field.numpy(), BOX, name), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_power_sums_to_the_variance(dimensions: int) -> None:
+    box = Box(16, 5120.0)
+    field = noise(*[16] * dimensions) + 3
+    bins = directions(box, dimensions)
+    assert bins.modes.sum() == 16**dimensions - 1
+    variance = bins.power(field[None])[0] @ bins.modes / box.side**dimensions
+    assert variance == pytest.approx(float(field.var(correction=0)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", slice_partitions(BOX))
+def test_the_symmetries_of_the_square_change_nothing(name: str) -> None:
+    field = noise(8, 8)
+    turned = torch.stack([image.rot90(turns) for image in (field, field.T) for turns in range(4)])
+    power = slice_partitions(BOX)[name].power(turned)
+    np.testing.assert_allclose(power, power[:1].repeat(8, 0), rtol=1e-12)
+
+
+def test_a_rotation_that_is_no_symmetry_moves_power_between_directions() -> None:
+    box = Box(64, None)
+    x, y = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    waves = [torch.cos(2 * np.pi * (n * x + m * y) / 64) for n, m in ((10, 0), (7, 7), (9, 4))]
+    bins = directions(box, 2)
+    strongest = bins.power(torch.stack(waves)).argmax(1)
+    np.testing.assert_array_equal(bins.n[strongest].round(), 10)
+    assert bins.mu4[strongest[0]] > 0.95
+    assert bins.mu4[strongest[1]] < 0.55
+    assert 0.6 < bins.mu4[strongest[2]] < 0.8
+
+
+def test_corners_lie_beyond_the_nyquist_sphere() -> None:
+    bins = directions(Box(64, None), 3)
+    wave = torch.ones(64, 64, 64)
+    wave[1::2] *= -1
+    assert bins.inside_nyquist[bins.power(wave[None])[0].argmax()]
+    wave[:, 1::2] *= -1
+    assert not bins.inside_nyquist[bins.power(wave[None])[0].argmax()]
+    # the sphere n < N/2 fills pi/6 of the cube
+    inside = bins.modes[bins.inside_nyquist].sum() / 64**3
+    assert inside == pytest.approx(np.pi / 6 * (65 / 64) ** 3, abs=3e-3)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_shell_edges_contain_the_nyquist_wavenumber(size: int, dimensions: int) -> None:
+    edges = shell_edges(size, dimensions)
+    assert size / 2 + 0.5 in edges
+    assert (np.diff(edges) >= 1).all()
+    assert edges[-1] >= np.sqrt(dimensions) * size / 2
+    assert (np.diff(edges) <= np.maximum(2, np.array(edges[:-1]) / 16 + 1)).all()
+
+
+def test_single_precision_suffices() -> None:
+    field = noise(64, 64).cumsum(0).cumsum(1)  # a spectrum as steep as that of the potential
+    bins = directions(Box(64, None), 2)
+    np.testing.assert_allclose(bins.power(field.float()[None]), bins.power(field[None]), rtol=1e-4)
+
+
+def test_equal_wavenumbers_resolve_the_first_modes() -> None:
+    bins = equal_wavenumbers(Box(16, None), 3)
+    np.testing.assert_array_equal(bins.modes[:4], [6, 12, 8, 6])
+    np.testing.assert_allclose(bins.n[:4], np.sqrt([1, 2, 3, 4]))
+
+
+def test_gaussian_fields_have_the_spectrum_that_they_were_made_with() -> None:
+    box = Box(32, 1000.0)
+    vectors = wave_vectors(32, 2)
+    amplitude = ((1 + wavenumber(vectors)) ** -3 * (1 + mu4(vectors))).sqrt()
+    fields = torch.fft.irfft2(torch.fft.rfft2(noise(400, 32, 32)) * amplitude)
+    response = torch.fft.irfft2(amplitude.cdouble())[None]  # its |delta_k|^2 is amplitude^2
+    for bins in slice_partitions(box).values():
+        power = bins.power(fields)
+        error = power.std(0, ddof=1) / np.sqrt(400)
+        # white noise of variance 1 has |delta_k|^2 = N^2
+        assert (np.abs(power.mean(0) - 32**2 * bins.power(response)[0]) < 4.5 * error).all()
+
+
+def test_projection_is_the_mean_spectrum_of_a_cubes_slices() -> None:
+    cube = noise(8, 8, 8).cumsum(0)
+    every_mode = ModeBins(BOX, 3, torch.arange(5**3).view(5, 5, 5))
+    for name, bins in slice_partitions(BOX).items():
+        projected = every_mode.project(every_mode.power(cube[None]), bins)
+        direct = bins.power(cube.movedim(2, 0)).mean(0)
+        # the mode n_1 = n_2 = 0 of slices is no mode of `bins`; all others are sums over the cube's
+        np.testing.assert_allclose(projected[0], direct, rtol=1e-12, err_msg=name)
+
+
+def test_projection_of_an_isotropic_spectrum() -> None:
+    """A cube with P(n) = n^-4 has slices with P(m) = 1/L sum over n_3 of (m^2 + n_3^2)^-2."""
+    box = Box(64, 1.0)
+    cubes, slices = equal_wavenumbers(box, 3), equal_wavenumbers(box, 2)
+    projected = cubes.project(cubes.n[None] ** -4.0, slices)[0]
+    n3 = np.arange(-31, 33)
+    expected = ((slices.n[:, None] ** 2 + n3**2) ** -2.0).sum(1)
+    np.testing.assert_allclose(projected, expected, rtol=1e-12)
+
+
+def test_removed_modes_are_not_measurable() -> None:
+    field = noise(4, 64, 64).float()
+    vectors = wave_vectors(64, 2)
+    low_pass = torch.fft.irfft2(torch.fft.rfft2(field) * (wavenumber(vectors) <= 20))
+    bins = shells(Box(64, None), 2)
+    np.testing.assert_array_equal(measurable(bins.power(low_pass), bins.modes), bins.n < 20.4)
+    assert measurable(bins.power(field), bins.modes).all()
+    assert not measurable(bins.power(torch.zeros(2, 64, 64)), bins.modes).any()
+
+
+def test_several_partitions_share_a_transform() -> None:
+    fields = noise(3, 8, 8)
+    power = spectra(fields, {"a": shells(BOX, 2), "b": symmetry_classes(BOX)})
+    np.testing.assert_array_equal(power["a"], shells(BOX, 2).power(fields))
+    np.testing.assert_array_equal(power["b"], symmetry_classes(BOX).power(fields))
+
+
+def test_a_box_without_length_counts_waves() -> None:
+    assert Box(8, None).fundamental == 1
+    assert Box(8, 2 * np.pi).fundamental == pytest.approx(1)
+    np.testing.assert_allclose(Box(8, 5120.0).shells, 2 * np.pi / 5120 * np.arange(1, 5))
