@@ -291,17 +291,11 @@ def predict(options: argparse.Namespace) -> None:
         device=accelerator.device,
         std=std,
         units=units,
-        calibration=load_calibration(run) if options.checkpoint is None else None,
+        calibration=unlabelled.Calibration(trained.calibration.threshold, trained.calibration.temperature)
+        if trained.is_calibrated
+        else None,
     )
     print(table, f"written to {options.output}", sep="\n")
-
-
-def load_calibration(run: Path) -> unlabelled.Calibration | None:
-    """Threshold and temperature of the final network; None if it was not calibrated."""
-    settings = models.export.read_config(run / "model")
-    if "threshold" not in settings or "temperature" not in settings:
-        return None
-    return unlabelled.Calibration(settings["threshold"], settings["temperature"])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import metrics
 import models
 from analysis.power_spectrum import Box
 from config import Config, check_same_settings, load_config
+from models import export
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -39,7 +40,7 @@ class EvaluationContext:
     run: Path
     config: Config
     accelerator: Accelerator
-    trained: models.TrainedNetwork
+    trained: export.TrainedNetwork
     network: torch.nn.Module
     """The bare network on its device, for slices that are standardized already."""
     checkpoint: str
@@ -174,7 +175,9 @@ class EvaluationContext:
 def find_sweep(run: Path) -> str | None:
     """The study of experiments/sweep.py of which the run is a trial: STUDY-000 beside STUDY-sweep.*."""
     trial = re.fullmatch(r"(.+)-\d{3,}", run.resolve().name)
-    studies = [run.resolve().parent / f"{trial[1]}-sweep.{kind}" for kind in ("journal", "db")] if trial else []
+    studies = (
+        [run.resolve().parent / f"{trial[1]}-sweep.{kind}" for kind in ("journal", "db")] if trial else []
+    )
     return trial[1] if trial and any(study.exists() for study in studies) else None
 
 
@@ -216,8 +219,10 @@ def load_run(
         raise EvaluationError(
             f"{accelerator.num_processes} processes are too many: start at most one per seed, {fewest}."
         )
-    network: torch.nn.Module = copy.deepcopy(trained.network)
-    network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Interventions act on standardized slices; the network whitens what they leave.
+    network: torch.nn.Module = torch.nn.Sequential(trained.whitening, copy.deepcopy(trained.network))
+    memory_format = datasets.memory_format(accelerator.device)
+    network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     name = checkpoint_name or "final"
     return EvaluationContext(run, config, accelerator, trained, network, name, cubes, selected, training_file)
@@ -257,7 +262,7 @@ def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool
     return seeds
 
 
-def load_network(run: Path, config: Config, name: str | None) -> models.TrainedNetwork:
+def load_network(run: Path, config: Config, name: str | None) -> export.TrainedNetwork:
     """The final network of a run, or that of its `best` (by evaluation loss), `last` or given checkpoint."""
     if name is None:
         if not (run / "model").is_dir():
@@ -266,10 +271,11 @@ def load_network(run: Path, config: Config, name: str | None) -> models.TrainedN
             )
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
-    trained = models.TrainedNetwork(
+    trained = export.TrainedNetwork(
         **config.model_arguments(selected.state["data_identity"]["shape"][0]),
         mean=selected.train_state["mean"],
         std=selected.train_state["std"],
+        power=selected.train_state["power"],
         training={"run": run.name, "step": selected.step, "epoch": selected.train_state["epoch"]},
     )
     trained.network.load_state_dict(selected.tensors("model"))
@@ -307,7 +313,7 @@ def find_training_file(
     )
 
 
-def training_units(config: Config, trained: models.TrainedNetwork) -> tuple[dict[str, float | None], float]:
+def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict[str, float | None], float]:
     """The attributes `mean` and `std` of the training's file, and the standard deviation of its cubes.
 
     Without that file: no attributes, and the standard deviation by which the network standardizes.
