@@ -310,9 +310,10 @@ def table(summary: list[dict[str, Any]]) -> str:
 
 def draw(summary: list[dict[str, Any]], folder: Path) -> None:
     """The learning curve: every metric by number of training seeds, with the spread over folds."""
-    from analysis import figures, style
+    from analysis import style  # imports matplotlib, which the runs need not wait for
+    from analysis.learning_curve import learning_curve
 
-    style.save(figures.learning_curve(summary, METRICS), folder / "learning_curve")
+    style.save(learning_curve(summary, METRICS), folder / "learning_curve")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from fork_server import ForkServer
 
 import datasets
 
+DATA_KEYS = {"standardize", "cache", "channels", "symmetries", "synthetic", "local_copy"}
+DATA_KEYS |= {"validation_seeds", "whiten", "pairs", "shifts"}
+
 
 @pytest.fixture(autouse=True)
 def _own_accelerator() -> Iterator[None]:
@@ -55,9 +58,9 @@ def experiment(tmp_path: Path, universe: Path) -> Callable[..., Path]:
         for key, value in changes.items():
             section = next((s for s, keys in sections.items() if key in keys), None) or (
                 "data_params"
-                if key in ("standardize", "cache", "channels", "symmetries", "synthetic", "local_copy")
+                if key in DATA_KEYS
                 else "model_params"
-                if key == "activation"
+                if key in ("activation", "padding")
                 else "train_params"
             )
             sections[section][key] = value

@@ -119,3 +119,32 @@ def test_the_first_step_that_is_not_finite_is_named_with_its_slices() -> None:
         kept.add(torch.tensor(ids), torch.tensor(logits), torch.ones(2))
     with pytest.raises(metrics.DivergenceError, match=r"step 13: .* sample ids \[5\]"):
         kept.require_finite(step=14)
+
+
+def running(batches: list[tuple[list[float], list[float], list[float]]]) -> metrics.RunningMetrics:
+    filled = metrics.RunningMetrics()
+    for batch in batches:
+        filled.add(*(torch.tensor(column) for column in batch))
+    return filled
+
+
+BATCHES = [([1.0, -2.0], [1.0, 1.0], [1.0, 1.0]), ([0.5, 9.0], [0.0, 0.0], [1.0, 0.0])]
+
+
+def test_a_reading_returns_the_values_of_the_one_before() -> None:
+    values = running(BATCHES)
+    assert values.read(step=2) is None
+    values.add(torch.tensor([3.0, 3.0]), torch.ones(2), torch.ones(2))
+    losses = [math.log1p(math.exp(-1)), math.log1p(math.exp(2)), math.log1p(math.exp(0.5))]
+    assert values.read(step=3) == {"step": 2, "loss": pytest.approx(sum(losses) / 3), "accuracy": 1 / 3}
+    assert values.finish() == {"step": 3, "loss": pytest.approx(math.log1p(math.exp(-3))), "accuracy": 1.0}
+    assert values.finish() is None
+
+
+def test_running_metrics_continue_from_their_sums() -> None:
+    uninterrupted, first = running(BATCHES), running(BATCHES[:1])
+    resumed = metrics.RunningMetrics(first.sums())
+    resumed.add(*(torch.tensor(column) for column in BATCHES[1]))
+    for values in (uninterrupted, resumed):
+        values.read(step=2)
+    assert uninterrupted.finish() == resumed.finish()

@@ -22,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import checkpoint
 import config
+import datasets
 import distributed
 import logger
 import models
@@ -495,3 +496,95 @@ def test_an_optional_compilation_that_fails_is_skipped(no_compiler: None) -> Non
     before = network.train()(slices)
     run.compile_network(network, required=False)
     assert torch.equal(network(slices), before)
+
+
+def test_validation_seeds_select_and_test_seeds_are_evaluated_once(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: set[int] = set()
+    step = trainer.train_step
+
+    def record(parts: run.Run, batch: datasets.Batch, lr: float) -> torch.Tensor:
+        trained.update(datasets.decode(batch.ids.numpy(), 64).seed.tolist())
+        return step(parts, batch, lr)
+
+    monkeypatch.setattr(trainer, "train_step", record)
+    assert trainer.main([str(experiment(epochs=3, validation_seeds=1, test_every=1))]) == 0
+    run_dir = tmp_path / "runs" / "run"
+    found = [(line["phase"], line["epoch"], line["slices"]) for line in lines(run_dir)]
+    assert trained == {0, 1}
+    assert found == [
+        *(("train", 1, SLICES * 2 // 3), ("validation", 1, SLICES // 3)),
+        *(("train", 2, SLICES * 2 // 3), ("validation", 2, SLICES // 3)),
+        *(("train", 3, SLICES * 2 // 3), ("validation", 3, SLICES // 3)),
+        ("test", 3, SLICES // 3),
+    ]
+    newest = max((run_dir / "checkpoints").iterdir())
+    saved = json.loads((newest / "state.json").read_text())
+    assert saved["test_loss"] == lines(run_dir)[-2]["loss"], "the best checkpoint is that of the validation"
+    calibration = json.loads((run_dir / "model" / "config.json").read_text()).get("calibration")
+    assert calibration == saved["train_state"]["calibration"]
+
+
+def test_a_stop_during_the_final_test_repeats_the_evaluation(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = experiment(epochs=1, validation_seeds=1, early_stopping=1)
+    assert trainer.main([str(path), "model_params.name=whole"]) == 0
+    phase = trainer.evaluate_phase
+
+    def stopped(*arguments: Any) -> Any:
+        return None if arguments[3] == "test" else phase(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate_phase", stopped)
+        assert trainer.main([str(path)]) == 0
+    run_dir, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
+    assert not (run_dir / "model").exists()
+    assert trainer.main([str(path)]) == 0
+    timeless = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in lines(folder)]
+        for folder in (run_dir, whole)
+    ]
+    assert timeless[0] == timeless[1]
+    pairs = zip(weights(run_dir).values(), weights(whole).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_exported_network_whitens_its_input(
+    experiment: Experiment, universe: Path, tmp_path: Path
+) -> None:
+    path = experiment(whiten="isotropic", shifts=True, pairs=True, standardize="train", architecture="LYNX")
+    for cache in ("memory", "disk"):
+        overrides = [f"data_params.cache={cache}", f"model_params.name={cache}"]
+        assert trainer.main([str(path), *overrides, "model_params.padding=circular"]) == 0
+    memory, disk = (tmp_path / "runs" / cache for cache in ("memory", "disk"))
+    pairs = zip(weights(memory).values(), weights(disk).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    saved = json.loads((max((memory / "checkpoints").iterdir()) / "state.json").read_text())
+    network = models.load(memory / "model")
+    assert network.power == saved["train_state"]["power"]
+    with h5py.File(universe) as file:
+        cubes = [torch.from_numpy(file[f"{gravity}_seed0003"][()]) for gravity in ("newton", "gr")]
+    with torch.inference_mode():
+        logits = torch.cat([network(cube.movedim(axis, 0)[:, None]) for cube in cubes for axis in (0, 2)])
+    labels = torch.tensor([0.0, 1.0]).repeat_interleave(128)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert float(loss) == pytest.approx(lines(memory)[-1]["loss"], rel=1e-4)
+
+
+def test_running_metrics_are_logged_within_an_epoch(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = experiment(epochs=2, batch_size=48, log_every_steps=3)
+    assert trainer.main([str(path)]) == 0
+    events = EventAccumulator(str(tmp_path / "runs" / "run"), size_guidance={"scalars": 0}).Reload()
+    steps = SLICES // 48
+    expected = [epoch * steps + step for epoch in range(2) for step in range(3, steps, 3)]
+    for tag in ("loss/step", "accuracy/step", "lr/step"):
+        assert [event.step for event in events.Scalars(tag)] == expected
+    shown = [line for line in capsys.readouterr().out.splitlines() if f"step 9/{steps}" in line]
+    assert len(shown) == 2
+    assert all("slices/s" in line and "left)" in line for line in shown)
