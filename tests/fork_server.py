@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -57,15 +56,13 @@ class ForkServer:
         `arguments` is one list for all ranks, or a list for each. What they print is appended to `out`.
         Further keys of `request`, all optional:
 
-        - processes: number of ranks (1)
+        - world_size: number of ranks (1)
         - hosts: network namespace and host name of each rank
         - environment: further environment variables
         - record: a folder to which each rank writes the ids, mask and learning rate of its steps, RANK.json
-        - after: seconds until all ranks get SIGKILL
-        - call: SIGKILL at this call, counted from 0, of one that changes the disk (fsync, rename, mkdir, ...)
-        - send: [signal, function, n]: this signal at the n-th call of, say, "trainer.train_step"
-        - rank: the only rank for which call and send apply (all)
-        - file_size: no file may become larger than so many bytes, as on a full disk
+        - send: [signal, function, n]: this signal at call n, counted from 0, of, say, "trainer.train_step"
+        - rank: the only rank to which `send` applies (all)
+        - max_bytes: no file may become larger than so many bytes, as on a full disk
         - grace: seconds that the other ranks get to end when one has failed, before SIGKILL (1)
         """
         codes: list[int] = self._request(train=arguments, out=str(out), **request)["codes"]
@@ -181,20 +178,19 @@ def serve_train(request: dict[str, Any]) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = time.monotonic()
-    processes = request.get("processes", 1)
+    world_size = request.get("world_size", 1)
     ranks = {
-        fork(lambda rank=rank: train(request, rank, processes, port), request["out"]): rank  # type: ignore[misc]
-        for rank in range(processes)
+        fork(lambda rank=rank: train(request, rank, world_size, port), request["out"]): rank  # type: ignore[misc]
+        for rank in range(world_size)
     }
     codes: dict[int, int] = {}
-    end = started + request.get("after", TIMEOUT)
+    end = time.monotonic() + TIMEOUT
     while running := [child for child, rank in ranks.items() if rank not in codes]:
         for child in running:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 codes[ranks[child]] = os.waitstatus_to_exitcode(status)
-                if status and "after" not in request:
+                if status:
                     end = time.monotonic() + request.get("grace", 1)
         if time.monotonic() >= end:
             for child in (child for child, rank in ranks.items() if rank not in codes):
@@ -204,24 +200,21 @@ def serve_train(request: dict[str, Any]) -> dict[str, Any]:
     return {"codes": [codes[rank] for rank in sorted(codes)]}
 
 
-def train(request: dict[str, Any], rank: int, processes: int, port: int) -> int:
+def train(request: dict[str, Any], rank: int, world_size: int, port: int) -> int:
     """`trainer.main` on one rank."""
     import trainer
 
-    if processes > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if world_size > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     if "hosts" in request:
         become_host(*request["hosts"][rank])
         os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ.update(request.get("environment", {}))
-    if request.get("rank", rank) == rank:
-        if "call" in request:
-            die_at_call(request["call"])
-        if "send" in request:
-            send_at_call(*request["send"])
-    if "file_size" in request:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
+    if "send" in request and request.get("rank", rank) == rank:
+        send_at_call(*request["send"])
+    if "max_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_bytes"], resource.RLIM_INFINITY))
     arguments = request["train"]
     arguments = arguments[rank] if isinstance(arguments[0], list) else arguments
     if "record" not in request:
@@ -248,26 +241,6 @@ def become_host(namespace: str, name: str) -> None:
         if libc.setns(file.fileno(), clone_newnet) or libc.unshare(clone_newuts):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     socket.sethostname(name)
-
-
-def die_at_call(fatal: int) -> None:
-    """SIGKILL at the given call, counted from 0, of one that changes the disk."""
-    passed = 0
-    lock = threading.Lock()
-
-    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal passed
-            with lock:
-                if passed == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                passed += 1
-            return function(*arguments, **keywords)
-
-        return guarded
-
-    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, guard(getattr(os, name)))
 
 
 def send_at_call(name: str, function: str, fatal: int) -> None:

@@ -176,9 +176,9 @@ train_params: {{epochs: 1, lr: 0.001, log_dir: {folder / "runs"}, batch_size: 64
     for name, overrides in others.items():
         out, arguments = folder / name, [[str(experiment)], [str(experiment), *overrides]]
         environment = {"LAUNCH_SECONDS": "3" if name == "invalid" else "50"}
-        codes = fork_server.train(arguments, out, processes=2, grace=60, environment=environment)
+        codes = fork_server.train(arguments, out, world_size=2, grace=60, environment=environment)
         found[name] = codes, out.read_text()
-    codes = fork_server.train([str(experiment), "--preflight"], folder / "preflight", processes=2)
+    codes = fork_server.train([str(experiment), "--preflight"], folder / "preflight", world_size=2)
     found["preflight"] = codes, (folder / "preflight").read_text()
     assert not (folder / "runs").exists()
     return found

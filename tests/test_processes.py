@@ -45,7 +45,7 @@ train_params: {{epochs: {EPOCHS}, lr: 0.001, log_dir: {folder / "runs"}, batch_s
         """Train the run `name` on `world` ranks; returns their exit codes."""
         arguments = [str(self.experiment), f"model_params.name={name}"]
         out, folder = self.folder / f"{record}.out", self.folder / record
-        return self.server.train(arguments, out, processes=world, record=str(folder), **request)
+        return self.server.train(arguments, out, world_size=world, record=str(folder), **request)
 
     def trained(self, name: str, codes: list[int], record: str) -> Trained:
         return Trained(codes, self.folder / record, self.folder / "runs" / name)

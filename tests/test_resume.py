@@ -6,14 +6,12 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fork_server import ForkServer
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from test_checkpoint import rewrite_state, to_format_1
 
@@ -27,8 +25,8 @@ KILLED, STOPPED, FAILED = -signal.SIGKILL, 0, 2
 class Trainer:
     """Starts trainer.py in new processes, on one experiment that uses everything random."""
 
-    def __init__(self, folder: Path, universe: Path) -> None:
-        self.folder = folder
+    def __init__(self, server: ForkServer, folder: Path, universe: Path) -> None:
+        self.server, self.folder = server, folder
         self.experiment = folder / "experiment.yaml"
         self.experiment.write_text(
             yaml.safe_dump(
@@ -62,25 +60,11 @@ class Trainer:
                 }
             )
         )
-        program = [sys.executable, str(Path(__file__).parent / "forked_restarts.py")]
-        self._server = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def close(self) -> None:
-        with self._server:
-            assert self._server.stdin is not None
-            self._server.stdin.close()
 
     def start(self, name: str, *overrides: str, **request: Any) -> list[int]:
-        """Start the run in folder `name` once; returns its exit codes. `request`: see forked_restarts.py."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        log_dir = f"train_params.log_dir={self.folder / name}"
-        request["arguments"] = [str(self.experiment), log_dir, *overrides]
-        request["out"] = str(self.folder / f"{name}.out")
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        codes: list[int] = json.loads(self._server.stdout.readline())["codes"]
-        return codes
+        """Start the run in folder `name` once; returns its exit codes. `request`: see ForkServer.train."""
+        arguments = [str(self.experiment), f"train_params.log_dir={self.folder / name}", *overrides]
+        return self.server.train(arguments, self.folder / f"{name}.out", **request)
 
     def finish(self, name: str, *overrides: str, **request: Any) -> dict[str, Any]:
         """Start the run and let it end; returns what it leaves."""
@@ -100,10 +84,8 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Iterator[Trainer]:
-    trainer = Trainer(tmp_path_factory.mktemp("resume"), universe)
-    yield trainer
-    trainer.close()
+def trainer(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory, universe: Path) -> Trainer:
+    return Trainer(fork_server, tmp_path_factory.mktemp("resume"), universe)
 
 
 def complete(run_dir: Path) -> list[Checkpoint]:

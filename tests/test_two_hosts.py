@@ -48,7 +48,7 @@ def test_a_run_resumes_after_a_host_is_lost(
     epochs = 3
     arguments = [str(experiment(axes=[0], epochs=epochs, save_every_steps=2, batch_size=48))]
     launch = {
-        "processes": 2,
+        "world_size": 2,
         "hosts": [[namespace, host] for host, namespace in namespaces.items()],
         "environment": {"MASTER_ADDR": "10.213.7.1"},
     }
