@@ -336,7 +336,7 @@ def test_runs_that_are_no_ensemble_are_rejected(runs: dict[str, Path], tmp_path:
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>addEventListener("load", () => {
-  const shown = [...document.images].filter(p => p.complete && p.naturalWidth > 0 && p.offsetWidth > 100);
+  const shown = [...document.images].filter(p => p.complete && p.naturalWidth > 0 && p.offsetWidth > 50);
   const requests = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
   const wide = [...document.querySelectorAll("table, img, p, li")].filter(
     item => item.getBoundingClientRect().right > document.documentElement.clientWidth + 1);
