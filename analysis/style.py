@@ -63,6 +63,7 @@ def save(figure: Figure, path: Path) -> None:
             memory = io.BytesIO()
             figure.savefig(memory, format=kind, metadata=metadata)
             files.write_atomically(path.with_name(f"{path.name}.{kind}"), memory.getvalue())
+            figure.set_layout_engine("none")  # the layout of the first file serves the second
 
 
 def subplots(

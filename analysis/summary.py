@@ -84,7 +84,7 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
         "slices": slice_metrics(predictions),
         "axes": {axis: slice_metrics(part) for axis, part in axes.items()},
         "cubes": {key: estimate for key, estimate in cubes.items() if key not in PAIR_METRICS},
-        "pairs": {key: cubes[key] for key in PAIR_METRICS},
+        "pairs": {key: cubes[key] for key in PAIR_METRICS if key in cubes},
         "confusion": predictions.confusion,
         "reliability": statistics.reliability(*arrays(predictions)),
         "significance": {

@@ -1,10 +1,10 @@
-"""Whole evaluations, as a user starts them: the numbers, the files and what bad input gets."""
+"""Whole evaluations, as a user starts them: results, files and bad input."""
 
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import datasets
 import evaluation
 import models
 import trainer
-from analysis import page
-from analysis.spectra import wave_lengths
+import evaluation_context
+from analysis import style
+from analysis.html_report import FIGURES
+from analysis.power_spectrum import wave_vectors, wavenumber
 
 ROOT = Path(__file__).parent.parent
 SIZE, BOX = 64, 5120.0
@@ -30,7 +32,7 @@ TRAIN, TEST = 6, 4
 
 def write_universe(path: Path, seeds: int, *, scale: float = 1.0, attributes: bool = True) -> None:
     """Cubes of independent slices of white noise; GR has four times the power in BAND, else the same."""
-    waves = wave_lengths(SIZE, 2)
+    waves = wavenumber(wave_vectors(SIZE, 2))
     excess = 1 + ((waves >= BAND[0]) & (waves < BAND[1]))
     with h5py.File(path, "w") as file:
         if attributes:
@@ -42,9 +44,17 @@ def write_universe(path: Path, seeds: int, *, scale: float = 1.0, attributes: bo
             file[f"gr_seed{seed:04d}"] = other.numpy() * scale
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _coarse_figures() -> Iterator[None]:
+    """Figures at 60 dpi, which are drawn faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.STYLE, "savefig.dpi", 60)
+        yield
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a universe and a RACOON trained on it, and its evaluation."""
+    """A folder with a universe, a RACOON trained on it, and the evaluation of that."""
     folder = tmp_path_factory.mktemp("home")
     write_universe(folder / "universe.h5", TRAIN + TEST)
     sections = {
@@ -65,29 +75,36 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def numbers(home: Path) -> dict[str, Any]:
+def results(home: Path) -> dict[str, Any]:
     return json.loads((home / "runs" / "run" / "evaluation" / "report.json").read_text())
 
 
 @pytest.fixture
 def run(home: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to do harm to."""
+    """A copy of the run, to be damaged."""
     return Path(shutil.copytree(home / "runs" / "run", tmp_path / "run"))
 
 
-def test_the_numbers_are_those_of_the_predictions(home: Path, numbers: dict[str, Any]) -> None:
+def test_the_numbers_are_those_of_the_predictions(home: Path, results: dict[str, Any]) -> None:
     with h5py.File(home / "runs" / "run" / "evaluation" / "predictions.h5") as file:
         found = {name: file[name][:] for name in ("logit", "label", "seed", "axis", "position")}
         cubes = file["cubes/mean_logit"][:].reshape(-1, 2)
     assert len(found["logit"]) == TEST * 2 * SIZE
     assert set(found["seed"].tolist()) == set(range(TRAIN, TRAIN + TEST))
     assert set(found["axis"].tolist()) == {0}
-    value = {key: estimate["value"] for key, estimate in numbers["slices"].items()}
+    value = {key: estimate["value"] for key, estimate in results["slices"].items()}
     assert value["accuracy"] == sk.accuracy_score(found["label"], found["logit"] > 0)
-    assert value["auc"] == sk.roc_auc_score(found["label"], found["logit"])
-    assert numbers["cubes"]["pair_accuracy"]["value"] == np.mean(cubes[:, 1] > cubes[:, 0])
-    assert numbers["data"]["seeds"] == [TRAIN, TRAIN + TEST]
-    assert numbers["data"]["box_size"] == BOX
+    # over pairs of slices from different seeds
+    index = {seed: found["seed"] == seed for seed in set(found["seed"].tolist())}
+    gr = {seed: np.sort(found["logit"][index[seed] & (found["label"] == 1)]) for seed in index}
+    newton = {seed: found["logit"][index[seed] & (found["label"] == 0)] for seed in index}
+    above = [
+        np.mean(gr[one][:, None] > newton[other]) for one in index for other in index if one != other
+    ]
+    assert value["auc"] == pytest.approx(np.mean(above))
+    assert results["pairs"]["pair_accuracy"]["value"] == np.mean(cubes[:, 1] > cubes[:, 0])
+    assert results["data"]["seeds"] == [TRAIN, TRAIN + TEST]
+    assert results["data"]["box_size"] == BOX
 
 
 def test_the_predictions_are_those_of_the_network(home: Path) -> None:
@@ -100,71 +117,75 @@ def test_the_predictions_are_those_of_the_network(home: Path) -> None:
         np.testing.assert_allclose(file["logit"][here], expected, atol=1e-4)
 
 
-def test_the_last_test_of_the_training_agrees(home: Path, numbers: dict[str, Any]) -> None:
+def test_the_last_test_of_the_training_agrees(home: Path, results: dict[str, Any]) -> None:
     last = json.loads((home / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["phase"] == "test"
-    for key in ("accuracy", "precision", "recall", "f1", "tpr", "fpr", "auc"):
-        assert numbers["slices"][key]["value"] == pytest.approx(last[key], abs=1e-9), key
-    assert numbers["slices"]["log_loss"]["value"] == pytest.approx(last["loss"], rel=1e-6)
-    for key in ("cube_accuracy", "pair_accuracy"):
-        assert numbers["cubes"][key]["value"] == last[key]
-    assert numbers["confusion"] == {key: last[key] for key in ("tp", "tn", "fp", "fn")}
+    for key in ("accuracy", "precision", "recall", "f1", "tpr", "fpr"):
+        assert results["slices"][key]["value"] == pytest.approx(last[key], abs=1e-9), key
+    assert results["slices"]["log_loss"]["value"] == pytest.approx(last["loss"], rel=1e-6)
+    assert results["cubes"]["cube_accuracy"]["value"] == last["cube_accuracy"]
+    assert results["pairs"]["pair_accuracy"]["value"] == last["pair_accuracy"]
+    assert results["confusion"] == {key: last[key] for key in ("tp", "tn", "fp", "fn")}
 
 
-def test_the_curve_finds_the_band_in_which_the_twins_differ(numbers: dict[str, Any]) -> None:
-    scales = numbers["scales"]
-    whole = scales["none"]["auc"]["value"]
+def test_the_band_in_which_the_twins_differ_drives_the_classification(results: dict[str, Any]) -> None:
+    scan = results["interventions"]
+    whole = scan["none"]["auc"]["value"]
     assert whole > 0.9
-    edges = np.array(scales["edges"]) * BOX / (2 * np.pi)
-    areas = np.array([estimate["value"] for estimate in scales["exchange"]["auc"]])
-    apart = (edges[1:] <= BAND[0]) | (edges[:-1] >= BAND[1])
-    np.testing.assert_allclose(areas[apart], whole, atol=0.01)
-    guilty = int(np.argmin(areas))
-    assert BAND[0] <= edges[guilty] < BAND[1]
-    assert areas[guilty] < 0.5
-    below = np.array(scales["cuts"]) * BOX / (2 * np.pi) <= BAND[0]
-    low = np.array([estimate["value"] for estimate in scales["low_pass"]["auc"]])
-    np.testing.assert_allclose(low[below], 0.5, atol=0.02)  # the twins are equal there
-    k = np.array(numbers["spectra"]["k"]) * BOX / (2 * np.pi)
+    edges = np.array(scan["edges"]) * BOX / (2 * np.pi)
+    areas = np.array([estimate["value"] for estimate in scan["exchange"]["auc"]])
+    outside = (edges[1:] <= BAND[0]) | (edges[:-1] >= BAND[1])
+    np.testing.assert_allclose(areas[outside], whole, atol=0.02)
+    strongest = int(np.argmax([estimate["value"] for estimate in scan["shares"]]))
+    assert BAND[0] <= edges[strongest] < BAND[1]
+    assert areas[strongest] < 0.5
+    small = [results["attribution"][key]["value"] for key in ("axes", "between", "diagonals")]
+    assert sum(small) == pytest.approx(1, abs=0.1)
+    k = np.array(results["power_spectra"]["k"]) * BOX / (2 * np.pi)
     inside = (k > BAND[0]) & (k < BAND[1])
-    np.testing.assert_allclose(np.array(numbers["spectra"]["ratio"])[inside], 4, rtol=1e-3)
+    ratio = np.array([estimate["value"] for estimate in results["power_spectra"]["ratio"]])
+    np.testing.assert_allclose(ratio[inside], 4, rtol=1e-3)
+    assert "modes with n > 4" in results["findings"][0]
+    assert results["significance"]["p_value"] == 1 / 2**TEST
 
 
-def test_the_yardstick_sees_the_band_too(numbers: dict[str, Any]) -> None:
-    found = numbers["yardstick"]
-    assert found["slices"]["auc"]["value"] > 0.99
-    assert found["cubes"]["pair_accuracy"]["value"] == 1
-    difference = numbers["slices"]["accuracy"]["value"] - found["slices"]["accuracy"]["value"]
-    assert found["gain"]["accuracy"]["value"] == pytest.approx(difference)
+def test_baselines_and_ceilings_see_the_band_too(results: dict[str, Any]) -> None:
+    for name in ("isotropic", "directional"):
+        found = results["baselines"][name]
+        assert found["slices"]["auc"]["value"] > 0.99
+        difference = results["slices"]["accuracy"]["value"] - found["slices"]["accuracy"]["value"]
+        assert found["gain"]["accuracy"]["value"] == pytest.approx(difference)
+    assert results["ceilings"]["directional"]["slice_auc"]["value"] > 0.99
+    assert 0 < results["ceilings"]["directional"]["attained"] < 1
 
 
-def test_the_card_and_the_files_it_leaves(home: Path, numbers: dict[str, Any]) -> None:
+def test_the_card_and_the_files_it_leaves(home: Path, results: dict[str, Any]) -> None:
     run = home / "runs" / "run"
     card = (run / "model" / "README.md").read_text()
-    assert f"| accuracy of slices | {numbers['slices']['accuracy']['value']:.4f} [" in card
+    assert f"| accuracy of slices | {results['slices']['accuracy']['value']:.4f} [" in card
     names = {path.name for path in (run / "evaluation").iterdir()}
     assert names == {
         "report.html",
         "report.json",
         "predictions.h5",
-        *(f"{name}.{suffix}" for name in page.PICTURES for suffix in ("png", "pdf")),
+        *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf")),
     }
-    assert [line["what"] for line in numbers["extremes"]][:2] == [
+    assert [line["what"] for line in results["saliency"]][:2] == [
         "most certain of GR",
         "most certain of Newton",
     ]
 
 
-def test_two_processes_give_the_same_numbers(home: Path, numbers: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_give_the_same_numbers(home: Path, results: dict[str, Any], tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*launch, str(ROOT / "evaluation.py"), str(home / "runs" / "run"), "--output", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found.pop("how")["processes"] == 2
-    assert found == {key: value for key, value in numbers.items() if key != "how"}
+    assert found.pop("environment")["processes"] == 2
+    assert found == {key: value for key, value in results.items() if key != "environment"}
 
 
-def test_checkpoints_can_be_chosen(run: Path, numbers: dict[str, Any], tmp_path: Path) -> None:
+def test_checkpoints_can_be_chosen(run: Path, results: dict[str, Any], tmp_path: Path) -> None:
     def accuracy(*options: str) -> float:
         assert evaluation.main([str(run), "--quick", "--output", str(tmp_path / "out"), *options]) == 0
         return json.loads((tmp_path / "out" / "report.json").read_text())["slices"]["log_loss"]["value"]
@@ -172,28 +193,28 @@ def test_checkpoints_can_be_chosen(run: Path, numbers: dict[str, Any], tmp_path:
     tests = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in tests if line["phase"] == "test"}
     card = (run / "model" / "README.md").read_text()
-    assert accuracy("--checkpoint", "last") == numbers["slices"]["log_loss"]["value"]
+    assert accuracy("--checkpoint", "last") == results["slices"]["log_loss"]["value"]
     assert accuracy("--checkpoint", "best") == pytest.approx(min(losses.values()), rel=1e-5)
     for step, loss in losses.items():
         assert accuracy("--checkpoint", str(step)) == pytest.approx(loss, rel=1e-5)
     assert (run / "model" / "README.md").read_text() == card
 
 
-def test_seeds_trained_on_need_leave_and_stay_out_of_the_card(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_training_seeds_need_permission_and_stay_out_of_the_card(run: Path, tmp_path: Path, capsys: Any) -> None:
     card = (run / "model" / "README.md").read_text()
-    options = ["--seeds", "0:2", "--quick", "--allow-training-seeds", "--output", str(tmp_path)]
+    options = ["--seeds", "0:3", "--quick", "--allow-training-seeds", "--output", str(tmp_path)]
     assert evaluation.main([str(run), *options]) == 0
     assert "trained on some of these seeds" in capsys.readouterr().out
     assert (run / "model" / "README.md").read_text() == card
 
 
 def test_another_file_of_the_same_kind(run: Path, tmp_path: Path) -> None:
-    write_universe(tmp_path / "more.h5", TRAIN + TEST + 2)
+    write_universe(tmp_path / "more.h5", TRAIN + TEST + 3)
     options = [
         "--datafile",
         str(tmp_path / "more.h5"),
         "--seeds",
-        f"{TRAIN + TEST}:{TRAIN + TEST + 2}",
+        f"{TRAIN + TEST}:{TRAIN + TEST + 3}",
         "--quick",
     ]
     assert evaluation.main([str(run), *options]) == 0
@@ -207,19 +228,19 @@ def test_the_file_of_the_training_is_known_wherever_it_lies(home: Path, run: Pat
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["data_params"]["datafile"] = str(tmp_path / "gone.h5")
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    loaded = evaluation.experiment.load(run / "config.yaml")
+    loaded = evaluation_context.load_config(run / "config.yaml")
     same = datasets.CubeFile(home / "universe.h5")
-    last = evaluation.state.existing(run / "checkpoints")[-1]
-    assert evaluation.home_of(run, loaded, last, None).path == same.path  # where it was
-    last.state["identity"]["path"] = str(tmp_path / "gone.h5")
-    assert evaluation.home_of(run, loaded, last, same) is same
+    last = evaluation_context.checkpoint.list_checkpoints(run / "checkpoints")[-1]
+    assert evaluation_context.find_training_file(run, loaded, last, None).path == same.path  # where it was
+    last.state["data_identity"]["path"] = str(tmp_path / "gone.h5")
+    assert evaluation_context.find_training_file(run, loaded, last, same) is same
     write_universe(tmp_path / "fewer.h5", TRAIN)
     write_universe(tmp_path / "scaled.h5", TRAIN + TEST, scale=2)
     for name in ("fewer.h5", "scaled.h5"):
-        assert evaluation.home_of(run, loaded, last, datasets.CubeFile(tmp_path / name)) is None
+        assert evaluation_context.find_training_file(run, loaded, last, datasets.CubeFile(tmp_path / name)) is None
     with pytest.raises(datasets.DataError, match=r"gone\.h5"):
-        evaluation.home_of(run, loaded, last, None)
-    assert evaluation.home_of(run, loaded, None, same) is None
+        evaluation_context.find_training_file(run, loaded, last, None)
+    assert evaluation_context.find_training_file(run, loaded, None, same) is None
 
 
 def test_onnx_beside_the_weights(run: Path, capsys: Any) -> None:
@@ -245,9 +266,16 @@ def written(folder: Path, **options: Any) -> list[str]:
     return ["--datafile", str(folder / "other.h5")]
 
 
+def without_gr(folder: Path) -> list[str]:
+    write_universe(folder / "alone.h5", TRAIN + TEST)
+    with h5py.File(folder / "alone.h5", "a") as file:
+        del file[f"gr_seed{TRAIN:04d}"]
+    return ["--datafile", str(folder / "alone.h5")]
+
+
 def large(folder: Path) -> list[str]:
     datasets.write_synthetic(folder / "large.h5", seeds=1, size=128, strength=1)
-    return ["--datafile", str(folder / "large.h5"), "--seeds", f"{TRAIN}:{TRAIN + 1}"]
+    return ["--datafile", str(folder / "large.h5"), "--seeds", f"{TRAIN}:{TRAIN + 3}"]
 
 
 def cut(path: Path) -> list[str]:
@@ -268,11 +296,14 @@ def gone(path: Path) -> list[str]:
 
 
 BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
-    "no run": (lambda run, folder: gone(run / "config.yaml"), ["config.yaml", "allowed"]),
-    "not trained": (lambda run, folder: gone(run / "model"), ["not trained to its end", "--checkpoint last"]),
+    "no run": (lambda run, folder: gone(run / "config.yaml"), ["config.yaml is missing", "LOG_DIR/NAME"]),
+    "not trained": (lambda run, folder: gone(run / "model"), ["not finished", "--checkpoint last"]),
     "seeds that are not there": (lambda run, folder: ["--seeds", "8:20"], ["universe.h5", "seeds 10 to 19"]),
     "seeds trained on": (lambda run, folder: ["--seeds", "4:8"], ["trained on seeds 0 to 5", "--allow"]),
     "no seeds": (lambda run, folder: ["--seeds", "8:8"], ["'8:8'", "A:B"]),
+    "too few seeds": (lambda run, folder: ["--seeds", "6:8"], ["2 are too few", "at least 3"]),
+    "one gravity": (lambda run, folder: without_gr(folder), ["only the newton cube is there"]),
+    "another degradation": (lambda run, folder: ["--degrade", "blur=1"], ["'blur=1'", "smoothing=R"]),
     "seeds in words": (lambda run, folder: ["--seeds", "some"], ["'some'", "A:B"]),
     "another size": (lambda run, folder: large(folder), ["128^3", "64^3"]),
     "another mean or std": (lambda run, folder: written(folder, scale=1.01), ["other.h5", "std", "1.01"]),
@@ -280,7 +311,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
         lambda run, folder: written(folder, scale=1e-5, attributes=False),
         ["other.h5", "standard deviation", "standardised in the same way"],
     ),
-    "other values": (other_values, ["changed.h5", "other cubes", "--datafile"]),
+    "other values": (other_values, ["changed.h5", "not the cubes", "--datafile"]),
     "no file": (lambda run, folder: ["--datafile", "nowhere.h5"], ["nowhere.h5"]),
     "a damaged model": (lambda run, folder: cut(run / "model" / "model.safetensors"), ["SHA-256"]),
     "no such step": (lambda run, folder: ["--checkpoint", "7"], ["'7'", "last", "best"]),
@@ -339,3 +370,79 @@ def test_a_run_or_a_comparison_is_needed() -> None:
         with pytest.raises(SystemExit) as end:
             evaluation.main(arguments)
         assert end.value.code == 2
+
+
+def edit_config(run: Path, section: str, key: str, value: Any) -> None:
+    """Change a key of config.yaml that check_same_settings allows to differ."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[section][key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def first_lines(run: Path, tmp_path: Path, capsys: Any, *options: str) -> str:
+    capsys.readouterr()
+    assert evaluation.main([str(run), "--quick", "--output", str(tmp_path / "out"), *options]) == 0
+    return capsys.readouterr().out.split("figures", 1)[1].split("\n", 1)[1]
+
+
+def test_selection_by_evaluated_test_seeds_is_the_first_line(run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "selected this network" not in first_lines(run, tmp_path, capsys)
+    text = first_lines(run, tmp_path, capsys, "--checkpoint", "best")
+    assert text.startswith("The lowest loss of all checkpoints selected this network on seeds 6 to 9")
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["selection"]
+    assert (found["set"], found["seeds"], found["evaluated"]) == ("test", [TRAIN, TRAIN + TEST], True)
+    edit_config(run, "train_params", "early_stopping", 3)
+    trial = run.rename(run.parent / "study-007")
+    (run.parent / "study-sweep.journal").write_text("")
+    text = first_lines(trial, tmp_path, capsys)
+    assert text.startswith("Early stopping after 3 evaluations without improvement and a sweep of 1 trials")
+
+
+def test_degraded_slices_have_a_table(run: Path, tmp_path: Path) -> None:
+    options = ["--quick", "--output", str(tmp_path / "out"), "--degrade", "noise=3"]
+    assert evaluation.main([str(run), *options]) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["degradation"]
+    assert found["none"]["auc"]["value"] > 0.9
+    assert found["noisy"]["auc"]["value"] < found["none"]["auc"]["value"]
+    assert found["mean_removed"]["change"]["value"] == pytest.approx(0, abs=0.02)
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "shot noise, 3 standard deviations" in html
+
+
+def test_another_redshift_may_have_another_standardization(run: Path, tmp_path: Path, capsys: Any) -> None:
+    write_universe(tmp_path / "z10.h5", TRAIN + TEST, scale=1.1)
+    with h5py.File(tmp_path / "z10.h5", "a") as file:
+        file.attrs["redshift"] = 10.0
+    text = first_lines(run, tmp_path, capsys, "--datafile", str(tmp_path / "z10.h5"))
+    assert "trained at z = 1 and transfers to z = 10" in text
+
+
+def test_unlabelled_cubes_are_predicted(home: Path, tmp_path: Path, capsys: Any) -> None:
+    run = home / "runs" / "run"
+    options = ["--predict", str(home / "universe.h5"), "--output", str(tmp_path / "out.h5")]
+    assert evaluation.main([str(run), *options]) == 0
+    with h5py.File(tmp_path / "out.h5") as found, h5py.File(run / "evaluation" / "predictions.h5") as file:
+        for label, gravity in enumerate(("newton", "gr")):
+            chosen = (file["seed"][:] == TRAIN) & (file["label"][:] == label)
+            logits = found[f"logits/{gravity}_seed{TRAIN:04d}"][0]
+            np.testing.assert_allclose(logits, file["logit"][:][chosen], atol=1e-4)
+    assert "written to" in capsys.readouterr().out
+    datasets.write_synthetic(tmp_path / "large.h5", seeds=1, size=128, strength=1)
+    options = ["--predict", str(tmp_path / "large.h5"), "--output", str(tmp_path / "none.h5")]
+    assert evaluation.main([str(run), *options]) == 2
+    assert "64^3" in capsys.readouterr().err
+    assert not (tmp_path / "none.h5").exists()
+
+
+def test_an_ensemble_needs_different_training_seeds(
+    home: Path, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    runs = [str(home / "runs" / "run"), str(run)]
+    assert evaluation.main(["--ensemble", *runs, "--output", str(tmp_path / "out")]) == 2
+    assert "same train_params.seed" in capsys.readouterr().err
+    path = run / "evaluation" / "report.json"
+    content = json.loads(path.read_text())
+    content["config"]["train_params"]["seed"] += 1
+    path.write_text(json.dumps(content))
+    assert evaluation.main(["--ensemble", *runs, "--output", str(tmp_path / "out")]) == 0
+    assert "standard deviation over trainings" in capsys.readouterr().out

@@ -1,0 +1,371 @@
+"""The files of an evaluation: report, predictions, figures, comparisons and ensembles."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import matplotlib as mpl
+import numpy as np
+import pytest
+import simulated_universe as universe
+from PIL import Image
+
+import metrics
+from analysis import comparison, ensemble, figures, findings, report, spectral_figures, style, summary
+from analysis.ensemble import EnsembleError
+from analysis.html_report import FIGURES, NAMES
+from analysis.power_spectrum import Box
+from analysis.report import ReportError
+from metrics import Predictions
+
+HISTORY = [
+    {"loss": 0.7, "accuracy": 0.5, "auc": 0.5, "cube_accuracy": 0.5, "pair_accuracy": 1.0}
+    | {"phase": phase, "epoch": epoch}
+    for epoch in (1, 2)
+    for phase in ("train", "validation", "test")
+]
+
+
+def predictions_of(seeds: int = 6, positions: int = 8, signal: float = 1.0, draw: int = 0) -> Predictions:
+    """Random logits of slices of three axes that differ by `signal` between gravities."""
+    rng = np.random.default_rng(draw)
+    parts = np.meshgrid(range(4, 4 + seeds), range(2), range(3), range(positions), indexing="ij")
+    seed, label, axis, position = (part.ravel() for part in parts)
+    ids = ((seed * 2 + label) * 3 + axis) * universe.SIZE + position
+    logits = rng.normal(size=len(ids)) + signal * (label - 0.5) + rng.normal(size=100)[seed]
+    return Predictions(ids, seed, label, axis, position, logits)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run folder with the evaluation of a lattice universe, and the results in it."""
+    run = tmp_path_factory.mktemp("run")
+    folder = run / "evaluation"
+    folder.mkdir()
+    evaluated = universe.evaluate(universe.lattice)
+    maps = {key: np.eye(8) for key in report.MAPS}
+    about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "axis": 0, "logit": 1.0}
+    results = evaluated.results | {"saliency": [maps | about] * 4}
+    rows = {"smoothed": {"auc": 0.1}, "large_scales": {}, "mean_removed": {}, "noisy": {}}
+    none = summary.headline(evaluated.predictions)
+    results["degradation"] = {"smoothing": 160.0, "noise": 0.1} | dict.fromkeys(("none", *rows), none)
+    results |= {"warnings": ["a warning"], "findings": findings.findings(results)}
+    curves = summary.curves(evaluated.predictions)
+    drawn = figures.of_predictions(evaluated.predictions, curves, results, HISTORY)
+    drawn |= spectral_figures.of_spectra(results, universe.BOX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.STYLE, "savefig.dpi", 60)  # faster
+        for name, figure in drawn.items():
+            style.save(figure, folder / name)
+    report.write_predictions(folder / "predictions.h5", evaluated.predictions)
+    report.write(folder, results, drawn)
+    return run, results
+
+
+def test_every_figure_is_written_as_png_and_pdf(written: tuple[Path, dict[str, Any]]) -> None:
+    folder = written[0] / "evaluation"
+    for name in FIGURES:
+        with Image.open(folder / f"{name}.png") as image:
+            assert image.width > 150
+            gray = np.asarray(image.convert("L"))
+        assert gray.min() < 110
+        assert gray.max() == 255
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_figures_leave_matplotlib_unchanged_and_repeat_byte_for_byte(tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.STYLE, "savefig.dpi", 60)
+        for name in ("first", "second"):
+            drawn = figures.twins_plot([3, 4, 5], np.array([0.0, 1, 2]), np.array([1.0, 0, 3]))
+            style.save(drawn, tmp_path / name)
+    assert dict(mpl.rcParams) == before
+    for suffix in (".png", ".pdf"):
+        assert (tmp_path / f"first{suffix}").read_bytes() == (tmp_path / f"second{suffix}").read_bytes()
+
+
+def test_an_estimate_without_an_interval_has_no_error_bar_and_an_open_symbol() -> None:
+    bounded = {"value": 0.7, "low": 0.6, "high": 0.75}
+    unbounded = {"value": 0.8, "low": None, "high": None}
+    figure = figures.intervals({"a": {"auc": bounded}, "b": {"auc": unbounded}}, {"auc": ("AUC", 0.5)})
+    figure.draw_without_rendering()
+    bars: Any = figure.axes[0].containers
+    assert [bar.has_xerr for bar in bars] == [True, False]
+    np.testing.assert_allclose(bars[0].lines[2][0].get_segments(), [[[0.6, 1], [0.75, 1]]])
+    assert [bar.lines[0].get_markerfacecolor() for bar in bars] == [style.GR["color"], "white"]
+
+
+def test_saliency_maps_name_the_directions_of_each_slice() -> None:
+    maps = {key: np.eye(4) for key in report.MAPS}
+    about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "logit": 1.0}
+    rows = [maps | about | {"axis": axis} for axis in (2, 0, 1)]
+    axes = spectral_figures.saliency_maps(rows, Box(4, 100.0)).axes[:9]
+    # the rows of an image count the first direction that is left of its cube, the columns the second
+    assert [place.get_ylabel() for place in axes[::3]] == ["x [Mpc/h]", "y [Mpc/h]", "x [Mpc/h]"]
+    assert [place.get_xlabel() for place in axes] == ["y [Mpc/h]"] * 3 + ["z [Mpc/h]"] * 6
+
+
+@pytest.mark.parametrize("logits", [np.zeros(12), np.full(12, 40.0)])
+def test_a_constant_network_can_be_summarized_and_drawn(logits: np.ndarray) -> None:
+    predictions = predictions_of(seeds=2, positions=1).with_logits(logits)
+    results = summary.summarize(predictions)
+    assert results["slices"]["auc"]["value"] == 0.5
+    assert results["significance"]["p_value"] == 1
+    for figure in figures.of_predictions(predictions, summary.curves(predictions), results, []).values():
+        figure.draw_without_rendering()
+
+
+def test_the_summary_agrees_with_the_metrics_of_training() -> None:
+    predictions = predictions_of()
+    results = summary.summarize(predictions)
+    values = metrics.compute(predictions, simulations=True)
+    for key in ("accuracy", "precision", "recall", "f1", "tpr", "fpr"):
+        assert results["slices"][key]["value"] == pytest.approx(values[key]), key
+    assert results["slices"]["log_loss"]["value"] == pytest.approx(values["loss"])
+    assert results["slices"]["brier_score"]["value"] == pytest.approx(metrics.brier_score(predictions))
+    error = results["slices"]["calibration_error"]["value"]
+    assert error == pytest.approx(metrics.calibration_error(predictions))
+    average = results["slices"]["average_precision"]["value"]
+    assert average == pytest.approx(metrics.average_precision(predictions))
+    assert results["cubes"]["cube_accuracy"]["value"] == values["cube_accuracy"]
+    assert results["pairs"]["pair_accuracy"]["value"] == values["pair_accuracy"]
+    assert list(results["axes"]) == [0, 1, 2]
+    # the AUC counts pairs of slices from different seeds, so it differs a little from that of all pairs
+    assert results["slices"]["auc"]["value"] == pytest.approx(values["auc"], abs=0.03)
+
+
+def test_precision_and_recall_end_at_all_slices() -> None:
+    predictions = predictions_of()
+    curves = summary.curves(predictions)
+    assert curves["recall"][-1] == 1
+    assert curves["precision"][-1] == pytest.approx(0.5)
+    steps = np.diff(curves["recall"], prepend=0) * curves["precision"]
+    assert steps.sum() == pytest.approx(curves["average_precision"])
+
+
+def test_the_report_has_every_number_and_no_external_files(written: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = written[0] / "evaluation", written[1]
+    text = (folder / "report.json").read_text()
+    assert "NaN" not in text
+    found = json.loads(text)
+    assert found["slices"]["auc"]["value"] == results["slices"]["auc"]["value"]
+    assert "image" not in found["saliency"][0]
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(FIGURES)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|<script|https?://""", html)
+    assert "a &lt;run&gt;" in html
+    assert html.index("a warning") < html.index("The lattice drives the classification")
+    for key in found["slices"]:
+        assert NAMES[key] in html
+
+
+def test_the_keys_of_the_contract(written: tuple[Path, dict[str, Any]]) -> None:
+    found = json.loads((written[0] / "evaluation" / "report.json").read_text())
+    for section in ("slices", "cubes", "pairs"):
+        for estimate in found[section].values():
+            assert {"value", "low", "high"} <= set(estimate)
+    for name in ("isotropic", "directional"):
+        assert {"slices", "cubes"} <= set(found["baselines"][name])
+    for name in ("linear", "isotropic", "directional"):
+        keys = ("slice_accuracy", "slice_auc", "cube_accuracy", "cube_auc")
+        values = [found["ceilings"][name][key]["value"] for key in keys]
+        assert all(0.5 <= value <= 1 for value in values)
+    assert {"ratio", "cube_mean_auc"} <= set(found["grid"])
+    parts = ("mean", "large_scales", "axes", "between", "diagonals", "remainder")
+    assert sum(found["attribution"][part]["value"] for part in parts) == pytest.approx(1)
+    assert 0 <= found["significance"]["p_value"] <= 1
+    assert all(isinstance(line, str) for line in found["findings"])
+
+
+def test_the_ceilings_and_baselines_of_a_lattice_universe(written: tuple[Path, dict[str, Any]]) -> None:
+    results = written[1]
+    linear, isotropic, directional = (
+        results["ceilings"][name]["slice_auc"]["value"] for name in ("linear", "isotropic", "directional")
+    )
+    assert isotropic < directional
+    tested = results["ceilings"]["corners"]["test"]["slices"]["auc"]
+    assert tested["low"] < results["ceilings"]["corners"]["slice_auc"]["value"] < tested["high"]
+    # the network is the likelihood ratio with corners
+    gain = results["ceilings"]["corners"]["gain"]["auc"]
+    assert gain["value"] == pytest.approx(0, abs=1e-3)
+    baseline = results["baselines"]["directional"]
+    network = results["slices"]["auc"]["value"]
+    difference = network - baseline["slices"]["auc"]["value"]
+    assert baseline["gain"]["auc"]["value"] == pytest.approx(difference)
+    assert linear < isotropic
+
+
+def test_ratio_of_the_power_spectra_by_hand(written: tuple[Path, dict[str, Any]]) -> None:
+    found = written[1]["power_spectra"]
+    ratio = np.array([estimate["value"] for estimate in found["cube_ratio"]])
+    np.testing.assert_allclose(ratio[8:], 1.01, atol=0.004)  # 1.0425 - 0.054 * 3/5, the mean over directions
+    assert len(found["k"]) == universe.SIZE // 2
+
+
+def test_predictions_are_written_and_read(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    predictions = predictions_of(seeds=2)
+    report.write_predictions(tmp_path / "evaluation" / "predictions.h5", predictions)
+    found = report.read_predictions(tmp_path)
+    for name in report.COLUMNS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(predictions, name))
+    with h5py.File(tmp_path / "evaluation" / "predictions.h5") as file:
+        assert ((file["gravity"][:] == b"gr") == (file["label"][:] == 1)).all()
+        np.testing.assert_array_equal(file["cubes/mean_logit"][:], predictions.cube_logits.ravel())
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["predictions.h5"]
+
+
+def edit(column: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        with h5py.File(path, "a") as file:
+            values = change(file[column][:])
+            del file[column]
+            file[column] = values
+
+    return apply
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "gone": (lambda path: path.unlink(), "cannot be read"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
+    "shorter": (edit("logit", lambda values: values[1:]), "differ in length"),
+    "not finite": (edit("logit", lambda values: values * np.nan), "not a finite number"),
+    "text": (edit("seed", lambda values: values.astype(float)), "must be integers"),
+    "unordered": (edit("id", lambda values: values[::-1]), "not ascending"),
+    "one gravity": (edit("label", lambda values: values * 0), "one gravity is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_predictions_are_rejected(
+    kind: str, written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    damage, message = DAMAGE[kind]
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "evaluation" / "predictions.h5")
+    with pytest.raises(ReportError, match=message) as error:
+        report.read_predictions(tmp_path)
+    assert "Evaluate the run again" in str(error.value)
+
+
+def test_reports_that_cannot_be_read_are_named(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="there is no such file"):
+        report.read(tmp_path)
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
+    for text, message in (("{", "damaged"), ("[]", "earlier versions"), ('{"run": 1}', "data, slices")):
+        (tmp_path / "evaluation" / "report.json").write_text(text)
+        with pytest.raises(ReportError, match=message):
+            report.read(tmp_path)
+
+
+@pytest.fixture
+def runs(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> dict[str, Path]:
+    """Three evaluated trainings of one experiment on the same slices."""
+    found = {}
+    for number, name in enumerate("abc"):
+        shutil.copytree(written[0], tmp_path / name)
+        folder = tmp_path / name / "evaluation"
+        content = json.loads((folder / "report.json").read_text())
+        content["config"] = {"train_params": {"seed": number, "lr": 0.1}, "model_params": {"name": name}}
+        (folder / "report.json").write_text(json.dumps(content))
+        report.write_predictions(folder / "predictions.h5", predictions_of(seeds=8, draw=number))
+        found[name] = tmp_path / name
+    return found
+
+
+def test_runs_are_compared_in_one_table(runs: dict[str, Path], tmp_path: Path) -> None:
+    table = comparison.write(tmp_path / "out", runs)
+    assert len(table.splitlines()) == 5
+    assert "z1.h5, 4 to 9, 1" in table
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"comparison.{suffix}" for suffix in ("md", "json", "png", "pdf")
+    }
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["a"]["difference"]["value"] == 0
+    first, second = (summary.headline(report.read_predictions(runs[name])) for name in "ab")
+    difference = second["auc"]["value"] - first["auc"]["value"]
+    assert found["b"]["difference"]["value"] == pytest.approx(difference)
+    # looking at three runs makes each less significant than by itself
+    alone = summary.summarize(report.read_predictions(runs["b"]))["significance"]["p_value"]
+    assert found["b"]["p_value"] >= alone
+
+
+def test_an_ensemble_has_the_mean_the_spreads_and_the_mean_logits(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    table = ensemble.write(tmp_path / "out", runs)
+    members = [report.read_predictions(run) for run in runs.values()]
+    found = json.loads((tmp_path / "out" / "ensemble.json").read_text())
+    areas = [summary.headline(member)["auc"]["value"] for member in members]
+    assert found["mean"]["auc"]["value"] == pytest.approx(np.mean(areas))
+    assert found["mean"]["auc"]["spread_trainings"] == pytest.approx(np.std(areas, ddof=1))
+    assert found["mean"]["auc"]["spread_seeds"] > 0
+    mean = members[0].with_logits(np.mean([member.logit for member in members], axis=0))
+    assert found["ensemble"]["slices"]["auc"]["value"] == summary.headline(mean)["auc"]["value"]
+    assert found["ensemble"]["slices"]["auc"]["value"] > max(areas)  # independent noise averages out
+    assert len(table.splitlines()) == 2 + 3 + 4
+
+
+def change_config(run: Path, section: str, key: str, value: Any) -> None:
+    path = run / "evaluation" / "report.json"
+    content = json.loads(path.read_text())
+    content["config"][section][key] = value
+    path.write_text(json.dumps(content))
+
+
+def test_runs_that_are_no_ensemble_are_rejected(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(EnsembleError, match="one run is no ensemble"):
+        ensemble.write(tmp_path / "out", {"a": runs["a"]})
+    change_config(runs["b"], "train_params", "seed", 0)
+    with pytest.raises(EnsembleError, match=r"a and b have the same train_params\.seed 0"):
+        ensemble.write(tmp_path / "out", runs)
+    change_config(runs["b"], "train_params", "lr", 0.2)
+    with pytest.raises(EnsembleError, match=r"a and b differ in train_params\.lr: 0\.1 and 0\.2"):
+        ensemble.write(tmp_path / "out", runs)
+    report.write_predictions(runs["c"] / "evaluation" / "predictions.h5", predictions_of(seeds=3))
+    with pytest.raises(EnsembleError, match="a and c were evaluated on different slices"):
+        ensemble.write(tmp_path / "out", {name: runs[name] for name in "ac"})
+    assert not (tmp_path / "out").exists()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>addEventListener("load", () => {
+  const shown = [...document.images].filter(p => p.complete && p.naturalWidth > 0 && p.offsetWidth > 50);
+  const requests = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
+  const wide = [...document.querySelectorAll("table, img, p, li")].filter(
+    item => item.getBoundingClientRect().right > document.documentElement.clientWidth + 1);
+  const scrolls = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  document.title = JSON.stringify([shown.length, requests.length, wide.length, scrolls]);
+})</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@pytest.mark.parametrize("width", [400, 1000, 1400])
+def test_a_browser_shows_the_whole_report(
+    width: int, written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The window of a browser is at least 500 pixels wide, so the page is shown in a frame."""
+    html = (written[0] / "evaluation" / "report.html").read_text()
+    (tmp_path / "page.html").write_text(html.replace("</body>", PROBE + "</body>"))
+    frame = f"""<iframe id="f" src="page.html" style="border:0;width:{width}px;height:900px"></iframe><script>
+    setInterval(() => {{ document.title = document.getElementById("f").contentDocument.title }}, 50)</script>"""
+    (tmp_path / "frame.html").write_text(f"<title></title>{frame}")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    options += ["--window-size=1600,1000", "--virtual-time-budget=10000"]
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+    shown = subprocess.run(
+        [str(CHROMIUM), *options, *offline, "--dump-dom", (tmp_path / "frame.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    title = re.search(r"<title>(.*?)</title>", shown)
+    assert title is not None
+    assert json.loads(title[1]) == [len(FIGURES), 0, 0, False]
