@@ -1,4 +1,4 @@
-"""The model card of a trained network, in Hugging Face's form."""
+"""The model card of a trained network, in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TITLES = {  # report key -> (Hugging Face's name of the metric, what the card calls it)
+TITLES = {  # key of the report -> (Hugging Face's name of the metric, its name on the card)
     "accuracy": ("accuracy", "accuracy of slices"),
     "auc": ("roc_auc", "area under the ROC curve, slices"),
     "log_loss": ("log_loss", "log loss of slices"),
@@ -17,18 +17,17 @@ TITLES = {  # report key -> (Hugging Face's name of the metric, what the card ca
 
 
 def model_card(config: dict[str, Any]) -> ModelCard:
-    """The model card of a network, all of it from its configuration."""
-    name = str((config.get("training") or {}).get("run", "gravity-cnn"))
-    evaluation, training = config.get("evaluation") or {}, config.get("training") or {}
+    """The model card of a network, from the content of its config.json."""
+    training, evaluation = config.get("training") or {}, config.get("evaluation") or {}
+    name = str(training.get("run", "gravity-cnn"))
     estimates = {
         key: evaluation["estimates"][key] for key in TITLES if key in evaluation.get("estimates", {})
     }
-    data = str(evaluation.get("data", "simulations"))
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type="cosmological-simulations",
-            dataset_name=data,
+            dataset_name=str(evaluation.get("data", "simulations")),
             metric_type=TITLES[key][0],
             metric_name=TITLES[key][1],
             metric_value=round(value, 5),
@@ -43,9 +42,8 @@ def model_card(config: dict[str, Any]) -> ModelCard:
         model_name=name,
         eval_results=results or None,
     )
-    return ModelCard(
-        f"---\n{metadata.to_yaml()}\n---\n\n{_card_text(name, config, training, evaluation, estimates)}"
-    )
+    text = _card_text(name, config, training, evaluation, estimates)
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
 def _card_text(
@@ -56,37 +54,36 @@ def _card_text(
     estimates: dict[str, list[float]],
 ) -> str:
     size, channels = config.get("size", 256), config.get("channels", 1)
-    facts = "\n".join(f"- {key}: {json.dumps(value)}" for key, value in training.items()) or "- not recorded"
-    if estimates:
-        rows = "\n".join(f"| {TITLES[key][1]} | {_interval(numbers)} |" for key, numbers in estimates.items())
-        first, after = evaluation["seeds"]
-        factor = evaluation.get("newton_augmentation", 1)
-        artificial = (
-            f"**Newtonian slices were multiplied by {factor:g}: a test of the pipeline, not of gravity.**\n\n"
-        )
-        measured = (artificial if factor != 1 else "") + (
-            f"Seeds {first} to {after - 1} of `{evaluation['data']}`, {evaluation['slices']} slices; "
-            "95 % intervals by bootstrap over seeds, of cubes and of twins exact binomial ones.\n\n"
-            f"| | value [95 % interval] |\n|---|---|\n{rows}"
-        )
-    else:
-        measured = "Not evaluated yet: `accelerate launch evaluation.py RUN` fills this in."
+    facts = (
+        "\n".join(f"- {_text(key)}: {_text(value)}" for key, value in training.items()) or "- not recorded"
+    )
+    steps = [f"subtracts {config['mean']:.6g} and divides by {config['std']:.6g}"]
+    if config.get("power"):
+        steps.append("whitens the slices by the isotropic power spectrum of its training slices")
+    calibrated = "calibrated on validation seeds" if config.get("calibration") else "not calibrated"
     return f"""# {name}
 
-A {config["architecture"]} of width {config["layer_param"]} that tells from 2D slices of a cosmological
-simulation whether it ran under General Relativity (positive logit) or Newtonian gravity (negative logit).
+A {_text(config["architecture"])} of width {_text(config["layer_param"])} that classifies 2D slices of a
+cosmological simulation by its gravity: General Relativity (positive logit) or Newtonian gravity (negative
+logit).
 
-Input: slices ({channels}, {size}, {size}) with the values of the data file it was trained on; the network
-subtracts {config["mean"]:.6g} and divides by {config["std"]:.6g} itself. Output: one logit per slice.
+Input: slices (b, {channels}, {size}, {size}) with the values of the data file that it was trained on. The
+network {" and ".join(steps)} itself. Output: one logit per slice; `probability` is {calibrated}.
+
+It needs a checkout of gravity-cnn, torch, safetensors and huggingface_hub, in any folder:
 
 ```python
-import models  # from a checkout of gravity-cnn
+import sys
+
+sys.path.insert(0, "gravity-cnn")  # the checkout
+import models
 
 network = models.load("model")  # this folder, in eval mode
 logits = network(slices)
+probability = network.probability(slices)
 ```
 
-`models.TrainedNetwork.from_pretrained("user/{name}")` loads it from the Hugging Face Hub.
+From the Hugging Face Hub: `models.export.TrainedNetwork.from_pretrained("user/{name}")` after `import models.export`.
 
 ## Training
 
@@ -94,16 +91,40 @@ logits = network(slices)
 
 ## Evaluation
 
-{measured}
+{_measured(evaluation, estimates)}
 
 ## Limits
 
-It knows simulations like those it was trained on: the same code, box, resolution, redshift and
-standardisation. It has seen no observations.
+The network is valid for simulations like those of its training: the same code, box, resolution, redshift and
+standardization. It may use artefacts of the simulation grid, which other simulations do not share; see the
+evaluation report. It has never seen observations.
 """
 
 
-def _interval(numbers: list[Any]) -> str:
-    value, *ends = numbers
+def _measured(evaluation: dict[str, Any], estimates: dict[str, list[float]]) -> str:
+    if not estimates:
+        return "Not evaluated yet: `accelerate launch evaluation.py RUN` adds the results."
+    rows = "\n".join(f"| {TITLES[key][1]} | {_interval(values)} |" for key, values in estimates.items())
+    first, after = evaluation["seeds"]
+    factor = evaluation.get("newton_augmentation", 1)
+    warning = (
+        f"**Newtonian slices were multiplied by {factor:g}: a test of the pipeline, not of gravity.**\n\n"
+        if factor != 1
+        else ""
+    )
+    return (
+        f"{warning}Seeds {first} to {after - 1} of {_text(evaluation['data'])}, {evaluation['slices']} slices; "
+        f"95 % intervals over seeds.\n\n| | value [95 % interval] |\n|---|---|\n{rows}"
+    )
+
+
+def _text(value: Any) -> str:
+    """A value as text without Markdown or HTML of its own."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(f"&#{ord(c)};" if c in "<>&|`*_[]\\\n\r" else c for c in text)
+
+
+def _interval(values: list[Any]) -> str:
+    value, *ends = values
     known = len(ends) == 2 and None not in ends
     return f"{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if known else "")

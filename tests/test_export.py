@@ -77,7 +77,7 @@ def test_nothing_is_unpickled(saved: tuple[Path, torch.nn.Module], monkeypatch: 
         export.TrainedNetwork._load_as_pickle(None, "pytorch_model.bin", "cpu", True)
 
 
-def test_the_card_is_hugging_faces_and_holds_the_numbers(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_the_card_has_hugging_faces_format_and_the_results(saved: tuple[Path, torch.nn.Module]) -> None:
     folder, _ = saved
     assert "Not evaluated yet" in ModelCard.load(folder / "README.md").text
     export.record_evaluation(folder, EVALUATION)
@@ -92,12 +92,21 @@ def test_the_card_is_hugging_faces_and_holds_the_numbers(saved: tuple[Path, torc
     }
     assert "| accuracy of slices | 0.7500 [0.7000, 0.8000] |" in card.text
     assert "| area under the ROC curve, slices | 0.8000 |" in card.text
-    assert "Seeds 24 to 31 of `z1.h5`, 3072 slices" in card.text
+    assert "Seeds 24 to 31 of z1.h5, 3072 slices" in card.text
     models.load(folder)
 
 
 @pytest.mark.parametrize("saved", ["RACOON"], indirect=True)
-def test_the_card_says_what_was_a_test_of_the_pipeline(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_text_on_the_card_is_escaped(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, _ = saved
+    export.record_evaluation(folder, EVALUATION | {"data": "<script>|`x`|</script>"})
+    text = ModelCard.load(folder / "README.md").text
+    assert "<script>" not in text
+    assert "&#60;script&#62;&#124;&#96;x&#96;&#124;" in text
+
+
+@pytest.mark.parametrize("saved", ["RACOON"], indirect=True)
+def test_the_card_warns_of_a_test_of_the_pipeline(saved: tuple[Path, torch.nn.Module]) -> None:
     folder, _ = saved
     warning = "**Newtonian slices were multiplied by 0.9: a test of the pipeline, not of gravity.**"
     for factor in (0.9, 1.0):
