@@ -83,7 +83,8 @@ logits = network(slices)
 probability = network.probability(slices)
 ```
 
-From the Hugging Face Hub: `models.export.TrainedNetwork.from_pretrained("user/{name}")` after `import models.export`.
+From the Hugging Face Hub: `import models.export`, then
+`models.export.TrainedNetwork.from_pretrained("user/{name}")`.
 
 ## Training
 
@@ -113,7 +114,8 @@ def _measured(evaluation: dict[str, Any], estimates: dict[str, list[float]]) -> 
         else ""
     )
     return (
-        f"{warning}Seeds {first} to {after - 1} of {_text(evaluation['data'])}, {evaluation['slices']} slices; "
+        f"{warning}Seeds {first} to {after - 1} of {_text(evaluation['data'])}, "
+        f"{evaluation['slices']} slices; "
         f"95 % intervals over seeds.\n\n| | value [95 % interval] |\n|---|---|\n{rows}"
     )
 
