@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from models.layers import ProcessSyncBatchNorm
+from models.batch_norm import ProcessSyncBatchNorm
 
 SHAPES = {  # factors on layer_param and sides of the image, as published for 256 x 256
     "RACOON": [(1, 64), (4, 16), (8, 4)],
