@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -15,6 +16,24 @@ ACTIVATIONS = {
 }
 Padding = Literal["zeros", "circular"]
 PADDINGS: tuple[str, ...] = get_args(Padding)
+
+
+class CircularConv2d(nn.Conv2d):
+    """Convolution with periodic boundaries that keeps channels_last images channels_last.
+
+    `nn.Conv2d(padding_mode="circular")` computes the same, but returns to the default layout.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, C, N, N) -> (b, outputs, N / stride, N / stride)."""
+        for dimension in (2, 3):
+            width, padding = input.shape[dimension], int(self.padding[dimension - 2])
+            last, first = (
+                input.narrow(dimension, width - padding, padding),
+                input.narrow(dimension, 0, padding),
+            )
+            input = torch.cat([last, input, first], dimension)
+        return nn.functional.conv2d(input, self.weight, self.bias, self.stride)
 
 
 def convolution_block(
@@ -31,8 +50,9 @@ def convolution_block(
 
     The convolution has no bias: the normalisation that follows would subtract it again.
     """
+    convolution = CircularConv2d if padding_mode == "circular" and padding else nn.Conv2d
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False, padding_mode=padding_mode),
+        convolution(inputs, outputs, kernel, stride, padding, bias=False),
         nn.BatchNorm2d(outputs),
         ACTIVATIONS[activation](),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +80,10 @@ def _cross_spectra(images: Tensor, size: int) -> Tensor:
     the products of two such arrays, x and w, is |sum_c w_c x_c|^2, the squared response of a filter.
     """
     modes = torch.fft.rfft2(images, s=(size, size))
-    power = modes.real.square() + modes.imag.square()
-    c, d = torch.triu_indices(images.shape[1], images.shape[1], offset=1, device=images.device)
-    cross = 2**0.5 * modes[:, c] * modes[:, d].conj()
-    return torch.cat([power, cross.real, cross.imag], dim=1)
+    real, imag = modes.real, modes.imag  # torch.compile and ONNX support little complex arithmetic
+    spectra = [real.square() + imag.square()]
+    for c, d in combinations(range(images.shape[1]), 2):
+        cross_real = real[:, c] * real[:, d] + imag[:, c] * imag[:, d]
+        cross_imag = imag[:, c] * real[:, d] - real[:, c] * imag[:, d]
+        spectra.append(2**0.5 * torch.stack([cross_real, cross_imag], dim=1))
+    return torch.cat(spectra, dim=1)

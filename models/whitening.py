@@ -41,9 +41,8 @@ class Whitening(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         """Slices (b, C, N, N) -> whitened slices of the same shape in float32."""
-        with torch.autocast(slices.device.type, enabled=False):  # there is no FFT in bfloat16
-            modes = torch.fft.rfft2(slices.float())
-            return torch.fft.irfft2(modes * self.gain, s=slices.shape[-2:])
+        modes = torch.fft.rfft2(slices.float())  # there is no FFT in bfloat16
+        return torch.fft.irfft2(modes * self.gain, s=slices.shape[-2:])
 
 
 def isotropic_power(slices: Tensor) -> Tensor:

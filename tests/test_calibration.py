@@ -13,7 +13,7 @@ from models.calibration import Calibration, fit_calibration
 def simulate(count: int, temperature: float, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Logits that are off by a factor and an offset, with labels drawn from the true probabilities."""
     generator = np.random.default_rng(0)
-    log_odds = generator.normal(0, 1, count)
+    log_odds = generator.normal(0.5, 1, count)
     labels = generator.random(count) < 1 / (1 + np.exp(-log_odds))
     return temperature * log_odds + threshold, labels.astype(int)
 

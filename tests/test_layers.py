@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 import models
+from models.layers import CircularConv2d
 
 
 @pytest.mark.parametrize(("padding", "periodic"), [("circular", True), ("zeros", False)])
@@ -46,3 +48,13 @@ def test_racoon_is_the_same_network_with_any_padding() -> None:
 def test_an_unknown_padding_is_rejected() -> None:
     with pytest.raises(models.ModelError, match="padding: found 'reflect', allowed: zeros, circular"):
         models.build_model(architecture="PENGUIN", layer_param=2, dropout=0.0, padding="reflect")
+
+
+def test_circular_convolution_is_torchs_and_keeps_the_memory_format() -> None:
+    expected = nn.Conv2d(3, 5, 4, stride=2, padding=1, padding_mode="circular")
+    convolution = CircularConv2d(3, 5, 4, stride=2, padding=1)
+    convolution.load_state_dict(expected.state_dict())
+    images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    output = convolution.to(memory_format=torch.channels_last)(images)
+    torch.testing.assert_close(output, expected(images))
+    assert output.is_contiguous(memory_format=torch.channels_last)

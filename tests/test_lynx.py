@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import models
+from models import export
 from models.lynx import Lynx, fourier_power
 
 
@@ -61,6 +62,15 @@ def test_autocast_does_not_round_it(padding: str) -> None:
 
 def test_a_constant_slice_has_a_finite_logit() -> None:
     assert lynx().eval()(torch.zeros(1, 1, 64, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_it_exports_to_onnx_with_circular_padding_and_whitening(channels: int, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the extra onnx is not installed")
+    settings = {"architecture": "LYNX", "layer_param": 4, "padding": "circular", "size": 64}
+    network = export.TrainedNetwork(**settings, channels=channels, power=[1.0] * 32)
+    assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
 
 
 def anisotropy() -> Tensor:
