@@ -6,7 +6,7 @@ import reprlib
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FORMAT = 2
 """Format of state.json that this version writes. Format 1, which has no `format` key, is still read."""
@@ -63,6 +63,14 @@ class SavedTrainState(Section):
     best_loss: float | None
     evaluations_without_improvement: Count
     stopped_early: bool
+
+    @model_validator(mode="after")
+    def _steps_add_up(self) -> SavedTrainState:
+        """Every epoch of a run has the same number of steps."""
+        steps, rest = divmod(self.step - self.step_in_epoch, max(self.epoch, 1))
+        if rest or (self.epoch and self.step_in_epoch >= steps) or (not self.epoch and steps):
+            raise ValueError(f"step {self.step} is not step {self.step_in_epoch} after {self.epoch} epochs")
+        return self
 
 
 class GradScalerState(Section):

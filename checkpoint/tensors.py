@@ -66,7 +66,7 @@ def find_problem(parts: Parts, state: dict[str, Any]) -> str | None:
             if names := not_finite(parts[part]):
                 raise ValueError(f"{part}.safetensors: {names[0]} is not finite")
         _check_generators(parts["random"], state["environment"]["num_processes"])
-        _check_predictions(parts["extra"], in_epoch=counters["step_in_epoch"] > 0)
+        _check_predictions(parts["extra"], counters["step_in_epoch"])
     except (ValueError, RuntimeError) as error:  # torch has no such operation on some types
         return str(error)
     return None
@@ -110,18 +110,21 @@ def _check_generators(rows: dict[str, Tensor], num_processes: int) -> None:
                 raise ValueError(f"random.safetensors: {name} is not a generator's state: {error}") from None
 
 
-def _check_predictions(tensors: dict[str, Tensor], *, in_epoch: bool) -> None:
-    if not in_epoch and not tensors:
+def _check_predictions(tensors: dict[str, Tensor], step_in_epoch: int) -> None:
+    if not step_in_epoch and not tensors:
         return
-    if tensors.keys() != {"ids", "logits"} or not in_epoch:
-        when = "within" if in_epoch else "after"
-        raise ValueError(f"extra.safetensors: found tensors {sorted(tensors)} {when} an epoch")
+    if tensors.keys() != {"ids", "logits"} or not step_in_epoch:
+        raise ValueError(
+            f"extra.safetensors: found tensors {sorted(tensors)} at step {step_in_epoch} of an epoch"
+        )
     ids, logits = tensors["ids"], tensors["logits"]
     types = (ids.dtype, logits.dtype)
     if ids.dim() != 1 or ids.shape != logits.shape or types != (torch.int64, torch.float32):
         raise ValueError(f"extra.safetensors: ids {_describe(ids)} do not match logits {_describe(logits)}")
     if (ids < 0).any() or len(ids.unique()) != len(ids) or not torch.isfinite(logits).all():
         raise ValueError("extra.safetensors: ids are not unique sample ids, or logits are not finite")
+    if len(ids) == 0 or len(ids) % step_in_epoch:  # only the last batch of an epoch may be smaller
+        raise ValueError(f"extra.safetensors: {len(ids)} predictions are not those of {step_in_epoch} steps")
 
 
 def differences(parts: Parts, accelerator: Accelerator, model: nn.Module) -> list[str]:

@@ -102,7 +102,7 @@ class Training:
         return {
             "mean": 0.0,
             "std": 1.0,
-            "epoch": 3,
+            "epoch": 0,
             "step": self.step,
             "step_in_epoch": self.step,
             "seconds": 1.5,
@@ -138,7 +138,7 @@ class Training:
         given = {"data_identity": IDENTITY, "seed": 5} | changes
         restored = self.checkpoints.restore(latest, self.network, self.optimizer, **given)
         self.step = latest.step
-        assert latest.train_state == self.counters()
+        assert latest.train_state == latest.train_state | self.counters()
         return restored
 
     def everything(self) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path: Path) -> Non
     latest = training.checkpoints.latest_complete()
     assert latest is not None
     assert (latest.step, latest.config) == (1, {"train_params": {"lr": 0.01}})
-    assert latest.train_state["epoch"] == 3
+    assert latest.train_state["epoch"] == 0
 
 
 def test_the_schema_holds_the_counters_of_a_run() -> None:
@@ -384,8 +384,9 @@ def to_format_1(state: dict[str, Any]) -> None:
         "stopped_early": "ended_early",
     }
     del state["format"]
-    for added in ("waiting_seconds", "running_sums"):
-        del state["train_state"][added]
+    for name, field in schema.SavedTrainState.model_fields.items():
+        if not field.is_required():  # was added later
+            state["train_state"].pop(name, None)
     for new, old in renamed.items():
         state[old] = state.pop(new)
     for new, old in renamed_counters.items():
@@ -407,7 +408,7 @@ def test_a_run_of_format_1_resumes_bit_exactly(tmp_path: Path) -> None:
     resumed = Training(tmp_path)
     latest = resumed.checkpoints.latest_complete()
     assert latest is not None
-    assert latest.train_state == counters
+    assert latest.train_state == latest.train_state | counters
     resumed.checkpoints.restore(latest, resumed.network, resumed.optimizer, data_identity=IDENTITY, seed=5)
     resumed.train(3)
     assert_same(resumed.everything(), whole.everything())
@@ -560,6 +561,7 @@ WRONG_STATES: dict[str, bytes | Callable[[dict[str, Any]], Any]] = {
     "unknown key": keys("\x1b[31m" * 100, value=1),
     "config a list": keys("config", value=[]),
     "section a number": keys("config", "train_params", value=1),
+    "more steps than epochs": keys("train_state", "epoch", value=1),
     "no environment": lambda state: state.pop("environment"),
     "other ranks": keys("environment", "num_processes", value=2),
     "shape of the data": keys("data_identity", "shape", value=[64]),
@@ -653,6 +655,10 @@ WRONG_TENSORS: dict[str, tuple[str, bytes | Callable[[dict[str, Any]], Any]]] = 
     "ids negative": ("extra", changed("ids", lambda ids: ids - 1)),
     "ids twice": ("extra", changed("ids", torch.zeros_like)),
     "logits NaN": ("extra", changed("logits", lambda logits: logits / 0)),
+    "predictions of half a step": (
+        "extra",
+        lambda part: part.update(ids=torch.arange(3), logits=torch.zeros(3)),
+    ),
     "fewer logits": ("extra", changed("logits", lambda logits: logits[:1])),
 }
 
@@ -673,7 +679,8 @@ def test_wrong_tensors_in_a_valid_manifest_are_damage(
 
 
 def test_predictions_between_epochs_are_damage(run_dir: Path) -> None:
-    rewrite_state(step_dir(run_dir, 2), keys("train_state", "step_in_epoch", value=0))
+    between = {"epoch": 1, "step_in_epoch": 0}
+    rewrite_state(step_dir(run_dir, 2), lambda state: state["train_state"].update(between))
     assert "extra.safetensors" in str(Checkpoint(step_dir(run_dir, 2)).find_problem())
 
 
@@ -1265,7 +1272,7 @@ def test_verify_lists_the_checkpoints_and_never_writes(
     complete = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert complete.returncode == 0, complete.stderr
     lines = complete.stdout.splitlines()
-    assert lines[1].split()[0:2] == ["step_00000001", "3"]
+    assert lines[1].split()[0:2] == ["step_00000001", "0"]
     assert lines[1].split()[3:] == ["0.700000", "complete"]
     assert lines[2].split()[3:] == ["-", "complete"]
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
