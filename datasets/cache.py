@@ -168,8 +168,10 @@ class CubeCache:
             self._prefetcher.fill()
             self._prefetcher.finish()
 
-    def iterate(self, ids: Ids, symmetries: Ids, first_step: int) -> Iterator[Tensor]:
+    def iterate(self, ids: Ids, symmetries: Ids, shifts: Ids, first_step: int) -> Iterator[Tensor]:
         """For each row of `ids` (steps, rows) from `first_step` on, the images (rows, C, N, N) of its slices.
+
+        A slice is rolled by its `shifts` (steps, rows, 2), then transformed by its symmetry.
 
         The images are on the device, in its memory format, and never overwritten. The threads end with the
         iteration. Raises DataError for a cube that cannot be read.
@@ -177,7 +179,9 @@ class CubeCache:
         with self._one_loop():
             seeds = ids // (6 * self._size) - self._reader.seeds.start
             uses = deque(self._prepare(seeds, first_step))
-            views = slicing.views(ids, symmetries, self._size, channels=self._channels, rotated=self._rotated)
+            views = slicing.views(
+                ids, symmetries, shifts, self._size, channels=self._channels, rotated=self._rotated
+            )
             slicer: HostSlicer | DeviceSlicer
             if self._device_cubes is None:
                 slicer = HostSlicer(self._pool, seeds, views, self._size, self._device)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .cache import CubeCache, CubeReader, choose_cache
 from .cube_file import GRAVITIES, CubeFile, DataError
-from .sampler import EpochSampler, Ids, decode, evaluation_order, random_symmetries
+from .sampler import (
+    EpochSampler,
+    Ids,
+    decode,
+    evaluation_order,
+    newtonian_twins,
+    random_shifts,
+    random_symmetries,
+)
 from .slicing import to_memory_format
 
 
@@ -42,11 +50,16 @@ class Batch:
 class WholeCubeDataset:
     """The slices of the cubes of `seeds`, in batches.
 
-    `batch_size` counts the slices of all `num_processes` ranks; rank `process_index` gets its rows. Order and
-    symmetries depend on `seed`, the epoch and the sample ids only. Cubes are standardized to (cube - `mean`)
-    / `std`; Newtonian ones are then multiplied by `newton_augmentation`. `cache` is auto, disk, memory or
-    device. `transform` is applied to the images (b, C, N, N) of each batch. Raises DataError if the file
-    lacks seeds or if `num_processes` does not divide the batch size.
+    `batch_size` counts the slices of all `num_processes` ranks; rank `process_index` gets its rows. Cubes are
+    standardized to (cube - `mean`) / `std`; Newtonian ones are then multiplied by `newton_augmentation`.
+
+    In training each slice is rolled at random along both axes with `shifts`, then gets a random symmetry of
+    the square with `symmetries`. With `pairs` the twin of each slice is in the next row of the batch, with
+    the same shift and symmetry. Order, shifts and symmetries depend on `seed`, the epoch and the sample ids
+    only.
+
+    `cache` is auto, disk, memory or device. `transform` is applied to the images (b, C, N, N) of each batch.
+    Raises DataError if the file lacks seeds, or if the batch cannot be divided among the ranks.
     """
 
     def __init__(
@@ -63,6 +76,8 @@ class WholeCubeDataset:
         std: float = 1.0,
         newton_augmentation: float = 1.0,
         symmetries: bool = True,
+        shifts: bool = False,
+        pairs: bool = False,
         cache: str = "auto",
         process_index: int = 0,
         num_processes: int = 1,
@@ -74,9 +89,16 @@ class WholeCubeDataset:
                 f"train_params.batch_size {batch_size} is not divisible by the {num_processes} ranks of this "
                 f"launch.\nSet it to a multiple of {num_processes}."
             )
+        if pairs and (batch_size // num_processes) % 2:
+            raise DataError(
+                f"train_params.batch_size {batch_size} gives each of the {num_processes} ranks an odd number "
+                f"of slices, but data_params.pairs needs both twins.\n"
+                f"Set it to a multiple of {2 * num_processes}."
+            )
         self.cubes, self.seeds, self.device, self._transform = cubes, seeds, device, transform
         self.batch_size, self.seed = batch_size, seed
-        self.axes, self.channels, self.symmetries = tuple(sorted(axes)), channels, symmetries
+        self.axes, self.channels = tuple(sorted(axes)), channels
+        self.symmetries, self.shifts, self.pairs = symmetries, shifts, pairs
         self.process_index, self.num_processes = process_index, num_processes
         self.shape = (channels, cubes.size, cubes.size)
         rotated = 2 in axes
@@ -111,15 +133,23 @@ class WholeCubeDataset:
         """This rank's rows of the batches of an epoch, from `first_step` on."""
         ids, mask = self.order(epoch)
         own = ids[:, self._columns]
-        symmetries = random_symmetries(self.seed, epoch, own) if self.symmetries else np.zeros_like(own)
-        yield from self._batches(own, mask[:, self._columns], symmetries, mask.sum(axis=1), first_step)
+        keys = newtonian_twins(own, self.cubes.size) if self.pairs else own
+        symmetries, shifts = np.zeros_like(own), np.zeros((*own.shape, 2), np.int64)
+        if self.symmetries:
+            symmetries = random_symmetries(self.seed, epoch, keys)
+        if self.shifts:
+            shifts = random_shifts(self.seed, epoch, keys, self.cubes.size)
+        yield from self._batches(
+            own, mask[:, self._columns], symmetries, shifts, mask.sum(axis=1), first_step
+        )
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """This rank's part of all slices, without symmetries; all ranks have the same number of batches."""
+        """This rank's part of all slices, unchanged; all ranks have the same number of batches."""
         ids, mask, num_valid = evaluation_order(
             self.seeds, self.cubes.size, self.axes, self.batch_size, self.process_index, self.num_processes
         )
-        yield from self._batches(ids, mask, np.zeros_like(ids), num_valid, 0)
+        shifts = np.zeros((*ids.shape, 2), np.int64)
+        yield from self._batches(ids, mask, np.zeros_like(ids), shifts, num_valid, 0)
 
     @property
     def _columns(self) -> slice:
@@ -135,16 +165,24 @@ class WholeCubeDataset:
                 f"data_params.train_seeds {len(self.seeds)} gives {len(self)} slices of {self.cubes.path}.\n"
                 f"Reduce batch_size to {len(self)} or less, or add seeds."
             )
-        return EpochSampler(self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed)
+        return EpochSampler(
+            self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed, pairs=self.pairs
+        )
 
     def _batches(
-        self, ids: Ids, mask: NDArray[np.bool_], symmetries: Ids, num_valid: Ids, first_step: int
+        self,
+        ids: Ids,
+        mask: NDArray[np.bool_],
+        symmetries: Ids,
+        shifts: Ids,
+        num_valid: Ids,
+        first_step: int,
     ) -> Iterator[Batch]:
         # Small enough to go to the device once for the whole epoch.
         labels = torch.from_numpy(decode(ids, self.cubes.size).gravity.astype(np.float32)).to(self.device)
         masks = torch.from_numpy(mask.astype(np.float32)).to(self.device)
         host_ids = torch.from_numpy(ids)
-        for step, images in enumerate(self._cache.iterate(ids, symmetries, first_step), first_step):
+        for step, images in enumerate(self._cache.iterate(ids, symmetries, shifts, first_step), first_step):
             if self._transform is not None:
                 images = to_memory_format(self._transform(images))
             yield Batch(host_ids[step], images, labels[step], masks[step], int(num_valid[step]))

@@ -1,7 +1,8 @@
 """Inner loops over cubes: compiled by Numba for host memory, by torch.compile for an accelerator.
 
-A slice under a symmetry is an affine view of its cube: element (i, j) of the image lies
-`start + i * row + j * column` floats into the memory that holds the cubes.
+A slice under a symmetry is an affine view of its cube, and a periodic shift rotates the indices of the view.
+With i' = (i + row_offset) mod N and j' = (j + column_offset) mod N, element (i, j) of the image is at `start
++ i' * row + j' * column` in the memory that holds the cubes, in floats.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROWS, RUN = 8, 32  # rows copied side by side, and floats of one row in a run: t
 INDEX_BYTES = 64 << 20  # memory of the index that `gather_in_parts` builds at a time
 
 Image = NDArray[np.float32]
-Gather = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+Gather = Callable[..., Tensor]  # arguments as those of `gather_in_parts`
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,13 @@ _unsigned = np.uint64  # indices that cannot be negative let the compiler vector
 
 @njit(nogil=True, cache=CACHED)
 def copy_slices(
-    memory: NDArray[np.float32], start: Ids, row: Ids, column: Ids, images: NDArray[np.float32]
+    memory: NDArray[np.float32],
+    start: Ids,
+    row: Ids,
+    column: Ids,
+    row_offset: Ids,
+    column_offset: Ids,
+    images: NDArray[np.float32],
 ) -> None:
     """Copy views of `memory` (flat) into `images` (len(start), N, N), on one thread."""
     size = images.shape[1]
@@ -51,26 +58,46 @@ def copy_slices(
     for k in range(images.shape[0]):
         image = images[k]
         if abs(column[k]) == 1:
-            _copy(memory, start[k], row[k], column[k], size, image)
+            _copy(memory, start[k], row[k], column[k], row_offset[k], column_offset[k], size, image)
         else:  # the columns of the image are contiguous in memory: copy them as rows, transpose in the cache
-            _copy(memory, start[k], column[k], row[k], size, tile)
+            _copy(memory, start[k], column[k], row[k], column_offset[k], row_offset[k], size, tile)
             for i in range(size):
                 for j in range(size):
                     image[_unsigned(i), _unsigned(j)] = tile[_unsigned(j), _unsigned(i)]
 
 
 @njit(nogil=True, cache=CACHED, inline="always")
-def _copy(memory: NDArray[np.float32], first: int, row: int, column: int, size: int, to: Image) -> None:
+def _copy(
+    memory: NDArray[np.float32],
+    first: int,
+    row: int,
+    column: int,
+    row_offset: int,
+    column_offset: int,
+    size: int,
+    to: Image,
+) -> None:
     """Copy a view whose rows are contiguous in memory: `column` is 1 or -1."""
     if abs(row) == size:  # the rows are adjacent; in ascending order the hardware prefetches them
         for n in range(size):
             i = size - 1 - n if row < 0 and column == 1 else n
-            _copy_run(memory, first + i * row, column, size, to[i])
+            image_row = to[(i - row_offset) % size]
+            begin, count = first + i * row, size - column_offset
+            _copy_run(memory, begin + column_offset * column, column, count, image_row)
+            _copy_run(memory, begin, column, column_offset, image_row[count:])
     else:  # the rows are far apart: several at a time, so that their cache misses overlap
         for i in range(0, size, ROWS):
             for j in range(0, size, RUN):
+                image_column = (j - column_offset) % size
+                count = size - image_column  # to the right edge of the image, where a shifted run is split
                 for near in range(i, i + ROWS):
-                    _copy_run(memory, first + near * row + j * column, column, RUN, to[near, j:])
+                    image_row = to[(near - row_offset) % size]
+                    begin = first + near * row + j * column
+                    if count >= RUN:
+                        _copy_run(memory, begin, column, RUN, image_row[image_column:])
+                    else:
+                        _copy_run(memory, begin, column, count, image_row[image_column:])
+                        _copy_run(memory, begin + count * column, column, RUN - count, image_row)
 
 
 @njit(nogil=True, cache=CACHED, inline="always")
@@ -110,11 +137,12 @@ def rotate(cube: NDArray[np.float32], rotated: NDArray[np.float32]) -> None:
                 rotated[z, x, y] = plane[y, z]
 
 
-def choose_gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Gather:
+def choose_gather(memory: Tensor, size: int, *views: Tensor) -> Gather:
     """The fastest function that does on the device of `memory` what `copy_slices` does on the host.
 
-    It takes the same arguments as this function and returns images (len(start), N, N). The compiled function
-    is tried on these views; where compilation fails, a warning is logged and the eager function is returned.
+    It takes the same arguments as this function: memory (flat), N, and the fields (n) of the views in the
+    order of `copy_slices`. It returns images (n, N, N). The compiled function is tried on these views; where
+    compilation fails, a warning is logged and the eager function is returned.
     """
     if memory.device.type in ("cpu", "mps"):
         return gather_in_parts
@@ -123,7 +151,7 @@ def choose_gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, si
     fused = _fused_gather()
     try:
         with torch._dynamo.config.patch(suppress_errors=False):
-            fused(memory, start, row, column, size)
+            fused(memory, size, *views)
     except Exception as error:  # Triton, a C compiler or the headers of Python are missing
         log.warning("torch.compile does not work here, slicing runs without it: %r", error)
         return gather_in_parts
@@ -137,14 +165,23 @@ def _fused_gather() -> Gather:
     return compiled
 
 
-def gather_in_parts(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """The images (len(start), N, N), in parts, because an index takes twice the memory of its images."""
-    step = max(1, INDEX_BYTES // (8 * size * size))
-    parts = zip(start.split(step), row.split(step), column.split(step), strict=True)
-    return torch.cat([_gather(memory, s, r, c, size) for s, r, c in parts])
+def gather_in_parts(memory: Tensor, size: int, *views: Tensor) -> Tensor:
+    """The images, in parts, because an index takes twice the memory of its images."""
+    count = max(1, INDEX_BYTES // (8 * size * size))
+    parts = zip(*(field.split(count) for field in views), strict=True)
+    return torch.cat([_gather(memory, size, *part) for part in parts])
 
 
-def _gather(memory: Tensor, start: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+def _gather(
+    memory: Tensor,
+    size: int,
+    start: Tensor,
+    row: Tensor,
+    column: Tensor,
+    row_offset: Tensor,
+    column_offset: Tensor,
+) -> Tensor:
     side = torch.arange(size, device=memory.device)
-    lines = start[:, None] + row[:, None] * side
-    return memory[lines[:, :, None] + (column[:, None] * side)[:, None, :]]
+    rows = start[:, None] + row[:, None] * ((side + row_offset[:, None]) % size)
+    columns = column[:, None] * ((side + column_offset[:, None]) % size)
+    return memory[rows[:, :, None] + columns[:, None, :]]

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 STREAMS = 8
 WINDOW_BYTES = 1 << 30
 
-_LAYOUT, _SEED_ORDER, _SHUFFLE, _JITTER, _SYMMETRY = range(5)  # purposes of random numbers
+_LAYOUT, _SEED_ORDER, _SHUFFLE, _JITTER, _SYMMETRY, _SHIFT = range(6)  # purposes of random numbers
 
 Ids = NDArray[np.int64]
 
@@ -70,24 +70,49 @@ def random_symmetries(seed: int, epoch: int, ids: Ids) -> Ids:
     return (_hash(seed, epoch, _SYMMETRY, ids) >> np.uint64(61)).astype(np.int64)
 
 
+def random_shifts(seed: int, epoch: int, ids: Ids, size: int) -> Ids:
+    """Periodic shifts (..., 2) of rows and columns for each id, uniform in [0, size)."""
+    bits = _hash(seed, epoch, _SHIFT, ids)
+    halves = np.stack([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)], axis=-1)
+    return (halves % np.uint64(size)).astype(np.int64)
+
+
+def newtonian_twins(ids: Ids, size: int) -> Ids:
+    """The id of the Newtonian slice of the same seed, axis and position: one id for both twins."""
+    return ids - decode(ids, size).gravity * (3 * size)
+
+
 class EpochSampler:
     """Batches of sample ids for training, the same for any number of ranks.
 
-    `seeds` are the training seeds, `seed` is the random seed. `batch_size` must not exceed `slices`.
+    `seeds` are the training seeds, `seed` is the random seed. `batch_size` must not exceed `slices`. With
+    `pairs` both twins of a slice, the Newtonian one first, are in two adjacent places of a batch;
+    `batch_size` must be even.
     """
 
-    def __init__(self, seeds: range, size: int, axes: tuple[int, ...], batch_size: int, seed: int) -> None:
-        self.seeds, self.size, self.axes, self.batch_size, self.seed = seeds, size, axes, batch_size, seed
-        self.slices_per_seed = 2 * len(axes) * size
+    def __init__(
+        self,
+        seeds: range,
+        size: int,
+        axes: tuple[int, ...],
+        batch_size: int,
+        seed: int,
+        *,
+        pairs: bool = False,
+    ) -> None:
+        self.seeds, self.size, self.axes, self.seed, self.pairs = seeds, size, axes, seed, pairs
+        # With pairs a column of the order below is a slice and its twin, and takes two places of a batch.
+        self.columns = batch_size // 2 if pairs else batch_size
+        self.slices_per_seed = (1 if pairs else 2) * len(axes) * size
         self.slices = len(seeds) * self.slices_per_seed
-        self.steps = -(-self.slices // batch_size)
-        self.streams = min(STREAMS, batch_size)
-        self.stream_of_column = np.arange(batch_size) * self.streams // batch_size
+        self.steps = -(-self.slices // self.columns)
+        self.streams = min(STREAMS, self.columns)
+        self.stream_of_column = np.arange(self.columns) * self.streams // self.columns
         self.window = max(1, WINDOW_BYTES // (self.streams * 2 * size**3 * 4))
         # The slices of a short last batch are spread over its columns, so that every rank has its part of
         # them.
-        remaining = self.slices - (self.steps - 1) * batch_size
-        bounds = np.arange(batch_size + 1) * remaining // batch_size
+        remaining = self.slices - (self.steps - 1) * self.columns
+        bounds = np.arange(self.columns + 1) * remaining // self.columns
         self._last_mask = bounds[1:] > bounds[:-1]
         self._segments = self._assign_segments()
 
@@ -97,8 +122,8 @@ class EpochSampler:
         A short last batch is filled with the ids of the batch before, masked out: they keep its size and the
         statistics of batch normalization, and count for nothing else.
         """
-        ids = np.empty((self.steps, self.batch_size), np.int64)
-        mask = np.ones((self.steps, self.batch_size), np.bool_)
+        ids = np.empty((self.steps, self.columns), np.int64)
+        mask = np.ones((self.steps, self.columns), np.bool_)
         mask[-1] = self._last_mask
         sequence = self._sequence(epoch)
         begin = 0
@@ -112,6 +137,9 @@ class EpochSampler:
             begin += count
         if self.steps > 1:
             ids[-1] = np.where(mask[-1], ids[-1], ids[-2])
+        if self.pairs:
+            ids = np.stack([ids, ids + 3 * self.size], axis=-1).reshape(self.steps, -1)
+            mask = mask.repeat(2, axis=1)
         return ids, mask
 
     def _assign_segments(self) -> Ids:
@@ -170,7 +198,9 @@ class EpochSampler:
 
     def _shuffled_seeds(self, epoch: int) -> Ids:
         """The ids of each seed (len(seeds), slices_per_seed), shuffled within the seed."""
-        ids = sample_ids(self.seeds, self.axes, self.size)
+        ids = sample_ids(self.seeds, self.axes, self.size)[
+            :, : self.slices_per_seed
+        ]  # Newtonian slices first
         return np.take_along_axis(
             ids, np.argsort(_hash(self.seed, epoch, _SHUFFLE, ids), axis=1, kind="stable"), 1
         )

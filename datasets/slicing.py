@@ -1,6 +1,6 @@
 """Slices of cubes in memory: where they lie, and how a batch of them is copied to the device.
 
-A slice, flipped or transposed, is an affine view of its cube (see kernels.py). If the column stride is 1 or
+A slice, flipped, transposed and shifted, is a view of its cube (see kernels.py). If the column stride is 1 or
 -1, the rows of the image are contiguous in the cube. Slices across axis 2 would touch one float per cache
 line, so host memory holds a second, rotated copy of each cube: rotated[z, x, y] = cube[x, y, z].
 """
@@ -27,15 +27,20 @@ BATCHES_AHEAD = 2  # batches that the host may copy to an accelerator ahead of t
 
 
 class Views(NamedTuple):
-    """Start, row stride and column stride of images, in floats; start counts from the buffer of the seed."""
+    """Start in the buffer of the seed, and strides of images, in floats; offsets of rows and columns.
+
+    Element (i, j) is at `start + (i + row_offset) mod N * row + (j + column_offset) mod N * column`.
+    """
 
     start: Ids
     row: Ids
     column: Ids
+    row_offset: Ids
+    column_offset: Ids
 
 
-def views(ids: Ids, symmetries: Ids, size: int, *, channels: int, rotated: bool) -> Views:
-    """Views (..., channels) of the slices `ids` (...) under `symmetries` (...).
+def views(ids: Ids, symmetries: Ids, shifts: Ids, size: int, *, channels: int, rotated: bool) -> Views:
+    """Views (..., channels) of slices `ids` (...), rolled by `shifts` (..., 2), then with `symmetries` (...).
 
     A seed's buffer holds the Newtonian cube, then that of General Relativity, each followed by its rotated
     copy if there is one. Channel c of the slice at position p is taken at position p + c, in a periodic box.
@@ -55,9 +60,17 @@ def views(ids: Ids, symmetries: Ids, size: int, *, channels: int, rotated: bool)
     start = cubes[..., None] * size**3 + (size - 1) * (flip_rows * row + flip_columns * column)
     start = start + (index.position[..., None] + np.arange(channels)) % size * across
     row, column = row * (1 - 2 * flip_rows), column * (1 - 2 * flip_columns)
+    # numpy.roll by s puts element i - s at i. In a flipped view the direction is reversed.
+    row_offset = shifts[..., :1] * (2 * flip_rows - 1) % size
+    column_offset = shifts[..., 1:] * (2 * flip_columns - 1) % size
     swap = transposed[..., None] == 1
     row, column = np.where(swap, column, row), np.where(swap, row, column)
-    return Views(start, *(np.broadcast_to(stride, start.shape).copy() for stride in (row, column)))
+    row_offset, column_offset = (
+        np.where(swap, column_offset, row_offset),
+        np.where(swap, row_offset, column_offset),
+    )
+    fields = (row, column, row_offset, column_offset)
+    return Views(start, *(np.broadcast_to(field, start.shape).copy() for field in fields))
 
 
 class HostSlicer:
@@ -75,12 +88,12 @@ class HostSlicer:
 
     def start(self, step: int) -> None:
         """Begin to slice the images of a step, whose seeds must be in their buffers until `result`."""
-        start, row, column = (field[step] for field in self._views)
+        start, *fields = (field[step] for field in self._views)
         start = start + self._pool.offsets[self._seeds[step]][:, None]
         shape = (*start.shape, self._size, self._size)
         self._images = torch.empty(shape, pin_memory=copies_asynchronously(self._device))
         images = self._images.view(-1, self._size, self._size).numpy()
-        arrays = (start.ravel(), row.ravel(), column.ravel(), images)
+        arrays = (start.ravel(), *(field.ravel() for field in fields), images)
         threads = min(torch.get_num_threads(), MAX_SLICING_THREADS, len(start))
         bounds = [len(images) * k // threads for k in range(threads + 1)]
         memory = self._pool.memory.reshape(-1)
@@ -141,12 +154,12 @@ class DeviceCubes:
         places[list(self._place)] = list(self._place.values())
         return places[seeds] * (2 * self.size**3)
 
-    def slice(self, start: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Images (views, N, N) on the device."""
+    def slice(self, *fields: Tensor) -> Tensor:
+        """Images (n, N, N) on the device; `fields` (n) are those of Views."""
         memory = self._memory.view(-1)
         if self._gather is None:
-            self._gather = kernels.choose_gather(memory, start, row, column, self.size)
-        return self._gather(memory, start, row, column, self.size)
+            self._gather = kernels.choose_gather(memory, self.size, *fields)
+        return self._gather(memory, self.size, *fields)
 
 
 class DeviceSlicer:
@@ -154,9 +167,9 @@ class DeviceSlicer:
 
     def __init__(self, cubes: DeviceCubes, seeds: Ids, views: Views) -> None:
         self._cubes = cubes
-        fields = (views.start + cubes.offsets(seeds)[..., None], views.row, views.column)
+        views = views._replace(start=views.start + cubes.offsets(seeds)[..., None])
         # They are small enough to be copied to the device once for the whole epoch.
-        self._views = [torch.from_numpy(field).to(cubes.device) for field in fields]
+        self._views = [torch.from_numpy(field).to(cubes.device) for field in views]
         self._images = torch.empty(0)
 
     def start(self, step: int) -> None:

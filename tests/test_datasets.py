@@ -89,6 +89,7 @@ def expected(
     cubes: Cubes,
     ids: torch.Tensor,
     symmetries: NDArray[np.int64],
+    shifts: NDArray[np.int64] | None = None,
     channels: int = 1,
     mean: float = 0.0,
     std: float = 1.0,
@@ -102,6 +103,7 @@ def expected(
         for channel in range(channels):
             image = cube.take((position + channel) % N, axis=axis)
             image = ((image.astype(np.float64) - mean) * (factor / std)).astype(np.float32)
+            image = image if shifts is None else np.roll(image, tuple(shifts[k]), axis=(0, 1))
             image = image[::-1] if symmetries[k] & 1 else image
             image = image[:, ::-1] if symmetries[k] & 2 else image
             images[k, channel] = image.T if symmetries[k] & 4 else image
@@ -150,6 +152,90 @@ def test_batches_contain_the_slices_of_their_ids(
     ids, mask = data.order(2)
     np.testing.assert_array_equal(torch.stack([batch.ids for batch in batches]), ids)
     np.testing.assert_array_equal(torch.stack([batch.mask for batch in batches]), mask)
+
+
+def twin_keys(ids: torch.Tensor) -> NDArray[np.int64]:
+    """The id of the Newtonian slice of each pair."""
+    index = decode(ids.numpy(), N)
+    return (index.seed * 6 + index.axis) * N + index.position
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 24},
+        {"pairs": True, "axes": (0, 2), "channels": 2, "batch_size": 50},
+        {"pairs": True, "symmetries": False, "axes": (1,), "batch_size": 128},
+    ],
+)
+def test_a_shift_rolls_the_slice(cache: str, options: dict[str, Any], cubes: Cubes, path: Path) -> None:
+    for batch in make(path, cache=cache, shifts=True, **options).train_batches(epoch=1):
+        keys = twin_keys(batch.ids) if options.get("pairs") else batch.ids.numpy()
+        symmetries = sampler.random_symmetries(3, 1, keys) * options.get("symmetries", True)
+        shifts = sampler.random_shifts(3, 1, keys, N)
+        images = expected(cubes, batch.ids, symmetries, shifts, channels=options.get("channels", 1))
+        np.testing.assert_array_equal(batch.images, images)
+
+
+def test_a_shift_rolls_the_cube(
+    cubes: Cubes, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same_shift(seed: int, epoch: int, ids: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        return np.broadcast_to([5, 60], (*ids.shape, 2))
+
+    with h5py.File(tmp_path / "rolled.h5", "w") as file:
+        for (seed, gravity), cube in cubes.items():
+            file[f"{gravity}_seed{seed:04d}"] = np.roll(cube, (5, 60), axis=(1, 2))
+    monkeypatch.setattr("datasets.dataset.random_shifts", same_shift)
+    rolled = make(tmp_path / "rolled.h5", axes=(0,)).train_batches(0)
+    assert all_same(list(make(path, axes=(0,), shifts=True).train_batches(0)), list(rolled))
+
+
+@pytest.mark.parametrize("batch_size", [24, 4 * 6 * N - 2])
+def test_pairs_are_adjacent_and_transformed_alike(tmp_path: Path, batch_size: int) -> None:
+    values = np.random.default_rng(0).integers(0, 1000, (N, N, N)).astype(np.float32)
+    with h5py.File(tmp_path / "twins.h5", "w") as file:
+        for seed in range(5):
+            file[f"{seed}/newton"], file[f"{seed}/gr"] = values, values + 1
+    data = make(tmp_path / "twins.h5", pairs=True, shifts=True, batch_size=batch_size)
+    ids, mask = data.order(0)
+    np.testing.assert_array_equal(np.sort(ids[mask]), sampler.sample_ids(SEEDS, (0, 1, 2), N).ravel())
+    np.testing.assert_array_equal(ids[:, 1::2], ids[:, ::2] + 3 * N)
+    np.testing.assert_array_equal(mask[:, 1::2], mask[:, ::2])
+    assert not decode(ids[:, ::2], N).gravity.any()
+    for batch in data.train_batches(0):
+        assert torch.equal(batch.images[::2] + 1, batch.images[1::2])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_pairs_and_shifts_on_ranks_and_resumed(
+    cache: str, ranks: int, path: Path, small_window: None
+) -> None:
+    options = {"pairs": True, "shifts": True, "batch_size": 36}
+    whole = list(make(path, **options).train_batches(1))
+    first = 7 if ranks == 2 else len(whole) - 2
+    for start in (0, first):
+        parts = [
+            list(
+                make(path, cache=cache, process_index=r, num_processes=ranks, **options).train_batches(
+                    1, start
+                )
+            )
+            for r in range(ranks)
+        ]
+        for batch, *pieces in zip(whole[start:], *parts, strict=True):
+            joined = [torch.cat([getattr(p, f) for p in pieces]) for f in ("ids", "images", "labels", "mask")]
+            assert same(batch, Batch(*joined, pieces[0].num_valid))
+            for piece in pieces:
+                assert torch.equal(piece.ids[1::2], piece.ids[::2] + 3 * N)
+
+
+def test_pairs_need_an_even_number_of_slices_per_rank(path: Path) -> None:
+    make(path, pairs=True, batch_size=12, num_processes=3)
+    with pytest.raises(DataError, match=r"(?s)train_params.batch_size 9 .*data_params.pairs.*multiple of 6"):
+        make(path, pairs=True, batch_size=9, num_processes=3)
 
 
 @pytest.mark.parametrize("threads", [2, 5, 64])

@@ -90,6 +90,39 @@ def test_symmetries_are_uniform_and_change_with_epoch_and_seed() -> None:
         assert 0.8 < (other != symmetries).mean() < 0.95
 
 
+def test_shifts_are_uniform_and_change_with_epoch_and_seed() -> None:
+    ids = np.arange(96_000)
+    shifts = sampler.random_shifts(42, 0, ids, 96)
+    assert shifts.shape == (96_000, 2)
+    for column in shifts.T:
+        counts = np.bincount(column, minlength=96)
+        assert len(counts) == 96
+        assert abs(counts - 1000).max() < 160  # 5 standard deviations
+    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.02
+    np.testing.assert_array_equal(sampler.random_shifts(42, 0, ids[::-1], 96), shifts[::-1])
+    for other in (sampler.random_shifts(42, 1, ids, 96), sampler.random_shifts(43, 0, ids, 96)):
+        assert (other != shifts).mean() > 0.98
+
+
+def test_shifts_are_the_same_on_all_versions_and_machines() -> None:
+    assert sampler.random_shifts(42, 0, np.arange(3), 64).tolist() == [[46, 5], [28, 7], [13, 52]]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "size", "axes", "batch_size"),
+    [(range(1), 64, (1,), 2), (range(2, 5), 64, (0, 2), 6), (range(23), 256, (0, 1, 2), 60)],
+)
+def test_pairs_occur_once_per_epoch(seeds: range, size: int, axes: tuple[int, ...], batch_size: int) -> None:
+    epoch_sampler = EpochSampler(seeds, size, axes, batch_size, seed=42, pairs=True)
+    ids, mask = epoch_sampler.epoch(1)
+    assert ids.shape == mask.shape == (epoch_sampler.steps, batch_size)
+    np.testing.assert_array_equal(np.sort(ids[mask]), sampler.sample_ids(seeds, axes, size).ravel())
+    np.testing.assert_array_equal(ids[:, 1::2], ids[:, ::2] + 3 * size)
+    np.testing.assert_array_equal(mask[:, 1::2], mask[:, ::2])
+    if size == 256:  # as without pairs, one seed per stream
+        assert cache.schedule(seeds_of(ids, size), 0)[1] == sampler.STREAMS
+
+
 @pytest.mark.parametrize("seeds", [17, 48, 49, 150])
 def test_number_of_open_seeds_does_not_grow(seeds: int) -> None:
     epoch_sampler = EpochSampler(range(seeds), 256, (0, 1, 2), 64, seed=42)
