@@ -2,7 +2,7 @@
 
 A batch takes this path, and `CubeCache.iterate` is its only loop:
 
-    file -> buffer      CubeReader.read: reads, standardizes and rotates a cube     threads of the Prefetcher
+    file -> buffer      CubeReader: reads, checks, standardizes and rotates cubes   threads of the Prefetcher
     buffer -> device    DeviceCubes.upload, with cache `device` only                main thread
     cubes -> images     HostSlicer or DeviceSlicer                                slicing threads or a kernel
 
@@ -48,7 +48,7 @@ from .sampler import STREAMS, Ids
 from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
 
 SEEDS_AHEAD = 2  # seeds that are read before they are needed
-READERS = 2  # threads that read, so that both cubes of a seed arrive at the same time
+READERS = 2  # cubes that are read, and cubes that are prepared, at a time: both of a seed arrive together
 FREE_SHARE = 0.4  # of free memory; the test set may take as much again, and the network needs the rest
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,15 @@ class CubeReader:
     newton_augmentation: float
 
     def read(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
-        """Read a cube of `seeds[seed]` into copies[0], and rotate it into copies[1] if there is one.
+        """Read a cube of `seeds[seed]` into copies[0]. Raises DataError."""
+        self.cubes.read_unchecked(self.seeds[seed], GRAVITIES[label], copies[0])
 
-        Raises DataError.
+    def prepare(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
+        """Check and standardize the cube that was read, and rotate it into copies[1] if there is one.
+
+        Raises DataError for NaN and infinity.
         """
-        self.cubes.read(self.seeds[seed], GRAVITIES[label], copies[0])
+        self.cubes.check_finite(self.seeds[seed], GRAVITIES[label], copies[0])
         factor = 1 / self.std * (self.newton_augmentation if GRAVITIES[label] == "newton" else 1)
         if (self.mean, factor) != (0, 1):
             kernels.standardize(copies[0], self.mean, factor)
@@ -101,12 +105,16 @@ def schedule(seeds: Ids, first_step: int) -> tuple[list[Use], int]:
 
 
 class Prefetcher:
-    """Reads the cubes of a queue of seeds into buffers, in threads of its own, while there are buffers."""
+    """Reads the cubes of a queue of seeds into buffers, in threads of its own, while there are buffers.
+
+    Other threads prepare the cubes, so that the storage is never idle while there is something to read.
+    """
 
     def __init__(self, reader: CubeReader, pool: BufferPool, seeds: Iterable[int]) -> None:
         self._reader, self._pool, self._queue = reader, pool, deque(seeds)
-        self._reads: dict[int, list[Future[None]]] = {}
-        self._executor = ThreadPoolExecutor(READERS, "read")
+        self._reads: dict[int, list[Future[Future[None]]]] = {}
+        self._readers = ThreadPoolExecutor(READERS, "read")
+        self._preparers = ThreadPoolExecutor(READERS, "prepare")
 
     def fill(self) -> None:
         """Start reads until there is no buffer left, or the queue is empty."""
@@ -117,26 +125,31 @@ class Prefetcher:
                     return
                 buffer = self._pool[seed]
                 self._reads[seed] = [
-                    self._executor.submit(self._reader.read, seed, label, buffer[label])
+                    self._readers.submit(self._read, seed, label, buffer[label])
                     for label in range(len(GRAVITIES))
                 ]
             self._queue.popleft()
 
+    def _read(self, seed: int, label: int, copies: NDArray[np.float32]) -> Future[None]:
+        self._reader.read(seed, label, copies)
+        return self._preparers.submit(self._reader.prepare, seed, label, copies)
+
     def wait(self, seed: int) -> None:
         """Return when the cubes of a seed are in its buffer. Raises DataError if they cannot be read."""
         for read in self._reads.get(seed, ()):
-            read.result()
+            read.result().result()
         self._reads.pop(seed, None)
 
     def finish(self) -> None:
-        """Start no more reads; the threads end with those that were started. Returns at once."""
-        self._executor.shutdown(wait=False)
+        """Start no more reads. Returns at once."""
+        self._readers.shutdown(wait=False)
 
     def close(self, *, cancel: bool) -> None:
         """Wait for the reads, also for those not yet begun unless `cancel`, and release all buffers."""
-        self._executor.shutdown(cancel_futures=cancel)
+        self._readers.shutdown(cancel_futures=cancel)
+        self._preparers.shutdown()
         for seed, reads in self._reads.items():
-            if any(read.cancelled() or read.exception() for read in reads):
+            if any(read.cancelled() or read.exception() or read.result().exception() for read in reads):
                 self._pool.discard(seed)
         self._pool.release_all()
 

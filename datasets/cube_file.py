@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 
 import system
 
+from .streams import StreamTuner, read_into
+
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
 CHECKED_BYTES = 1 << 30  # cubes up to this size in total are searched for NaN before a run starts
@@ -250,6 +252,7 @@ class CubeFile:
         self.size: int = next(iter(self.cubes.values())).shape[0]
         seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(seeds["newton"] & seeds["gr"]))
+        self._tuner = StreamTuner()
         self._bytes_read = 0
         self._lock = threading.Lock()  # several threads may read cubes at the same time
 
@@ -260,6 +263,10 @@ class CubeFile:
     def bytes_read(self) -> int:
         """Bytes of cubes read from the file so far."""
         return self._bytes_read
+
+    def set_streams(self, count: int) -> None:
+        """Read each cube with this number of streams instead of the number that the storage rewards."""
+        self._tuner.fix(count)
 
     def attr_float(self, key: str) -> float | None:
         """An attribute of the file, if it is a finite number; otherwise None."""
@@ -303,6 +310,11 @@ class CubeFile:
         A contiguous, uncompressed, native float32 cube is read directly from its place in the file, any other
         by HDF5, which converts it. Raises DataError if it cannot be read or contains NaN or infinity.
         """
+        self.read_unchecked(seed, gravity, out)
+        self.check_finite(seed, gravity, out)
+
+    def read_unchecked(self, seed: int, gravity: str, out: NDArray[np.float32]) -> None:
+        """As `read`, without the check for NaN and infinity."""
         cube = self.cubes[seed, gravity]
         if cube.direct:
             self._read_direct(cube, out)
@@ -314,16 +326,12 @@ class CubeFile:
                     raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         with self._lock:
             self._bytes_read += cube.stored
-        self._require_finite(cube, out)
 
     def _read_direct(self, cube: Cube, out: NDArray[np.float32]) -> None:
         assert cube.offset is not None
-        target, done = out.data.cast("B"), 0
+        target = out.data.cast("B")
         try:
-            with open(self.path, "rb", buffering=0) as raw:
-                raw.seek(cube.offset)
-                while done < len(target) and (count := raw.readinto(target[done:])):
-                    done += count
+            done = read_into(self.path, cube.offset, target, self._tuner)
         except OSError as error:
             raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if done < len(target):
@@ -331,7 +339,9 @@ class CubeFile:
                 f"{self.path}: the file now ends within cube /{cube.name}. It was changed while in use."
             )
 
-    def _require_finite(self, cube: Cube, values: NDArray[np.float32]) -> None:
+    def check_finite(self, seed: int, gravity: str, values: NDArray[np.float32]) -> None:
+        """Raise DataError if the values of a cube contain NaN or infinity."""
+        cube = self.cubes[seed, gravity]
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(values.sum()):  # one fast pass: NaN and infinity propagate into the sum
                 return

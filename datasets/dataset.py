@@ -59,8 +59,7 @@ class WholeCubeDataset:
     only.
 
     `cache` is auto, disk, memory or device. `transform` is applied to the images (b, C, N, N) of each batch.
-    Raises DataError if the file lacks seeds, or if the batch cannot
-    be divided among the ranks.
+    Raises DataError if the file lacks seeds, or if the batch cannot be divided among the ranks.
     """
 
     def __init__(

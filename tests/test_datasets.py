@@ -327,13 +327,13 @@ def test_reads_ahead_are_bounded(many: Path, small_window: None) -> None:
 
 def test_reads_end_with_the_iteration(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(many, range(20), cache="memory")
-    read = data.cubes.read
+    read = data.cubes.read_unchecked
 
     def slow_read(*arguments: Any) -> None:
         read(*arguments)
         time.sleep(0.02)
 
-    monkeypatch.setattr(data.cubes, "read", slow_read)
+    monkeypatch.setattr(data.cubes, "read_unchecked", slow_read)
     batches = data.train_batches(0)
     next(batches)
     batches.close()
