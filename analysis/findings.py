@@ -91,10 +91,14 @@ def _performance(results: Results) -> str:
 
 def _driver(results: Results) -> str:
     """The first finding."""
+    data = results["data"]
     if not significant(results):
+        seeds = data["seeds"][1] - data["seeds"][0]
+        few = f" {seeds} seeds cannot reach p = {ALPHA}: evaluate more." if 2**-seeds > ALPHA else ""
         return (
-            "The network does not distinguish the gravities, so nothing drives its classification: slice AUC "
-            f"{format_estimate(results['slices']['auc'])}, p = {format_number(results['significance']['p_value'])}."
+            "The network is not shown to distinguish the gravities, so no driver is named: slice AUC "
+            f"{format_estimate(results['slices']['auc'])}, p = "
+            f"{format_number(results['significance']['p_value'])}.{few}"
         )
     if "attribution" not in results:
         return "The network distinguishes the gravities; what drives it is unknown without the full report (omit --quick)."
@@ -117,7 +121,7 @@ def _driver(results: Results) -> str:
     if driver == "small_scales":
         text += _strongest_band(results)
     text += f": {part} comes from them. "
-    if results["data"]["newton_augmentation"] != 1:
+    if data["newton_augmentation"] != 1:
         return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
     found = results["direction_dependence"].get(driver)
     if found is None:
