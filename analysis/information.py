@@ -1,4 +1,4 @@
-"""The network compared with power spectra: baselines that learn from them, and ceilings of Gaussian fields."""
+"""The network compared with power spectra: baselines that learn from them, ceilings of Gaussian fields."""
 
 from __future__ import annotations
 
