@@ -94,7 +94,7 @@ class EvaluationContext:
     def fields(
         self, seeds: range, cubes: datasets.CubeFile | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """This rank's share of the cubes of `seeds`, in the units of `slices`: 2 * seed + label and (N, N, N)."""
+        """This rank's cubes of `seeds`, in the units of `slices`: 2 * seed + label and (N, N, N)."""
         file, factor = cubes or self.cubes, self.config.data_params.newton_augmentation
         values = np.empty((file.size,) * 3, np.float32)
         for seed in self._share(seeds):
@@ -229,7 +229,7 @@ def load_run(
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration of the run in folder `run`. Raises EvaluationError if the folder is not one of a run."""
+    """The configuration of the run in folder `run`. Raises EvaluationError if it has none."""
     if not (run / "config.yaml").is_file():
         raise EvaluationError(
             f"{run}: config.yaml is missing. Give the folder LOG_DIR/NAME that trainer.py wrote."
@@ -256,7 +256,8 @@ def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool
         )
     if len(seeds) < MIN_SEEDS:
         raise EvaluationError(
-            f"seeds {seeds.start}:{seeds.stop}: {len(seeds)} are too few, because the intervals are a jackknife "
+            f"seeds {seeds.start}:{seeds.stop}: {len(seeds)} are too few, because the intervals are a "
+            "jackknife "
             f"over seeds. Choose at least {MIN_SEEDS} with --seeds A:B."
         )
     return seeds
@@ -308,7 +309,8 @@ def find_training_file(
     if moved:
         return None
     raise EvaluationError(
-        f"{path}: these are not the cubes that {run} was trained on. Restore them, or move this file away and "
+        f"{path}: these are not the cubes that {run} was trained on. Restore them, or move this file away "
+        "and "
         "give another one with --datafile."
     )
 

@@ -1,9 +1,10 @@
 """Which modes the mean difference between twins comes from.
 
-Delta is the mean logit of GR slices minus that of their Newtonian twins. Exchanging the modes of a group between
-twins turns it into Delta'. A network whose logit is a sum over groups has Delta' = Delta - 2 Delta_b, where
-Delta_b is the part of the group, so Delta_b = (Delta - Delta') / 2. The shares Delta_b / Delta of groups that
-partition all modes then sum to one; for any other network the remainder measures how far they interact.
+Delta is the mean logit of GR slices minus that of their Newtonian twins. Exchanging the modes of a group
+between twins turns it into Delta'. A network whose logit is a sum over groups has Delta' = Delta - 2 Delta_b,
+where Delta_b is the part of the group, so Delta_b = (Delta - Delta') / 2. The shares Delta_b / Delta of
+groups that partition all modes then sum to one; for any other network the remainder measures how far they
+interact.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def twin_difference(predictions: Predictions) -> Floats:
 def shares(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> list[Estimate]:
     """Delta_b / Delta of each group, with paired jackknife intervals, and last the remainder.
 
-    `unchanged` (slices,) are the logits of the slices of `predictions`, `exchanged` (slices, groups) those after
-    the exchange of each group.
+    `unchanged` (slices,) are the logits of the slices of `predictions`, `exchanged` (slices, groups) those
+    after the exchange of each group.
     """
     whole = twin_difference(predictions.with_logits(unchanged))
     after = np.stack([twin_difference(predictions.with_logits(logits)) for logits in exchanged.T], axis=1)

@@ -41,9 +41,9 @@ def p_values(predictions: Mapping[str, Predictions]) -> dict[str, float] | None:
 def write(folder: Path, runs: Mapping[str, Path]) -> str:
     """Write `comparison.json`, `.md`, `.png` and `.pdf` of evaluated runs by name; returns the table.
 
-    `p` tests the slice AUC of each run against chance by exchanging the labels of twins, with the maximum over the
-    runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to the first run. Raises
-    ReportError for runs without evaluation.
+    `p` tests the slice AUC of each run against chance by exchanging the labels of twins, with the maximum
+    over the runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to the
+    first run. Raises ReportError for runs without evaluation.
     """
     reports = {name: report.read(run) for name, run in runs.items()}
     predictions = {name: report.read_predictions(run) for name, run in runs.items()}

@@ -47,7 +47,8 @@ def require_one_experiment(configs: Mapping[str, Mapping[str, Any]]) -> None:
         seed = other["train_params.seed"]
         if seed in seeds:
             raise EnsembleError(
-                f"{seeds[seed]} and {name} have the same train_params.seed {seed}. Train with different seeds."
+                f"{seeds[seed]} and {name} have the same train_params.seed {seed}. Train with different "
+                "seeds."
             )
         seeds[seed] = name
 
@@ -62,7 +63,8 @@ def require_same_slices(predictions: Mapping[str, Predictions]) -> None:
     for name in names[1:]:
         if not np.array_equal(predictions[names[0]].id, predictions[name].id):
             raise EnsembleError(
-                f"{names[0]} and {name} were evaluated on different slices. Evaluate all runs on the same seeds."
+                f"{names[0]} and {name} were evaluated on different slices. Evaluate all runs on the same "
+                "seeds."
             )
 
 
@@ -108,8 +110,9 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
 def summarize(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
     """Metrics of the trainings, their mean and spreads, and the ensemble of mean logits.
 
-    Of each of METRICS: the `mean` over trainings with its 95 % interval over seeds; `spread_trainings`, the standard
-    deviation between trainings; `spread_seeds`, the standard error of the mean from the delete-one-seed jackknife.
+    Of each of METRICS: the `mean` over trainings with its 95 % interval over seeds; `spread_trainings`, the
+    standard deviation between trainings; `spread_seeds`, the standard error of the mean from the
+    delete-one-seed jackknife.
     """
     members = list(predictions.values())
     without = [_without_each_seed(member) for member in members]

@@ -1,4 +1,4 @@
-"""Figures of predictions, for a paper: legible in black and white. Each function returns a matplotlib figure."""
+"""Figures of predictions, legible in black and white. Each function returns a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ COMPARED = {  # metrics by which networks are compared: key -> (label, chance le
 def roc_and_precision(curves: Mapping[str, Any]) -> Figure:
     """ROC curve with its 95 % band over seeds, and precision-recall curve, of slices.
 
-    `curves`: `fpr`, `tpr`, `low`, `high`, `recall`, `precision` (points,); `auc`, `average_precision`, `balance`.
+    `curves`: `fpr`, `tpr`, `low`, `high`, `recall`, `precision` (points,); `auc`, `average_precision`,
+    `balance`.
     """
     figure, (roc, pr) = subplots(2 * WIDTH, 2.9, columns=2)
     roc.fill_between(
@@ -137,7 +138,7 @@ def logit_histogram(newton: Floats, gr: Floats) -> Figure:
 
 @styled
 def training_curves(lines: History) -> Figure:
-    """By epoch, from the lines of `metrics.jsonl`: loss, accuracy and AUC of slices; metrics of simulations."""
+    """Loss, accuracy and AUC of slices and metrics of simulations by epoch, from `metrics.jsonl`."""
     figure, (loss, share, whole) = subplots(2 * WIDTH, 2.6, columns=3)
     phases = {
         "train": {**NEWTON, "marker": ""},

@@ -1,7 +1,7 @@
 """What the results of an evaluation mean, in sentences.
 
-Sentences rest on the AUC of slices and on the permutation test, not on accuracy at logit 0, which depends on the
-threshold, and not on pairs of twins, which four modes alone rank correctly.
+Sentences rest on the AUC of slices and on the permutation test, not on accuracy at logit 0, which depends on
+the threshold, and not on pairs of twins, which four modes alone rank correctly.
 """
 
 from __future__ import annotations
@@ -45,13 +45,16 @@ def warnings(results: Results) -> list[str]:
         )
     if selection["evaluated"]:
         lines.append(
-            f"{_join(selection['criteria'])} selected this network on seeds {_seeds(selection['seeds'])}, which are "
-            "evaluated here: the results are biased upwards. Evaluate on other seeds (--seeds A:B), or train with "
+            f"{_join(selection['criteria'])} selected this network on seeds {_seeds(selection['seeds'])}, "
+            "which are "
+            "evaluated here: the results are biased upwards. Evaluate on other seeds (--seeds A:B), or train "
+            "with "
             "data_params.validation_seeds."
         )
     if data["newton_augmentation"] != 1:
         lines.append(
-            f"Newtonian slices were multiplied by {data['newton_augmentation']:g}: this tests the pipeline, not "
+            f"Newtonian slices were multiplied by {data['newton_augmentation']:g}: this tests the pipeline, "
+            "not "
             "gravity."
         )
     return lines
@@ -83,21 +86,30 @@ def _performance(results: Results) -> str:
     cubes = results["cubes"]
     return (
         f"Slices: AUC {format_estimate(results['slices']['auc'])}, one-sided p = "
-        f"{format_number(results['significance']['p_value'])} by exchanging the labels of twins. Cubes by mean logit: "
-        f"AUC {format_estimate(cubes['cube_auc'])}, accuracy {format_estimate(cubes['cube_accuracy'], percent=True)}, "
+        f"{format_number(results['significance']['p_value'])} by exchanging the labels of twins. Cubes by "
+        "mean logit: "
+        f"AUC {format_estimate(cubes['cube_auc'])}, accuracy "
+        f"{format_estimate(cubes['cube_accuracy'], percent=True)}, "
         f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar)."
     )
 
 
 def _driver(results: Results) -> str:
     """The first finding."""
+    data = results["data"]
     if not significant(results):
+        seeds = data["seeds"][1] - data["seeds"][0]
+        few = f" {seeds} seeds cannot reach p = {ALPHA}: evaluate more." if 2**-seeds > ALPHA else ""
         return (
-            "The network does not distinguish the gravities, so nothing drives its classification: slice AUC "
-            f"{format_estimate(results['slices']['auc'])}, p = {format_number(results['significance']['p_value'])}."
+            "The network is not shown to distinguish the gravities, so no driver is named: slice AUC "
+            f"{format_estimate(results['slices']['auc'])}, p = "
+            f"{format_number(results['significance']['p_value'])}.{few}"
         )
     if "attribution" not in results:
-        return "The network distinguishes the gravities; what drives it is unknown without the full report (omit --quick)."
+        return (
+            "The network distinguishes the gravities; what drives it is unknown without the full report "
+            "(omit --quick)."
+        )
     parts = results["attribution"]
     value = {key: parts[key]["value"] for key in ("mean", "large_scales", *SMALL_SCALES)}
     share = {
@@ -109,7 +121,8 @@ def _driver(results: Results) -> str:
     part = f"{100 * share[driver]:.0f} % of the mean difference between twins"
     if driver == "mean":
         return (
-            f"The mean of the slices drives the classification: {part} comes from it. It is a property of how the "
+            f"The mean of the slices drives the classification: {part} comes from it. It is a property of "
+            "how the "
             "simulations are computed or stored, not of structure."
         )
     modes = "modes with n <= 4 (large scales)" if driver == "large_scales" else "modes with n > 4"
@@ -117,12 +130,13 @@ def _driver(results: Results) -> str:
     if driver == "small_scales":
         text += _strongest_band(results)
     text += f": {part} comes from them. "
-    if results["data"]["newton_augmentation"] != 1:
+    if data["newton_augmentation"] != 1:
         return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
     found = results["direction_dependence"].get(driver)
     if found is None:
         return text.strip()
-    ratio = f"P_GR/P_N {found['axes']['value']:.4f} along the grid axes, {found['diagonals']['value']:.4f} along diagonals"
+    axes, diagonals = found["axes"]["value"], found["diagonals"]["value"]
+    ratio = f"P_GR/P_N {axes:.4f} along the grid axes, {diagonals:.4f} along diagonals"
     contrast, isotropic = found["contrast"], found["isotropic"]
     relative = abs(contrast["value"]) / max(abs(isotropic["value"]), 1e-12)
     if not _excludes_zero(contrast) or relative <= ISOTROPIC:
@@ -130,11 +144,14 @@ def _driver(results: Results) -> str:
     if relative < LATTICE:
         return (
             text
-            + f"The difference of the twins there depends in part on direction, an effect of the lattice ({ratio})."
+            + "The difference of the twins there depends in part on direction, an effect of the lattice "
+            + f"({ratio})."
         )
     return (
-        f"The lattice drives the classification: {part} comes from {modes}, where the sign of the difference of the "
-        f"twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an effect of the "
+        f"The lattice drives the classification: {part} comes from {modes}, where the sign of the difference "
+        "of the "
+        f"twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an effect "
+        "of the "
         "grid, not physics."
     )
 
@@ -180,8 +197,8 @@ def _beside_baselines(results: Results) -> str:
 def beyond_two_point(results: Results) -> bool:
     """Whether the network exceeds all that the direction-resolved power spectrum attains on the same slices.
 
-    By the intervals of the paired difference in AUC to the directional baseline and, as that may be fitted to too few
-    seeds, to the Gaussian likelihood ratio.
+    By the intervals of the paired difference in AUC to the directional baseline and, as that may be fitted to
+    too few seeds, to the Gaussian likelihood ratio.
     """
     gains = [results["baselines"]["directional"]["gain"]["auc"]]
     gains += [limit["gain"]["auc"] for limit in results.get("ceilings", {}).values()]
@@ -223,7 +240,8 @@ def _transfer(results: Results) -> str:
     found = results["transfer"]
     verdict = "transfers" if significant(results) else "does not transfer"
     return (
-        f"The network was trained at z = {found['trained_redshift']:g} and {verdict} to z = {found['redshift']:g} "
+        f"The network was trained at z = {found['trained_redshift']:g} and {verdict} to z = "
+        f"{found['redshift']:g} "
         f"(p = {format_number(results['significance']['p_value'])})."
     )
 
@@ -244,7 +262,8 @@ def _selection(results: Results) -> str:
     selection = results["selection"]
     if not selection["criteria"]:
         return "Selection: none. This is the network after the last epoch of a fixed number of epochs."
-    return f"Selection: {_join(selection['criteria'])}, on {selection['set']} seeds {_seeds(selection['seeds'])}."
+    where = f"{selection['set']} seeds {_seeds(selection['seeds'])}"
+    return f"Selection: {_join(selection['criteria'])}, on {where}."
 
 
 def _seeds(ends: list[int]) -> str:

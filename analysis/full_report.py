@@ -76,7 +76,7 @@ def lattice_of(measured: Measurements) -> Lattice:
 
 
 def power_spectra(partitions: Partitions, spectra: SimulationSpectra) -> dict[str, Any]:
-    """Mean P(k) of the slices of both gravities in shells, and the ratio of GR to Newton of slices and of cubes."""
+    """Mean P(k) of slices by gravity and shell, and the ratio of GR to Newton of slices and of cubes."""
 
     def ratio(power: Floats) -> list[statistics.Estimate]:
         return [

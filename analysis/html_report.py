@@ -36,7 +36,8 @@ NAMES = {
 FIGURES = {
     "twins": (
         "Twins",
-        "Mean logit of the slices of each cube. Twins share their initial conditions and are joined by a line.",
+        "Mean logit of the slices of each cube. Twins share their initial conditions and are joined by a "
+        "line.",
     ),
     "roc": (
         "ROC and precision-recall",
@@ -45,7 +46,8 @@ FIGURES = {
     "confusion": ("Confusion matrix", "Predictions at the threshold logit > 0."),
     "reliability": (
         "Calibration",
-        "Share of GR against predicted probability, in bins of equally many slices. A calibrated network is on the "
+        "Share of GR against predicted probability, in bins of equally many slices. A calibrated network is "
+        "on the "
         "dotted line.",
     ),
     "logits": ("Logits", "Distribution of the logits of slices; the outermost bins include what is beyond."),
@@ -55,36 +57,46 @@ FIGURES = {
     ),
     "attribution": (
         "Attribution",
-        "Share of the mean twin difference that changes sign when twins exchange a group of modes (left) or a band of "
+        "Share of the mean twin difference that changes sign when twins exchange a group of modes (left) or "
+        "a band of "
         "wavenumbers (right, relative to the band's width in log k; open symbol: the mean of the slice).",
     ),
     "interventions": (
         "Interventions",
-        "Slices of which only wavenumbers below or above k remain, and twins that exchanged one band. Exchanging a "
-        "band that the network uses lowers the AUC, below 0.5 if no other band holds the same information. An "
-        "accuracy of 0.5 with a higher AUC means that a filter shifted all logits. Dotted: unchanged slices. Shades: "
+        "Slices of which only wavenumbers below or above k remain, and twins that exchanged one band. "
+        "Exchanging a "
+        "band that the network uses lowers the AUC, below 0.5 if no other band holds the same information. "
+        "An "
+        "accuracy of 0.5 with a higher AUC means that a filter shifted all logits. Dotted: unchanged slices. "
+        "Shades: "
         "95 % over seeds.",
     ),
     "power_spectra": (
         "Power spectra",
-        "Left: mean spectra of slices as the network sees them. Middle: ratio of twins. Right: power of the gradient "
-        "of the logit; regular peaks come from the stride of the first convolution. The last k is the Nyquist "
+        "Left: mean spectra of slices as the network sees them. Middle: ratio of twins. Right: power of the "
+        "gradient "
+        "of the logit; regular peaks come from the stride of the first convolution. The last k is the "
+        "Nyquist "
         "frequency.",
     ),
     "directions": (
         "Ratio by direction",
-        "P_GR/P_N of the cubes along the grid axes, along diagonals and between. An isotropic theory has one curve. "
+        "P_GR/P_N of the cubes along the grid axes, along diagonals and between. An isotropic theory has one "
+        "curve. "
         "Right of the dotted line: the corners of Fourier space, beyond the Nyquist sphere.",
     ),
     "information": (
         "Network, baselines and ceilings",
-        "Baselines: logistic regressions on log P(k), isotropic and by direction. Likelihood ratios: the optimal test "
-        "for Gaussian fields with the spectra of the training twins, on the test seeds; open symbols: its expectation, "
+        "Baselines: logistic regressions on log P(k), isotropic and by direction. Likelihood ratios: the "
+        "optimal test "
+        "for Gaussian fields with the spectra of the training twins, on the test seeds; open symbols: its "
+        "expectation, "
         "the ceiling. Dotted: chance.",
     ),
     "saliency": (
         "Saliency",
-        "The slices with extreme logits, the gradient of the logit by pixel, and integrated gradients, which add up "
+        "The slices with extreme logits, the gradient of the logit by pixel, and integrated gradients, which "
+        "add up "
         "to the logit minus that of an empty slice.",
     ),
 }
@@ -94,15 +106,14 @@ body { font: 16px/1.5 Georgia, serif; color: #111; background: #fff; max-width: 
 padding: 0 1rem } h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #999 }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } td, th { padding: .2rem .6rem;
 text-align: right; vertical-align: top } th { border-bottom: 1px solid #111 } td:first-child, th:first-child {
-text-align: left; overflow-wrap: anywhere } tr:nth-child(even) td { background: #f3f3f3 } .interval { display: block;
-font-size: .8rem; color: #444 } figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption, .small {
-font-size: .9rem; color: #444 } .small td { text-align: left; overflow-wrap: anywhere }
-.warning { font-weight: bold; border-left: .3rem solid #111; padding-left: .7rem }
-@media (max-width: 700px) { body { font-size: 14px; padding: 0 .5rem } table { font-size: .75rem }
-td, th { padding: .15rem .25rem } .interval { font-size: .65rem } }
-@page { size: A4; margin: 15mm }
-@media print { body { font-size: 10pt; max-width: none; margin: 0; padding: 0 } table, figure { break-inside: avoid }
-h2, h3 { break-after: avoid } img { max-height: 220mm } }
+text-align: left; overflow-wrap: anywhere } tr:nth-child(even) td { background: #f3f3f3 } .interval { display:
+block; font-size: .8rem; color: #444 } figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto }
+figcaption, .small { font-size: .9rem; color: #444 } .small td { text-align: left; overflow-wrap: anywhere }
+.warning { font-weight: bold; border-left: .3rem solid #111; padding-left: .7rem } @media (max-width: 700px) {
+body { font-size: 14px; padding: 0 .5rem } table { font-size: .75rem } td, th { padding: .15rem .25rem }
+.interval { font-size: .65rem } } @page { size: A4; margin: 15mm } @media print { body { font-size: 10pt;
+max-width: none; margin: 0; padding: 0 } table, figure { break-inside: avoid } h2, h3 { break-after: avoid }
+img { max-height: 220mm } }
 """
 
 
@@ -196,9 +207,12 @@ def _predictions(results: Results) -> str:
     data = results["data"]
     intro = (
         f"{sum(results['confusion'].values()):,} slices of {data['seeds'][1] - data['seeds'][0]} seeds, "
-        f"{100 * results['chance']['balance']:.1f} % of them GR, the positive class. Brackets are 95 % intervals over "
-        "seeds: the delete-one-seed jackknife with a t quantile, score intervals for rates. AUC and its interval "
-        "count pairs of slices from different seeds. Trainings differ too: see --ensemble. Metrics by metrics.py and "
+        f"{100 * results['chance']['balance']:.1f} % of them GR, the positive class. Brackets are 95 % "
+        "intervals over "
+        "seeds: the delete-one-seed jackknife with a t quantile, score intervals for rates. AUC and its "
+        "interval "
+        "count pairs of slices from different seeds. Trainings differ too: see --ensemble. Metrics by "
+        "metrics.py and "
         "analysis/statistics.py; logistic regression by scikit-learn."
     )
     return (
@@ -222,7 +236,8 @@ def _attribution(results: Results) -> str:
     }
     rows: list[list[Cell]] = [[name, results["attribution"][key]] for key, name in names.items()]
     text = (
-        "Share of the mean difference of twins, logit of GR minus logit of Newton, by exchanging each group of modes "
+        "Share of the mean difference of twins, logit of GR minus logit of Newton, by exchanging each group "
+        "of modes "
         "between twins. n is the wavenumber in units of the fundamental mode."
     )
     return f"<p>{text}</p>{_table(['', 'share'], rows)}"
@@ -258,8 +273,10 @@ def _information(results: Results) -> str:
         for name, limit in results.get("ceilings", {}).items()
     ]
     text = (
-        "Baselines are logistic regressions on log P(k) of slices or cubes, fitted to the training seeds. Ceilings "
-        "are the expected performance of the likelihood ratio of Gaussian fields with the spectra of the training "
+        "Baselines are logistic regressions on log P(k) of slices or cubes, fitted to the training seeds. "
+        "Ceilings "
+        "are the expected performance of the likelihood ratio of Gaussian fields with the spectra of the "
+        "training "
         "twins. Of several channels the first counts."
     )
     shares = _table(["share of the ceiling's d'", "network"], attained) if attained else ""

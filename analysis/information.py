@@ -1,4 +1,4 @@
-"""The network beside what power spectra hold: baselines that learn from them, and the limits of Gaussian fields."""
+"""The network compared with power spectra: baselines that learn from them, ceilings of Gaussian fields."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def compare_baselines(
 ) -> dict[str, Any]:
     """Logistic regressions on the spectra of slices and of cubes, `isotropic` and `directional`.
 
-    They are fitted to `train` and applied to `test`, which holds the slices of `network` in the same order. Each has
-    the metrics of `slices`, of cubes by the mean logit of their slices (`slices_by_cube`) and of `cubes` by their own
-    spectra, and `gain`, what the network has over the baseline of slices.
+    They are fitted to `train` and applied to `test`, which holds the slices of `network` in the same order.
+    Each has the metrics of `slices`, of cubes by the mean logit of their slices (`slices_by_cube`) and of
+    `cubes` by their own spectra, and `gain`, what the network has over the baseline of slices.
     """
     size = partitions.box.size
     seeds, labels = train.id // (6 * size), train.id // (3 * size) % 2
@@ -58,10 +58,11 @@ def compare_baselines(
 def compare_ceilings(
     network: Predictions, limits: Mapping[str, ceilings.Ceiling], test: SimulationSpectra
 ) -> dict[str, Any]:
-    """The expected performance of each Gaussian likelihood ratio, and its `test` on the slices and cubes of `test`.
+    """The expected performance of each Gaussian likelihood ratio, and its `test` on the slices and cubes of
+    `test`.
 
-    `attained` is the network's share of the attainable d' of slices; `gain`, what the network has over the likelihood
-    ratio on the same slices.
+    `attained` is the network's share of the attainable d' of slices; `gain`, what the network has over the
+    likelihood ratio on the same slices.
     """
     auc = statistics.auc_estimate(statistics.mann_whitney(*summary.arrays(network)))["value"]
     results = {}

@@ -1,8 +1,8 @@
 """Interventions on the modes of slices, and what they do to the logits of a network.
 
-Three kinds: `low_pass` keeps the modes below a wavenumber, `high_pass` those above it, `exchange` gives each twin
-a set of modes of the other. Twins share their initial conditions, so an exchange leaves every slice a plausible
-one; a filter does not. An exchange is therefore the basis of the attribution (attribution.py).
+Three kinds: `low_pass` keeps the modes below a wavenumber, `high_pass` those above it, `exchange` gives each
+twin a set of modes of the other. Twins share their initial conditions, so an exchange leaves every slice a
+plausible one; a filter does not. An exchange is therefore the basis of the attribution (attribution.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GROUPS = ("mean", "large_scales", "axes", "between", "diagonals")
 
 @dataclass(frozen=True)
 class Bands:
-    """Bands of n that partition all modes of a slice: [edges[i], edges[i + 1]); the first holds only the mean."""
+    """Bands of n that partition the modes of a slice: [edges[i], edges[i + 1]); the first is the mean."""
 
     size: int
     edges: tuple[float, ...]  # in units of the fundamental mode
@@ -113,8 +113,8 @@ def columns(bands: Bands) -> dict[str, slice]:
 def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) -> tuple[Integers, Floats]:
     """Logits of POSITIONS slices per axis of each cube, unchanged and after each intervention.
 
-    `batches` come seed by seed, Newtonian cube first. Returns sample ids (slices,) and a table (slices, columns),
-    whose columns `columns` names. The last ones are the power spectrum of d logit / d pixel.
+    `batches` come seed by seed, Newtonian cube first. Returns sample ids (slices,) and a table (slices,
+    columns), whose columns `columns` names. The last ones are the power spectrum of d logit / d pixel.
     """
     ids, rows = [], []
     groups = group_masks(box.size)
@@ -135,7 +135,7 @@ def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) 
 
 
 def _twins(batches: Iterable[Batch], stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids (2, b) and slices (2, b, C, N, N) of twins, Newtonian first, of every `stride`-th slice of a cube."""
+    """Ids (2, b) and every `stride`-th slice (2, b, C, N, N) of twins, Newtonian first."""
     for _, simulation in groupby(
         batches, key=lambda batch: int(batch.ids[0]) // (6 * batch.images.shape[-1])
     ):
@@ -151,10 +151,11 @@ def _twins(batches: Iterable[Batch], stride: int) -> Iterator[tuple[Tensor, Tens
 
 
 def summarize(predictions: Predictions, table: Floats, bands: Bands, box: Box) -> dict[str, Any]:
-    """Metrics by wavenumber of the slices in `table` (slices, columns), unchanged and after each intervention.
+    """Metrics by wavenumber of the slices in `table` (slices, columns), unchanged and after each
+    intervention.
 
-    Wavenumbers are in h/Mpc, or in units of the fundamental mode where the box is not known. `saliency` is the
-    share of each ring |n| = 1, ..., N/2 in the power of d logit / d pixel.
+    Wavenumbers are in h/Mpc, or in units of the fundamental mode where the box is not known. `saliency` is
+    the share of each ring |n| = 1, ..., N/2 in the power of d logit / d pixel.
     """
     places = columns(bands)
     results: dict[str, Any] = {

@@ -105,9 +105,9 @@ class Lattice:
         """One sentence for each property of the grid that separates the gravities; none if none does.
 
         Direction separates them if axes and diagonals differ by 5 standard errors at n > 4, in any band or in
-        all of them, and if direction alone gives a cube d' > 0.2 and a tenth of that of the isotropic difference,
-        whose steps leave a residue in shells of finite width. The mean does if it differs by 5 standard
-        errors and has a d' > 0.2, and if single precision resolves it.
+        all of them, and if direction alone gives a cube d' > 0.2 and a tenth of that of the isotropic
+        difference, whose steps leave a residue in shells of finite width. The mean does if it differs by 5
+        standard errors and has a d' > 0.2, and if single precision resolves it.
         """
         found = []
         contrast, error = self.contrast
@@ -262,12 +262,12 @@ class Lattice:
         averages = [[self._average(self._log_ratio, mask & (band == i)) for i in bands] for mask in masks]
         return np.array(averages).transpose(2, 0, 1)
 
-    def _average(self, values: Floats, mask: Bools, weights: Floats | float = 1.0) -> Floats:
+    def _average(self, values: Floats, mask: Bools, weights: Floats | None = None) -> Floats:
         """Average of `values` (seeds, bins) over the modes of some bins: (seeds,), NaN if there are none.
 
         `weights` (bins,) weigh the modes.
         """
-        weights = self.bins.modes * mask * weights
+        weights = self.bins.modes * mask * (1.0 if weights is None else weights)
         total = weights.sum()
         return values @ weights / total if total else np.full(len(values), np.nan)
 

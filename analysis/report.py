@@ -92,7 +92,7 @@ def write_hdf5(path: Path, columns: Mapping[str, Any], attributes: Mapping[str, 
 
 
 def read_predictions(run: Path) -> Predictions:
-    """The predictions of an evaluated run. Raises ReportError unless they are what `write_predictions` wrote."""
+    """The predictions of an evaluated run. Raises ReportError if they are missing or damaged."""
     path = run / "evaluation" / PREDICTIONS
     fix = f"Evaluate the run again: evaluation.py {run}"
     try:
@@ -119,7 +119,7 @@ def _problem(columns: Mapping[str, Any]) -> str | None:
     if (np.diff(columns["id"]) <= 0).any():
         return "the sample ids are not ascending"
     gravities = [np.unique(columns["seed"][columns["label"] == label]) for label in (0, 1)]
-    if not np.isin(columns["label"], (0, 1)).all() or not np.array_equal(*gravities):
+    if not np.isin(columns["label"], (0, 1)).all() or not np.array_equal(gravities[0], gravities[1]):
         return "one gravity is missing for some seeds"
     return None
 

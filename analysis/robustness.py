@@ -55,8 +55,8 @@ def degradations(box: Box, smoothing: float, noise: float) -> dict[str, Degradat
     """Each degradation by name. Filters act in the plane of a slice.
 
     `smoothed`: Gaussian of width `smoothing` R, modes times exp(-k^2 R^2 / 2). `large_scales`: only n <= N/4.
-    `mean_removed`: each slice without its mean. `noisy`: white noise of standard deviation `noise` in every pixel,
-    independent between twins.
+    `mean_removed`: each slice without its mean. `noisy`: white noise of standard deviation `noise` in every
+    pixel, independent between twins.
     """
     n = wavenumber(wave_vectors(box.size, 2)).float()
     side = box.length or box.size

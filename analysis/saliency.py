@@ -37,9 +37,9 @@ def gradient(network: Network, slices: Tensor) -> Tensor:
 def integrated_gradients(network: Network, slices: Tensor, steps: int = 64) -> Tensor:
     """Each pixel's share in the logit of slices (b, C, N, N), relative to a field without structure.
 
-    The gradient is averaged over the straight path from 0, the mean field, to the slice, by the midpoint rule,
-    and multiplied by the slice. The shares add up to logit(slice) - logit(0) (Sundararajan, Taly & Yan 2017,
-    arXiv:1703.01365).
+    The gradient is averaged over the straight path from 0, the mean field, to the slice, by the midpoint
+    rule, and multiplied by the slice. The shares add up to logit(slice) - logit(0) (Sundararajan, Taly & Yan
+    2017, arXiv:1703.01365).
     """
     total = torch.zeros_like(slices)
     for step in range(steps):
@@ -50,7 +50,8 @@ def integrated_gradients(network: Network, slices: Tensor, steps: int = 64) -> T
 def maps(network: Network, slices: Tensor) -> dict[str, Any]:
     """One slice (1, C, N, N) with its maps, each (N, N) for its first channel.
 
-    `residual` is the sum of the integrated gradients minus logit(slice) + logit(0), the error of the integration.
+    `residual` is the sum of the integrated gradients minus logit(slice) + logit(0), the error of the
+    integration.
     """
     shares = integrated_gradients(network, slices)
     with torch.no_grad():

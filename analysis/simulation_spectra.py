@@ -1,4 +1,4 @@
-"""Power spectra of the slices and the cubes of whole simulations, as baselines, ceilings and diagnostics use them."""
+"""Power spectra of the slices and cubes of simulations, for baselines, ceilings and lattice diagnostics."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def interventions(measured: Mapping[str, Any], box: Box) -> Figure:
 def attribution(groups: Mapping[str, Estimate], measured: Mapping[str, Any], box: Box) -> Figure:
     """Shares of the mean twin difference: by group of modes, and by band of wavenumbers.
 
-    `groups` is what `attribution.attribute` returns; `measured` that of `interventions.summarize`, with `shares`.
+    `groups` is what `attribution.attribute` returns; `measured` that of `interventions.summarize`, with
+    `shares`.
     """
     figure, (left, right) = subplots(2 * WIDTH, 2.6, columns=2)
     places = np.arange(len(SHARES))[::-1]
@@ -108,7 +109,8 @@ def attribution(groups: Mapping[str, Estimate], measured: Mapping[str, Any], box
 
 @styled
 def power_spectra(spectra: Mapping[str, Any], saliency: Sequence[float], box: Box) -> Figure:
-    """Mean power spectra of both gravities, their ratio over twins, and the power of the gradient of the logit.
+    """Mean power spectra of both gravities, their ratio over twins, and the power of the gradient of the
+    logit.
 
     `spectra`: `k`, `newton`, `gr` (shells) of slices; `ratio` and `cube_ratio`, estimates by shell.
     """

@@ -41,8 +41,9 @@ class Calibration:
 def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> list[str]:
     """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
 
-    `units` are the attributes `mean` and `std` by which the training's file was standardized, as far as known.
-    Raises FieldError if the file cannot be read, holds no or other cubes, or was standardized otherwise.
+    `units` are the attributes `mean` and `std` by which the training's file was standardized, as far as
+    known. Raises FieldError if the file cannot be read, holds no or other cubes, or was standardized
+    otherwise.
     """
     names: list[str] = []
 
@@ -76,7 +77,8 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
 
 
 def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tuple[str, Tensor]]:
-    """Each data set by name, (N, N, N) float32. Raises FieldError for values that are not finite or in other units.
+    """Each data set by name, (N, N, N) float32. Raises FieldError for values that are not finite or in other
+    units.
 
     `std` is the standard deviation of the training's cubes.
     """
@@ -98,7 +100,7 @@ def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tup
 
 
 def slice_field(field: Tensor, axis: int, channels: int) -> Tensor:
-    """All slices (N, channels, N, N) of a cube perpendicular to `axis`; channel c is c cells further, periodic."""
+    """The slices (N, channels, N, N) of a cube perpendicular to `axis`; channel c is c cells further."""
     planes = field.movedim(axis, 0)
     return torch.stack([planes.roll(-channel, 0) for channel in range(channels)], dim=1)
 

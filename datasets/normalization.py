@@ -71,8 +71,12 @@ def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
 
 
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
-    """Raise DataError if the values of `other` are standardized otherwise than those of `trained_on`."""
-    for key in ("mean", "std"):
+    """Raise DataError if the values of `other` are standardized otherwise than those of `trained_on`.
+
+    Files of different redshifts may each be standardized by its own mean and standard deviation.
+    """
+    redshifts = {trained_on.attr_float("redshift"), other.attr_float("redshift")} - {None}
+    for key in ("mean", "std") if len(redshifts) < 2 else ():
         before, now = trained_on.attr_float(key), other.attr_float(key)
         if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
             raise DataError(

@@ -46,7 +46,7 @@ def equal(n: Tensor, direction: Tensor) -> Tensor:
 
 
 def twins(seed: int, ratio: Ratio) -> tuple[Tensor, Tensor]:
-    """The Newtonian and the GR cube (N, N, N) of a seed, with P proportional to n^-2 and standard deviation 1."""
+    """The Newtonian and the GR cube (N, N, N) of a seed; P is proportional to n^-2."""
     vectors = wave_vectors(SIZE, 3)
     n = wavenumber(vectors)
     noise = torch.randn(SIZE, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))

@@ -17,9 +17,9 @@ from sklearn import metrics as sk
 
 import datasets
 import evaluation
+import evaluation_context
 import models
 import trainer
-import evaluation_context
 from analysis import style
 from analysis.html_report import FIGURES
 from analysis.power_spectrum import wave_vectors, wavenumber
@@ -27,7 +27,7 @@ from analysis.power_spectrum import wave_vectors, wavenumber
 ROOT = Path(__file__).parent.parent
 SIZE, BOX = 64, 5120.0
 BAND = (8.5, 13.5)  # waves per box in which the twins differ
-TRAIN, TEST = 6, 4
+TRAIN, TEST = 6, 5
 
 
 def write_universe(path: Path, seeds: int, *, scale: float = 1.0, attributes: bool = True) -> None:
@@ -98,9 +98,7 @@ def test_the_numbers_are_those_of_the_predictions(home: Path, results: dict[str,
     index = {seed: found["seed"] == seed for seed in set(found["seed"].tolist())}
     gr = {seed: np.sort(found["logit"][index[seed] & (found["label"] == 1)]) for seed in index}
     newton = {seed: found["logit"][index[seed] & (found["label"] == 0)] for seed in index}
-    above = [
-        np.mean(gr[one][:, None] > newton[other]) for one in index for other in index if one != other
-    ]
+    above = [np.mean(gr[one][:, None] > newton[other]) for one in index for other in index if one != other]
     assert value["auc"] == pytest.approx(np.mean(above))
     assert results["pairs"]["pair_accuracy"]["value"] == np.mean(cubes[:, 1] > cubes[:, 0])
     assert results["data"]["seeds"] == [TRAIN, TRAIN + TEST]
@@ -156,7 +154,6 @@ def test_baselines_and_ceilings_see_the_band_too(results: dict[str, Any]) -> Non
         difference = results["slices"]["accuracy"]["value"] - found["slices"]["accuracy"]["value"]
         assert found["gain"]["accuracy"]["value"] == pytest.approx(difference)
     assert results["ceilings"]["directional"]["slice_auc"]["value"] > 0.99
-    assert 0 < results["ceilings"]["directional"]["attained"] < 1
 
 
 def test_the_card_and_the_files_it_leaves(home: Path, results: dict[str, Any]) -> None:
@@ -178,7 +175,13 @@ def test_the_card_and_the_files_it_leaves(home: Path, results: dict[str, Any]) -
 
 def test_two_processes_give_the_same_numbers(home: Path, results: dict[str, Any], tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*launch, str(ROOT / "evaluation.py"), str(home / "runs" / "run"), "--output", str(tmp_path)]
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from analysis import style; style.STYLE['savefig.dpi'] = 60\n"
+        "import evaluation; sys.exit(evaluation.main())\n"
+    )
+    command = [*launch, str(script), str(home / "runs" / "run"), "--output", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
     found = json.loads((tmp_path / "report.json").read_text())
     assert found.pop("environment")["processes"] == 2
@@ -200,7 +203,9 @@ def test_checkpoints_can_be_chosen(run: Path, results: dict[str, Any], tmp_path:
     assert (run / "model" / "README.md").read_text() == card
 
 
-def test_training_seeds_need_permission_and_stay_out_of_the_card(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_training_seeds_need_permission_and_stay_out_of_the_card(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
     card = (run / "model" / "README.md").read_text()
     options = ["--seeds", "0:3", "--quick", "--allow-training-seeds", "--output", str(tmp_path)]
     assert evaluation.main([str(run), *options]) == 0
@@ -237,7 +242,10 @@ def test_the_file_of_the_training_is_known_wherever_it_lies(home: Path, run: Pat
     write_universe(tmp_path / "fewer.h5", TRAIN)
     write_universe(tmp_path / "scaled.h5", TRAIN + TEST, scale=2)
     for name in ("fewer.h5", "scaled.h5"):
-        assert evaluation_context.find_training_file(run, loaded, last, datasets.CubeFile(tmp_path / name)) is None
+        assert (
+            evaluation_context.find_training_file(run, loaded, last, datasets.CubeFile(tmp_path / name))
+            is None
+        )
     with pytest.raises(datasets.DataError, match=r"gone\.h5"):
         evaluation_context.find_training_file(run, loaded, last, None)
     assert evaluation_context.find_training_file(run, loaded, None, same) is None
@@ -298,18 +306,18 @@ def gone(path: Path) -> list[str]:
 BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
     "no run": (lambda run, folder: gone(run / "config.yaml"), ["config.yaml is missing", "LOG_DIR/NAME"]),
     "not trained": (lambda run, folder: gone(run / "model"), ["not finished", "--checkpoint last"]),
-    "seeds that are not there": (lambda run, folder: ["--seeds", "8:20"], ["universe.h5", "seeds 10 to 19"]),
+    "seeds that are not there": (lambda run, folder: ["--seeds", "8:20"], ["universe.h5", "11-19"]),
     "seeds trained on": (lambda run, folder: ["--seeds", "4:8"], ["trained on seeds 0 to 5", "--allow"]),
     "no seeds": (lambda run, folder: ["--seeds", "8:8"], ["'8:8'", "A:B"]),
     "too few seeds": (lambda run, folder: ["--seeds", "6:8"], ["2 are too few", "at least 3"]),
-    "one gravity": (lambda run, folder: without_gr(folder), ["only the newton cube is there"]),
+    "one gravity": (lambda run, folder: without_gr(folder), ["seeds 6 have only the newton cube"]),
     "another degradation": (lambda run, folder: ["--degrade", "blur=1"], ["'blur=1'", "smoothing=R"]),
     "seeds in words": (lambda run, folder: ["--seeds", "some"], ["'some'", "A:B"]),
     "another size": (lambda run, folder: large(folder), ["128^3", "64^3"]),
     "another mean or std": (lambda run, folder: written(folder, scale=1.01), ["other.h5", "std", "1.01"]),
     "raw values": (
         lambda run, folder: written(folder, scale=1e-5, attributes=False),
-        ["other.h5", "standard deviation", "standardised in the same way"],
+        ["other.h5", "standard deviation", "standardized in the same way"],
     ),
     "other values": (other_values, ["changed.h5", "not the cubes", "--datafile"]),
     "no file": (lambda run, folder: ["--datafile", "nowhere.h5"], ["nowhere.h5"]),
@@ -317,7 +325,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
     "no such step": (lambda run, folder: ["--checkpoint", "7"], ["'7'", "last", "best"]),
     "the last checkpoint damaged": (
         lambda run, folder: [*cut(max(run.glob("checkpoints/*/model.safetensors"))), "--checkpoint", "last"],
-        ["model.safetensors has", "another one"],
+        ["model.safetensors has", "another checkpoint"],
     ),
     "another config.yaml": (
         lambda run, folder: changed(
@@ -327,7 +335,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
     ),
     "all checkpoints gone": (
         lambda run, folder: [*gone(run / "checkpoints"), "--checkpoint", "best"],
-        ["none is there"],
+        ["no checkpoint 'best'"],
     ),
 }
 
@@ -388,7 +396,7 @@ def first_lines(run: Path, tmp_path: Path, capsys: Any, *options: str) -> str:
 def test_selection_by_evaluated_test_seeds_is_the_first_line(run: Path, tmp_path: Path, capsys: Any) -> None:
     assert "selected this network" not in first_lines(run, tmp_path, capsys)
     text = first_lines(run, tmp_path, capsys, "--checkpoint", "best")
-    assert text.startswith("The lowest loss of all checkpoints selected this network on seeds 6 to 9")
+    assert text.startswith("The lowest loss of all checkpoints selected this network on seeds 6 to 10")
     found = json.loads((tmp_path / "out" / "report.json").read_text())["selection"]
     assert (found["set"], found["seeds"], found["evaluated"]) == ("test", [TRAIN, TRAIN + TEST], True)
     edit_config(run, "train_params", "early_stopping", 3)

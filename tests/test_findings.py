@@ -28,7 +28,7 @@ def test_the_first_finding_names_the_driver_of_each_universe(evaluated: tuple[st
         assert "driven by modes with n > 4" in first
         assert "equally in all directions" in first
     else:
-        assert first.startswith("The network does not distinguish the gravities")
+        assert first.startswith("The network is not shown to distinguish the gravities")
 
 
 def test_a_lattice_is_never_reported_as_physics(evaluated: tuple[str, dict[str, Any]]) -> None:
@@ -105,7 +105,10 @@ def test_the_mean_as_driver() -> None:
 
 def test_without_significance_nothing_is_attributed() -> None:
     results = results_with(significance={"p_value": 0.2, "mcnemar_p_value": 0.5})
-    assert findings.findings(results)[0].startswith("The network does not distinguish the gravities")
+    assert "cannot reach" not in findings.findings(results)[0]
+    few = results | {"data": results["data"] | {"seeds": [4, 8]}}
+    assert findings.findings(few)[0].endswith("4 seeds cannot reach p = 0.05: evaluate more.")
+    assert findings.findings(results)[0].startswith("The network is not shown to distinguish the gravities")
 
 
 def test_quick_reports_say_that_the_driver_is_unknown() -> None:

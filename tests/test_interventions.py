@@ -121,7 +121,7 @@ def test_the_remainder_measures_interactions() -> None:
 
 def test_the_band_in_which_the_twins_differ_is_found() -> None:
     def plane_band(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A cube of independent slices of white noise across axis 0; GR has more power in one band of slices."""
+        """Cubes of independent slices of white noise; GR has more power in one band of the slices."""
         newton = torch.randn(SIZE, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
         return newton, newton + 0.1 * next(interventions.components(newton, BANDS.masks[2:3]))
 
