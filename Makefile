@@ -1,8 +1,8 @@
-# make demo | test | lint | bench | verify-resume | venv
+# make demo | test | lint | bench | verify-resume | gpu-check | venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench verify-resume
+.PHONY: venv demo test lint bench verify-resume gpu-check
 
 venv: .venv/installed
 
@@ -33,3 +33,7 @@ bench: venv
 CONFIG ?= accelerate_configs/cpu.yaml
 verify-resume: venv
 	$(BIN)/python tests/verify_resume.py --config_file $(CONFIG)
+
+# the first thing to do on a new accelerator: a table of expected and measured values, in ten minutes
+gpu-check: venv
+	$(BIN)/python benchmarks/gpu_check.py

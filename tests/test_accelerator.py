@@ -10,6 +10,7 @@ import functools
 import json
 import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -33,6 +34,10 @@ import checkpoint.tensors
 import datasets
 import evaluation
 import trainer
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_check
 
 TIME_LIMIT = 120.0  # seconds
 TESTS = Path(__file__).parent
@@ -137,6 +142,41 @@ def train_until(step: int, *arguments: str) -> int:
 
     trainer.train_step = train_step
     return train(*arguments)
+
+
+def run_in_fork(*command: str) -> str:
+    """Run a program in a fork of this process, so that it sees the emulated device; returns its output."""
+    program, *arguments = command
+    with tempfile.NamedTemporaryFile("r") as output:
+        if (process := os.fork()) == 0:
+            for descriptor in (1, 2):
+                os.dup2(os.open(output.name, os.O_WRONLY | os.O_APPEND), descriptor)
+            sys.argv = [program, *arguments]
+            status = 1
+            try:
+                runpy.run_path(str(TESTS.parent / program), run_name="__main__")
+            except SystemExit as exit:
+                status = int(exit.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(status)
+        _, status = os.waitpid(process, 0)
+        text = output.read()
+    if status:
+        raise gpu_check.ProgramError(f"{program}: exit status {os.waitstatus_to_exitcode(status)}\n{text}")
+    return text
+
+
+def check_gpu(*arguments: str) -> int:
+    """Run gpu_check.py with the programs that it starts in forks; called in a child."""
+
+    def run_program(program: str, *arguments: str) -> str:
+        quick = ["--quick"] if program == "evaluation.py" else []
+        return run_in_fork(program, *arguments, *quick)
+
+    gpu_check.run_program = run_program
+    return gpu_check.main([*arguments])
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -456,3 +496,25 @@ def test_the_whole_evaluation_runs_without_float64(
     assert {memory_format for _, memory_format in result.memory_formats} == {"contiguous"}
     report = json.loads((output / "report.json").read_text())
     assert report["how"]["device"] == "mps"
+
+
+# The check of a new device
+
+
+def test_gpu_check_runs_on_an_emulated_device(folder: Path) -> None:
+    tiny = ["model_params.layer_param=2", "data_params.train_seeds=2", "data_params.test_seeds=3"]
+    tiny += ["train_params.epochs=2", "data_params.axes=[0]"]
+    (result,) = emulate("cuda", check_gpu, f"--folder={folder}", *tiny)
+    assert result.status == 0, result.output
+    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if line.startswith("| ")]
+    names = {row[0]: row[-1] for row in rows[1:]}
+    assert [name for name, last in names.items() if last == "ok"] == [
+        "weights with each cache",
+        "loss of epoch 1, fp16",
+        "loss of epoch 1, bf16",
+        "evaluation.py",
+    ]
+    skipped = {name: last for name, last in names.items() if "skipped" in last}
+    assert skipped.pop("two devices") == "skipped: there is one device"
+    assert len(skipped) == 5
+    assert set(skipped.values()) == {"skipped: needs CUDA or ROCm, this is an emulated device"}
