@@ -76,6 +76,16 @@ def local_world_size() -> int:
     return read_int("LOCAL_WORLD_SIZE", 1, minimum=1)
 
 
+def ranks_sharing_cores() -> int:
+    """Number of ranks between which the cores of this process are divided.
+
+    A task of SLURM has cores of its own, and is one rank or a launcher of several.
+    """
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        return max(1, world_size() // read_int("SLURM_STEP_NUM_TASKS", 1, minimum=1))
+    return local_world_size()
+
+
 def launch_seconds() -> float:
     """How long ranks wait for one another at the start; to be raised where importing torch takes minutes."""
     found = os.environ.get("LAUNCH_SECONDS", "50")

@@ -2,6 +2,7 @@
 
 from distributed.collectives import raise_on_all_ranks, require_equal
 from distributed.ddp import broadcast_buffers, warm_up_ddp
+from distributed.devices import describe_hardware, sum_over_devices
 from distributed.errors import LaunchError, run_program
 from distributed.preflight import preflight
 from distributed.process import setup_process
@@ -13,11 +14,13 @@ __all__ = [
     "LaunchError",
     "StopSignals",
     "broadcast_buffers",
+    "describe_hardware",
     "init_process_group",
     "preflight",
     "raise_on_all_ranks",
     "require_equal",
     "run_program",
     "setup_process",
+    "sum_over_devices",
     "warm_up_ddp",
 ]

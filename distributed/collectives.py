@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import system
-from distributed.errors import LaunchError, ignore_launcher_sigterm
+from distributed.errors import LaunchError, error_summary, ignore_launcher_sigterm
 
 RUN_SECONDS = 1800.0
 """Longest wait for another rank after the start: rank 0 may write or verify files meanwhile."""
@@ -40,7 +40,7 @@ def all_gather_json(value: Mapping[str, Any], seconds: float) -> list[dict[str, 
     except RuntimeError as error:
         raise LaunchError(
             f"rank {dist.get_rank()} on {socket.gethostname()} lost the connection to the other ranks: "
-            f"{first_line(error)}\nSee the error of the rank that ended first.",
+            f"{error_summary(error)}\nSee the error of the rank that ended first.",
             on_all_ranks=False,
         ) from error
     rows = zip(texts, lengths, strict=True)
@@ -112,8 +112,3 @@ def hosts_of(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 def format_ranks(ranks: Sequence[int]) -> str:
     """[2] gives "rank 2", [0, 1, 2] "ranks 0-2"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {system.format_ranges(ranks)}"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text. Those of torch continue with a C++ stack."""
-    return str(error).partition("\n")[0]

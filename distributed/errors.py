@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -38,6 +40,15 @@ def print_error(error: Exception) -> None:
         # A single write, so that the lines of several ranks do not mix.
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
+
+
+def error_summary(error: Exception) -> str:
+    """The first line of an error's text, and the last one if it differs.
+
+    Errors of torch continue with a C++ stack; those of NCCL end with the cause.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if lines[-1] == lines[0] else f"{lines[0]} ... {lines[-1]}"
 
 
 def explain_error(error: Exception) -> LaunchError | None:
@@ -91,6 +102,26 @@ def hard_exit(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+@contextmanager
+def deadline(seconds: float, error: LaunchError) -> Iterator[None]:
+    """End the process with `error` and status 2 if the body takes longer than `seconds`, wherever it hangs.
+
+    Gloo and NCCL have no time limit while they connect.
+    """
+
+    def end() -> None:
+        print_error(error)
+        hard_exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def ignore_launcher_sigterm() -> None:

@@ -9,18 +9,17 @@ import platform
 import socket
 import tempfile
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
 import files
 import system
-from distributed.collectives import all_gather_json, first_line, hosts_of, raise_if_different
+from distributed.collectives import all_gather_json, hosts_of, raise_if_different
+from distributed.devices import sum_over_devices
 from distributed.errors import LaunchError
 
 
@@ -32,7 +31,13 @@ def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
     Raises:
         LaunchError: on every rank, within a minute, naming every problem and difference with its hosts.
     """
-    check_device(accelerator)
+    if accelerator.num_processes != system.world_size():
+        raise LaunchError(
+            f"WORLD_SIZE is {system.world_size()}, but Accelerate found {accelerator.num_processes}. "
+            "Start the ranks with accelerate launch or torchrun.",
+            on_all_ranks=False,
+        )
+    sum_over_devices(accelerator)
     report, seconds = describe(accelerator, config), system.launch_seconds()
     folder = files.existing_parent(Path(config["train_params"]["log_dir"]))
     mark: Path | None = None
@@ -63,24 +68,6 @@ def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
         f"torch {reports[0]['torch']}, accelerate {reports[0]['accelerate']}, "
         f"configuration {digest}, code {reports[0]['code']}"
     )
-
-
-def check_device(accelerator: Accelerator) -> None:
-    """Sum one number over the devices of all ranks, within LAUNCH_SECONDS. Collective."""
-    if not dist.is_initialized():
-        return
-    ones = torch.ones(1, device=accelerator.device)
-    try:
-        dist.all_reduce(ones, async_op=True).wait(timedelta(seconds=system.launch_seconds()))
-        total = int(ones.item())
-    except RuntimeError as error:
-        raise LaunchError(
-            f"rank {dist.get_rank()} on {socket.gethostname()}: device {accelerator.device} does not reach "
-            f"the devices of the other ranks: {first_line(error)}",
-            on_all_ranks=False,
-        ) from error
-    if total != dist.get_world_size():
-        raise LaunchError(f"the devices of {dist.get_world_size()} ranks added as many ones to {total}")
 
 
 def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, Any]:

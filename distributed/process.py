@@ -1,4 +1,4 @@
-"""Set-up of one process: allocator, arithmetic, rank variables and threads."""
+"""Set-up of one process: streams, allocator, arithmetic, rank variables and threads."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from pathlib import Path
 import torch
 
 import system
+from distributed.devices import separate_miopen_databases, warn_of_unused_accelerator
 from distributed.errors import LaunchError
+from distributed.streams import tolerate_closed_streams
 
 
 def setup_process() -> None:
-    """Set what must be set before the first large tensor: allocator, arithmetic, CPU ranks, threads.
+    """Set what must be set before the first large tensor: streams, allocator, arithmetic, ranks, threads.
 
     Raises:
         LaunchError: if an environment variable of the launch is missing, invalid or inconsistent.
     """
+    tolerate_closed_streams()
     keep_freed_memory()
+    separate_miopen_databases()
     # When a network is certain of a batch, gradients fall below 1e-38, where CPUs compute 50 times slower.
     # Threads inherit this setting from the thread that starts them: set it before the first parallel region.
     torch.set_flush_denormal(True)
@@ -34,6 +38,8 @@ def setup_process() -> None:
         share_cores()
     except ValueError as error:
         raise LaunchError(str(error), on_all_ranks=False) from None
+    if system.rank() == 0:
+        warn_of_unused_accelerator()
     if system.world_size() > 1 and (
         not torch.accelerator.is_available() or torch.backends.mps.is_available()
     ):
@@ -49,7 +55,7 @@ def share_cores() -> None:
     """Divide the cores between the ranks of this host, unless the user chose a number of threads."""
     if threads_set_by_user():
         return
-    threads = max(1, system.available_cores() // system.local_world_size())
+    threads = max(1, system.available_cores() // system.ranks_sharing_cores())
     if "numba" in sys.modules:  # first, because the two may share a thread pool
         sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 
 import psutil
@@ -17,20 +15,33 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 import system
-from distributed.collectives import RUN_SECONDS, first_line, format_ranks
-from distributed.errors import LaunchError, ignore_launcher_sigterm, print_error
+from distributed.collectives import RUN_SECONDS, format_ranks, raise_on_all_ranks
+from distributed.devices import require_own_devices
+from distributed.errors import LaunchError, deadline, error_summary, ignore_launcher_sigterm
+from distributed.launcher import check_launch_settings, read_flag
 
 
 def init_process_group() -> None:
-    """Connect this rank to the others, if there are any. Call it before making the Accelerator.
+    """Connect this rank to the others, if there are any, and check settings and devices of the launch.
+
+    Call it before making the Accelerator.
 
     Raises:
-        LaunchError: on every rank, after LAUNCH_SECONDS, if a rank is missing or cannot be reached.
+        LaunchError: on every rank. After LAUNCH_SECONDS, if a rank is missing or cannot be reached; if a
+            setting of the launcher is not supported; if ranks share a device.
     """
-    processes = system.world_size()
-    if processes == 1:
+    if system.world_size() == 1:
         os.environ.pop("LOCAL_RANK", None)  # with it, Accelerate would make a process group without gloo
-        return
+    else:
+        connect()
+    with raise_on_all_ranks():
+        check_launch_settings()
+    require_own_devices()
+
+
+def connect() -> None:
+    """Make a process group of all ranks."""
+    processes = system.world_size()
     rank, seconds = system.rank(), system.launch_seconds()
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), system.read_int("MASTER_PORT", 29500)
     # torchrun and accelerate run the store themselves.
@@ -68,7 +79,7 @@ def init_process_group() -> None:
                     timeout=timedelta(seconds=seconds),
                 )
         except (RuntimeError, ValueError, OSError) as error:
-            raise did_not_connect(first_line(error)) from error
+            raise did_not_connect(error_summary(error)) from error
     if missing:
         ignore_launcher_sigterm()
         raise LaunchError(
@@ -83,29 +94,9 @@ def init_process_group() -> None:
 def backends() -> str:
     """Backends of the process group: gloo for host memory, and NCCL or the device's own for device memory."""
     device = torch.accelerator.current_accelerator()
-    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if device is None or read_flag("ACCELERATE_USE_CPU"):
         return "cpu:gloo"
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-
-
-@contextmanager
-def deadline(seconds: float, error: LaunchError) -> Iterator[None]:
-    """End the process with `error` and status 2 if the body takes longer than `seconds`, wherever it hangs.
-
-    Gloo and NCCL have no time limit while they connect.
-    """
-
-    def end() -> None:
-        print_error(error)
-        os._exit(2)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def choose_network(host: str, port: int) -> None:

@@ -37,12 +37,14 @@ class AnyRankFlags:
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGUSR1, or a time limit in minutes, request a graceful stop.
+    """A context in which SIGTERM, SIGINT, SIGUSR1, SIGHUP or a time limit in minutes request a graceful stop.
 
-    A second SIGINT ends the process at once.
+    A second SIGINT ends the process at once. SIGHUP stays ignored if it was ignored before (`nohup`). After a
+    request, the other signals are ignored also when the context ends: the program is about to end, and
+    another signal must not change its exit status.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, minutes: float | None = None) -> None:
         self.reason: str | None = None
@@ -59,7 +61,10 @@ class StopSignals:
         return self.reason is not None
 
     def __enter__(self) -> StopSignals:
-        self._previous = {number: signal.signal(number, self._received) for number in self.SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._previous = {
+            number: signal.signal(number, self._received) for number in self.SIGNALS if number not in ignored
+        }
         if self._timer is not None:
             self._timer.start()
         return self
@@ -70,7 +75,8 @@ class StopSignals:
         if self._timer is not None:
             self._timer.cancel()
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            ends = self.requested and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ends else handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -1,5 +1,6 @@
 """What tests share: a tiny universe, experiments on it, and an accelerator of their own."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from fork_server import ForkServer
 
 import datasets
+import distributed
 
 DATA_KEYS = {"standardize", "cache", "channels", "symmetries", "synthetic", "local_copy"}
 DATA_KEYS |= {"validation_seeds", "whiten", "pairs", "shifts"}
@@ -21,6 +23,15 @@ def _own_accelerator() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handlers() -> Iterator[None]:
+    """A run that was asked to stop leaves signals ignored."""
+    handlers = {number: signal.getsignal(number) for number in distributed.StopSignals.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,9 @@ class ForkServer:
         - hosts: network namespace and host name of each rank
         - environment: further environment variables
         - record: a folder to which each rank writes the ids, mask and learning rate of its steps, RANK.json
-        - send: [signal, function, n]: this signal at call n, counted from 0, of, say, "trainer.train_step"
+        - send: [signal, function, n, ...]: the signal at call n, from 0, of a function such as "trainer.train_step"
         - rank: the only rank to which `send` applies (all)
+        - closed_streams: without standard input, output and error
         - max_bytes: no file may become larger than so many bytes, as on a full disk
         - grace: seconds that the other ranks get to end when one has failed, before SIGKILL (1)
         """
@@ -212,7 +213,11 @@ def train(request: dict[str, Any], rank: int, world_size: int, port: int) -> int
         os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ.update(request.get("environment", {}))
     if "send" in request and request.get("rank", rank) == rank:
-        send_at_call(*request["send"])
+        for triple in zip(*[iter(request["send"])] * 3, strict=True):
+            send_at_call(*triple)
+    if request.get("closed_streams"):
+        for descriptor in (0, 1, 2):
+            os.close(descriptor)
     if "max_bytes" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_bytes"], resource.RLIM_INFINITY))
     arguments = request["train"]

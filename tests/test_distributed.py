@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +22,15 @@ from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 import distributed
 import system
-from distributed import collectives, errors, process, rendezvous
+from distributed import collectives, devices, errors, launcher, process, rendezvous
 from distributed.preflight import code_hash
 
 ROOT = Path(__file__).parents[1]
 FORK = multiprocessing.get_context("fork")
 SET_BY_LAUNCHERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME"),
-    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"),
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_BACKEND", "OMP_NUM_THREADS"),
+    *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "MIOPEN_USER_DB_PATH"),
     *("SLURM_STEP_NUM_TASKS", "SLURM_CPUS_PER_TASK"),
 )
 
@@ -36,12 +40,10 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in SET_BY_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     environment, threads = dict(os.environ), torch.get_num_threads()
-    terminate = signal.getsignal(signal.SIGTERM)
     yield
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, terminate)
 
 
 # Memory
@@ -160,7 +162,21 @@ def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert stop.requested
         assert stop.reason == number.name
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) == (before if number == signal.SIGINT else signal.SIG_IGN)
+
+
+def test_signals_are_handled_as_before_if_no_stop_was_requested() -> None:
+    before = [signal.getsignal(number) for number in distributed.StopSignals.SIGNALS]
+    with distributed.StopSignals():
+        pass
+    assert [signal.getsignal(number) for number in distributed.StopSignals.SIGNALS] == before
+
+
+def test_nohup_is_respected() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with distributed.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
 
 
 def test_the_time_limit_requests_a_stop() -> None:
@@ -200,6 +216,259 @@ def test_flags_of_one_rank_are_immediate() -> None:
     ]
 
 
+# Settings of the launcher
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "foo",
+            "mixed_precision of the launch: found 'foo', allowed: no, fp16, bf16",
+        ),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "found 'fp8', allowed"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config is not supported"),
+        ("ACCELERATE_USE_FSDP", "maybe", "ACCELERATE_USE_FSDP: found 'maybe', allowed: true or false"),
+        ("ACCELERATE_USE_CPU", "maybe", "ACCELERATE_USE_CPU: found 'maybe'"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "set train_params.compile to true"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "two", "GRADIENT_ACCUMULATION_STEPS: found 'two'"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "allowed: an integer of at least 1"),
+    ],
+)
+def test_settings_of_the_launcher_that_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(distributed.LaunchError, match=message):
+        distributed.init_process_group()
+
+
+def test_tpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "is_torch_xla_available", lambda: True)
+    with pytest.raises(distributed.LaunchError, match="TPUs are not supported"):
+        distributed.init_process_group()
+
+
+def test_settings_of_the_launcher_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_USE_CPU": "True",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DOWNCAST_BF16": "true",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    distributed.init_process_group()
+    accelerator = Accelerator()
+    assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("bf16", 4)
+
+
+# Devices
+
+
+class Gpu:
+    """A device module like torch.cuda."""
+
+    def __init__(self, pci_bus_id: int | None = None) -> None:
+        self.pci_bus_id = pci_bus_id
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        if self.pci_bus_id is None:
+            return SimpleNamespace()
+        return SimpleNamespace(pci_domain_id=0, pci_bus_id=self.pci_bus_id, pci_device_id=0)
+
+    def get_device_name(self, device: torch.device) -> str:
+        return "NVIDIA H100"
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 60 * 2**30, 80 * 2**30
+
+
+def test_the_identity_of_a_device_is_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity(count: int, pci_bus_id: int | None, index: int) -> str:
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: Gpu(pci_bus_id))
+        return devices.identity(torch.device("cuda", index))
+
+    assert identity(1, 7, 0) == identity(2, 7, 1) != identity(1, 8, 0)
+    assert identity(2, None, 0) == identity(2, None, 0) != identity(2, None, 1)
+    assert identity(1, None, 0) == ""  # each rank may see another device
+    assert devices.identity(torch.device("cpu")) == ""
+
+
+def require_own_devices(monkeypatch: pytest.MonkeyPatch, *ranks: tuple[str, str, str]) -> None:
+    """As on ranks with these hosts, types of device and identities."""
+    reports = [
+        {"host": host, "problem": "", "device": device, "identity": identity}
+        for host, device, identity in ranks
+    ]
+    monkeypatch.setattr(devices, "all_gather_json", lambda report, seconds: reports)
+    devices.require_own_devices()
+
+
+def test_ranks_that_share_a_device_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = [("a", "cuda", "PCI 1"), ("a", "cuda", "PCI 2"), ("b", "cuda", "PCI 2"), ("a", "cuda", "PCI 2")]
+    with pytest.raises(distributed.LaunchError, match="ranks 1, 3 on a share one device"):
+        require_own_devices(monkeypatch, *shared)
+
+
+def test_ranks_on_devices_of_different_types_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(distributed.LaunchError, match=r"device: cuda on a \(rank 0\); cpu on b \(rank 1\)"):
+        require_own_devices(monkeypatch, ("a", "cuda", "PCI 1"), ("b", "cpu", ""))
+
+
+def test_ranks_may_have_the_same_address_on_different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_own_devices(monkeypatch, ("a", "cuda", "PCI 1"), ("b", "cuda", "PCI 1"))
+
+
+def test_ranks_may_share_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_own_devices(monkeypatch, ("a", "cpu", ""), ("a", "cpu", ""))
+
+
+def test_the_first_sum_over_devices_has_a_deadline_and_names_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[float] = []
+
+    @contextmanager
+    def deadline(seconds: float, error: Exception) -> Iterator[None]:
+        limits.append(seconds)
+        yield
+        limits.clear()
+
+    def all_reduce(*arguments: Any, **options: Any) -> None:
+        assert limits == [60]
+        raise RuntimeError(
+            "NCCL error in: x.cpp:1\nncclSystemError: a call failed.\nLast error:\nno route to host\n"
+        )
+
+    monkeypatch.setattr(devices, "deadline", deadline)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(distributed.LaunchError) as error:
+        distributed.sum_over_devices(Accelerator(cpu=True))
+    assert str(error.value).startswith(f"rank 3 on {socket.gethostname()}: device cpu does not reach")
+    assert "NCCL error in: x.cpp:1 ... no route to host" in str(error.value)
+
+
+def test_the_hardware_of_a_cpu() -> None:
+    line = distributed.describe_hardware(Accelerator(cpu=True))
+    assert re.fullmatch(r"cpu \(.+\), \d+\.\d GiB of memory free, float32, \d+ CPU threads?", line)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "hip", "text"),
+    [
+        ("no", (8, 0), None, "float32 (TF32 in convolutions)"),
+        ("no", (7, 5), None, "float32"),
+        ("no", (9, 4), "6.2", "float32"),
+        ("bf16", (9, 0), None, "bfloat16 mixed precision"),
+    ],
+)
+def test_the_hardware_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], hip: str | None, text: str
+) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Gpu())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    accelerator: Any = SimpleNamespace(device=torch.device("cuda:1"), mixed_precision=precision)
+    line = distributed.describe_hardware(accelerator)
+    assert line.startswith(f"cuda:1 (NVIDIA H100), 60.0 of 80.0 GiB of memory free, {text}, ")
+
+
+@pytest.fixture
+def unused_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch for GPUs that finds none."""
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old.\nUpdate it.")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+
+@pytest.mark.usefixtures("unused_gpu")
+def test_a_torch_for_gpus_without_gpu_warns_with_the_reason() -> None:
+    with pytest.warns(
+        UserWarning, match=r"uses the CPU: .* built for CUDA 12\.8, but The NVIDIA driver .* too old"
+    ):
+        devices.warn_of_unused_accelerator()
+
+
+@pytest.mark.usefixtures("unused_gpu")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "-1,-1"), ("CUDA_VISIBLE_DEVICES", "")],
+)
+def test_a_cpu_that_the_user_chose_does_not_warn(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        devices.warn_of_unused_accelerator()
+
+
+def test_a_torch_for_cpus_beside_a_gpu_warns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name in ("cuda", "hip"):
+        monkeypatch.setattr(torch.version, name, None)
+    monkeypatch.setattr(devices, "GPU_FILES", (str(tmp_path),))
+    with pytest.warns(UserWarning, match="the host has a GPU .* built without GPU support"):
+        devices.warn_of_unused_accelerator()
+
+
+def test_each_process_on_rocm_has_its_own_kernel_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    devices.separate_miopen_databases()
+    first = os.environ.pop("MIOPEN_USER_DB_PATH")
+    devices.separate_miopen_databases()
+    assert Path(first).is_dir()
+    assert os.environ["MIOPEN_USER_DB_PATH"] != first
+    monkeypatch.setenv("MIOPEN_USER_DB_PATH", "/scratch/mine")
+    devices.separate_miopen_databases()
+    assert os.environ["MIOPEN_USER_DB_PATH"] == "/scratch/mine"
+
+
+# Streams
+
+STREAMS = """
+import os, runpy, sys
+runpy.run_path(sys.argv[1])["tolerate_closed_streams"]()
+sys.stdin and sys.stdin.readline()
+for _ in range(2):
+    print("x", flush=True)
+    print("x", file=sys.stderr, flush=True)
+print(open(sys.argv[2], "w").fileno(), file=open(sys.argv[2], "w"))
+"""
+
+
+@pytest.mark.parametrize("redirection", ["", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_program_continues_without_its_streams(tmp_path: Path, redirection: str) -> None:
+    program = [sys.executable, "-c", STREAMS, str(ROOT / "distributed" / "streams.py"), str(tmp_path / "out")]
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program]
+    with subprocess.Popen(
+        shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stderr
+        child.stdout.close()  # as when `| head` has seen enough
+        child.stderr.close()
+        with suppress(BrokenPipeError):
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        assert child.wait(60) == 0
+    assert int((tmp_path / "out").read_text()) > 2
+
+
 # Rendezvous
 
 
@@ -228,9 +497,9 @@ def test_a_missing_rank_is_named_with_address_and_host(
 
 def test_a_body_that_exceeds_its_deadline_ends_with_status_2(capfd: pytest.CaptureFixture[str]) -> None:
     def program() -> None:
-        with rendezvous.deadline(60, distributed.LaunchError("too late")):
+        with errors.deadline(60, distributed.LaunchError("too late")):
             pass
-        with rendezvous.deadline(0.1, distributed.LaunchError("no answer")):
+        with errors.deadline(0.1, distributed.LaunchError("no answer")):
             time.sleep(60)
 
     child = FORK.Process(target=program)

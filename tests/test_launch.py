@@ -151,6 +151,34 @@ def test_the_launcher_restarts_a_run_after_a_rank_is_killed(
     assert len(re.findall("resumed from", launcher.output)) == 1
 
 
+def test_a_run_that_lost_its_terminal_is_saved(
+    fork_server: ForkServer, experiment: Experiment, tmp_path: Path
+) -> None:
+    """As when an ssh connection breaks; a second signal while the run is saved changes nothing."""
+    signals = ["SIGHUP", "trainer.train_step", 2, "SIGTERM", "trainer.save", 0]
+    out = tmp_path / "out"
+    assert fork_server.train([str(experiment())], out, closed_streams=True, send=signals) == [0]
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step_00000003" / "manifest.json").exists()
+    assert out.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ACCELERATE_MIXED_PRECISION", "foo"), ("ACCELERATE_MIXED_PRECISION", "fp8")),
+        *(("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")),
+        *(("WORLD_SIZE", "two"), ("RANK", "1"), ("LAUNCH_SECONDS", "soon"), ("SLURM_CPUS_PER_TASK", "4,4")),
+    ],
+)
+def test_an_invalid_environment_ends_with_status_2_and_leaves_nothing(
+    fork_server: ForkServer, experiment: Experiment, tmp_path: Path, name: str, value: str
+) -> None:
+    out = tmp_path / "out"
+    assert fork_server.train([str(experiment())], out, environment={name: value}) == [2]
+    assert re.fullmatch(r"LaunchError: .+\n", out.read_text())
+    assert not (tmp_path / "runs").exists()
+
+
 # Set-ups with an error on one rank
 
 Failures = dict[str, tuple[list[int], str]]

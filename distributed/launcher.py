@@ -1,0 +1,65 @@
+"""Settings of `accelerate launch` that this trainer does not support."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate.utils import is_torch_xla_available, str_to_bool
+
+import system
+from distributed.errors import LaunchError
+
+PRECISIONS = ("no", "fp16", "bf16")
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+
+
+def check_launch_settings() -> None:
+    """Check the environment variables in which `accelerate launch` passes its settings on.
+
+    Call this before making the Accelerator, which ignores some invalid settings and fails with a traceback
+    on others.
+
+    Raises:
+        LaunchError: if a setting is invalid or not supported.
+    """
+    for name, setting in UNSUPPORTED.items():
+        if read_flag(name):
+            raise LaunchError(
+                f"{setting} is not supported, because the networks fit into one device. "
+                "Use a configuration in accelerate_configs/."
+            )
+    if is_torch_xla_available():
+        raise LaunchError("TPUs are not supported. Uninstall torch_xla, or set USE_TORCH_XLA=false.")
+    read_flag("ACCELERATE_USE_CPU")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:
+        raise LaunchError(
+            f"mixed_precision of the launch: found {precision[:40]!r}, allowed: {', '.join(PRECISIONS)}. "
+            "Correct the accelerate configuration or ACCELERATE_MIXED_PRECISION."
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise LaunchError(
+            "dynamo_config of the accelerate configuration is not supported. "
+            "Remove it, and set train_params.compile to true."
+        )
+    try:
+        system.read_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, minimum=1)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+
+
+def read_flag(name: str) -> bool:
+    """The boolean in an environment variable, as Accelerate reads it. Raises LaunchError that names it."""
+    found = os.environ.get(name, "false")
+    try:
+        return bool(str_to_bool(found))
+    except ValueError:
+        raise LaunchError(
+            f"environment variable {name}: found {found[:40]!r}, allowed: true or false. "
+            "Correct it or unset it."
+        ) from None
