@@ -11,6 +11,8 @@ the power spectrum, and write everything to RUN/evaluation/.
 
 from __future__ import annotations
 
+import openmp  # noqa: F401  before torch
+
 import argparse
 import os
 import sys

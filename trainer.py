@@ -8,6 +8,8 @@ train and evaluate epoch by epoch, and export the trained network.
 
 from __future__ import annotations
 
+import openmp  # noqa: F401  before torch
+
 import argparse
 import sys
 import time

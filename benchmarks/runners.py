@@ -24,13 +24,15 @@ from step_timer import AnonymousMemory, Settings, StepTimer, StopTiming
 
 def project(settings: Settings, cache: str) -> dict[str, Any]:
     """The trainer from its first line; only the ends of steps and evaluations are hooked."""
+    sys.path.insert(0, str(ROOT))
+    import openmp  # noqa: F401  before torch
+
     import accelerate  # noqa: F401  the timer starts when these are imported
     import torch  # noqa: F401
 
     timer = StepTimer(settings, settings.epoch_steps, settings.epochs * settings.epoch_steps or None)
     memory = AnonymousMemory()
     memory.start()
-    sys.path.insert(0, str(ROOT))
     import trainer
 
     train_step, evaluate_phase = trainer.train_step, trainer.evaluate_phase

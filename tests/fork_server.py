@@ -60,7 +60,7 @@ class ForkServer:
         - hosts: network namespace and host name of each rank
         - environment: further environment variables
         - record: a folder to which each rank writes the ids, mask and learning rate of its steps, RANK.json
-        - send: [signal, function, n, ...]: the signal at call n, from 0, of a function such as "trainer.train_step"
+        - send: [signal, function, n, ...]: the signal at call n, from 0, of "trainer.train_step", say
         - rank: the only rank to which `send` applies (all)
         - closed_streams: without standard input, output and error
         - max_bytes: no file may become larger than so many bytes, as on a full disk
