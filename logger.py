@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from config import TrainParams
     from metrics import Predictions, RunningMetrics
     from run import TrainState
+    from trackers import Trackers
 
 
 # Scalars that TensorBoard shows as NAME/PHASE.
@@ -43,7 +44,7 @@ HEADLINE_METRICS = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
 METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
-MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models", "run")
+MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models", "run", "trackers")
 log = logging.getLogger(__name__)
 
 
@@ -57,9 +58,9 @@ def setup_logging(*, main: bool) -> None:
 class RunLogger:
     """The log of one run. Only the main process writes; on other ranks every method does nothing."""
 
-    def __init__(self, run_dir: Path, *, main: bool, step: int) -> None:
+    def __init__(self, run_dir: Path, *, main: bool, step: int, trackers: Trackers | None = None) -> None:
         """Open the log to resume at `step`: records of later steps are dropped."""
-        self._main = main
+        self._main, self._trackers = main, trackers
         self._bar: tqdm[Any] | None = None
         if not main:
             return
@@ -115,15 +116,15 @@ class RunLogger:
             "seconds": round(seconds, 3),
             "slices_per_second": round(speed, 1),
         }
-        for name in SCALARS:
-            if name in record:
-                self._events.add_scalar(f"{name}/{phase}", record[name], record["step"])
+        self._log_scalars(
+            {f"{name}/{phase}": record[name] for name in SCALARS if name in record}, record["step"]
+        )
         self._events.flush()
         files.append_json_line(self._lines, record)
         shown = "  ".join(f"{name} {record[name]:.4f}" for name in HEADLINE_METRICS if name in record)
         share = "" if waiting is None else f", {100 * waiting / seconds:.0f} % of the time waiting for data"
         if waiting is not None:
-            self._events.add_scalar("data_waiting_share/train", waiting / seconds, record["step"])
+            self._log_scalars({"data_waiting_share/train": waiting / seconds}, record["step"])
         self.end_progress()
         self.print(
             f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s{share})"
@@ -152,7 +153,7 @@ class RunLogger:
             self._bar.update()
         if (step - self._first_step) % self._every == 0:
             values = running.read(step)
-            self._events.add_scalar("lr/step", lr, step)
+            self._log_scalars({"lr/step": lr}, step)
             self.log_running(values)
         elif time.perf_counter() - self._line_at >= LINE_SECONDS:
             self._show(step, "")
@@ -162,8 +163,7 @@ class RunLogger:
         if not self._main or values is None:
             return
         step = int(values["step"])
-        for name in ("loss", "accuracy"):
-            self._events.add_scalar(f"{name}/step", values[name], step)
+        self._log_scalars({f"{name}/step": values[name] for name in ("loss", "accuracy")}, step)
         self._show(step, f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}  ")
 
     def _show(self, step: int, metrics: str) -> None:
@@ -194,18 +194,26 @@ class RunLogger:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        flat = {
-            f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for section, keys in config.items()
-            for key, value in keys.items()
-        }
-        for summary in hparams(flat, dict.fromkeys((f"{name}/test" for name in HEADLINE_METRICS), 0.0)):
+        metrics = dict.fromkeys((f"{name}/test" for name in HEADLINE_METRICS), 0.0)
+        for summary in hparams(flatten(config), metrics):
             self._events._get_file_writer().add_summary(summary)
 
     def log_scalar(self, name: str, value: float, step: int) -> None:
-        """Log one scalar to TensorBoard alone."""
+        """Log one scalar that is no metric."""
         if self._main:
+            self._log_scalars({name: value}, step)
+
+    def _log_scalars(self, values: dict[str, float], step: int) -> None:
+        """Log scalars to TensorBoard and the trackers."""
+        for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.log_scalars(values, step)
+
+    def send_to_trackers(self, saved_step: int) -> None:
+        """Send what was logged up to the last checkpoint on disk."""
+        if self._trackers is not None:
+            self._trackers.send(saved_step)
 
     def log_images(self, images: Tensor, labels: Tensor) -> None:
         """Log slices (b, N, N), in standard deviations, as images that map -3..3 to black..white."""
@@ -218,19 +226,32 @@ class RunLogger:
     def log_figures(
         self, phase: str, predictions: Predictions, figures: dict[str, Figure], step: int
     ) -> None:
-        """Log the precision-recall curve and the figures of an evaluation to TensorBoard."""
+        """Log the figures of an evaluation, and to TensorBoard also its precision-recall curve."""
         if self._main and (phase, step) not in self._logged:
             self._events.add_pr_curve(
                 f"precision_recall/{phase}", predictions.label, predictions.probability, step
             )
             for name, figure in figures.items():
                 self._events.add_figure(f"{name}/{phase}", figure, step)
+                if self._trackers is not None:
+                    self._trackers.log_figure(f"{name}/{phase}", figure, step)
 
     def close(self) -> None:
         """Write pending events."""
         self.end_progress()
         if self._main:
             self._events.close()
+        if self._trackers is not None:
+            self._trackers.close()
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of an experiment as `section.key`, with numbers, texts and booleans as values."""
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for section, keys in config.items()
+        for key, value in keys.items()
+    }
 
 
 def format_duration(seconds: float) -> str:

@@ -78,6 +78,8 @@ class TrainState:
     best_loss: float | None = None
     evaluations_without_improvement: int = 0
     stopped_early: bool = False
+    tracker_runs: dict[str, str] = field(default_factory=dict)
+    """The run's id in each tracker."""
 
     def counters(self) -> dict[str, Any]:
         """Everything but the predictions, as JSON-able values."""

@@ -29,8 +29,9 @@ import distributed
 import metrics
 import models
 from config import Config, ConfigError, load_config
-from logger import RunLogger, setup_logging
+from logger import RunLogger, flatten, setup_logging
 from run import Run, TrainState, check_setup, setup_run
+from trackers import TrackerError, Trackers, require_trackers
 
 CHECK_FINITE_EVERY = 20  # steps between checks of the logits; each check synchronizes with the device
 
@@ -41,6 +42,7 @@ USER_ERRORS = (
     checkpoint.CheckpointError,
     distributed.LaunchError,
     metrics.DivergenceError,
+    TrackerError,
     OSError,
 )
 
@@ -65,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
 def train(config: Config, *, preflight_only: bool) -> None:
     """Train one run, from its start or from its last checkpoint."""
     params = config.train_params
+    require_trackers(params.trackers)
     distributed.init_process_group()
-    accelerator = Accelerator(mixed_precision=params.mixed_precision)
+    accelerator = Accelerator(mixed_precision=params.mixed_precision, log_with=params.trackers or None)
     if params.gradient_accumulation_steps is not None:
         accelerator.gradient_accumulation_steps = params.gradient_accumulation_steps
     with distributed.raise_on_all_ranks():
@@ -86,32 +89,53 @@ def train(config: Config, *, preflight_only: bool) -> None:
     with distributed.StopSignals(minutes=params.max_minutes) as stop, closing(checkpoints):
         run, state = setup_run(config, accelerator, stop, checkpoints)
         with distributed.raise_on_all_ranks():
-            logger = RunLogger(config.run_dir, main=accelerator.is_main_process, step=state.step)
+            logger = RunLogger(
+                config.run_dir,
+                main=accelerator.is_main_process,
+                step=state.step,
+                trackers=start_trackers(config, accelerator, state),
+            )
         with closing(logger):
             if state.step == 0:
                 logger.log_hyperparameters(config.to_dict())
             fit(run, state, logger)
 
 
+def start_trackers(config: Config, accelerator: Accelerator, state: TrainState) -> Trackers | None:
+    """The trackers of the experiment, on the main process."""
+    if not config.train_params.trackers or not accelerator.is_main_process:
+        return None
+    return Trackers(
+        accelerator,
+        config.run_dir,
+        runs=state.tracker_runs,
+        step=state.step,
+        hyperparameters=flatten(config.to_dict()),
+    )
+
+
 def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
     """Train and evaluate until the target epoch, or until a stop is requested."""
-    while not state.finished:
+    completed = True
+    while completed and not state.finished:
         completed = state.evaluation_pending or train_epoch(run, state, logger)
         if completed and state.evaluation_pending:
             if state.epoch < state.target_epoch:
                 run.train_set.prefetch(state.epoch)
             completed = evaluate(run, state, logger)
-        if not completed:
-            run.checkpoints.close()  # waits until the checkpoint is written
-            logger.print(
-                f"stopped at step {state.step} ({run.stop.reason or 'requested by another rank'}); "
-                "the same command resumes from there"
-            )
-            break
-        if state.finished:
-            export(run, state)
-        # Saved last: a run that is killed before this is not finished, a run that is killed after it is.
-        save(run, state)
+        if completed:
+            if state.finished:
+                export(run, state)
+            # Saved last: a run killed before this is not finished, a run killed after it is.
+            save(run, state)
+    run.checkpoints.wait()
+    # After a stop the evaluation of the last step may follow in the next program: that step is not complete.
+    logger.send_to_trackers(run.checkpoints.saved_step - (not completed))
+    if not completed:
+        logger.print(
+            f"stopped at step {state.step} ({run.stop.reason or 'requested by another rank'}); "
+            "the same command resumes from there"
+        )
 
 
 def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
@@ -130,6 +154,7 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         running.add(logits, batch.labels, batch.mask)
         state.end_step()
         run.checkpoints.raise_write_error()
+        logger.send_to_trackers(run.checkpoints.saved_step)
         if state.step_in_epoch == train_set.steps:
             break
         logger.log_step(running, state.step, lr)

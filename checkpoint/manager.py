@@ -56,6 +56,8 @@ class CheckpointManager:
         self._saved_at = time.monotonic()
         self._lock: TextIO | None = None
         self._created: list[Path] = []
+        self.saved_step = -1
+        """Step of the last checkpoint that this process has written to disk."""
         kind = accelerator.distributed_type.value
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise CheckpointError(
@@ -201,18 +203,16 @@ class CheckpointManager:
             "environment": self._environment(),
         }
         # Copies of both: the next step changes the originals while the thread writes.
-        work = (
-            storage.step_dir(self._folder, train_state["step"]),
-            state_tensors.copy(parts),
-            json.dumps(state, indent=1),
-        )
+        work = (train_state["step"], state_tensors.copy(parts), json.dumps(state, indent=1))
         self._writer = threading.Thread(target=self._write, args=work)
         self._writer.start()
 
-    def _write(self, target: Path, parts: state_tensors.Parts, state: str) -> None:
+    def _write(self, step: int, parts: state_tensors.Parts, state: str) -> None:
         """Write and verify, then delete old ones. An error is kept for the next call of a method."""
+        target = storage.step_dir(self._folder, step)
         try:
             storage.write_checkpoint(target, parts, state.encode())
+            self.saved_step = step
             storage.rotate(target.parent, self._keep)
         except OSError as error:
             self._error = CheckpointError(
@@ -246,6 +246,12 @@ class CheckpointManager:
     def raise_write_error(self) -> None:
         """Raise the error of the write in the background; of several ranks, `save` raises it on all."""
         if self._error is not None and self._accelerator.num_processes == 1:
+            raise self._error
+
+    def wait(self) -> None:
+        """Wait for the write in the background and raise its error. Not collective."""
+        self._wait()
+        if self._error is not None:
             raise self._error
 
     def close(self) -> None:

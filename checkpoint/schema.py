@@ -63,6 +63,7 @@ class SavedTrainState(Section):
     best_loss: float | None
     evaluations_without_improvement: Count
     stopped_early: bool
+    tracker_runs: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _steps_add_up(self) -> SavedTrainState:
