@@ -59,7 +59,7 @@ FIGURES = {
         "Attribution",
         "Share of the mean twin difference that changes sign when twins exchange a group of modes (left) or "
         "a band of "
-        "wavenumbers (right, relative to the band's width in log k; open symbol: the mean of the slice).",
+        "wavenumbers (right; open symbol: the mean of the slice).",
     ),
     "interventions": (
         "Interventions",

@@ -354,7 +354,8 @@ def test_a_browser_shows_the_whole_report(
     html = (written[0] / "evaluation" / "report.html").read_text()
     (tmp_path / "page.html").write_text(html.replace("</body>", PROBE + "</body>"))
     frame = f"""<iframe id="f" src="page.html" style="border:0;width:{width}px;height:900px"></iframe><script>
-    setInterval(() => {{ document.title = document.getElementById("f").contentDocument.title }}, 50)</script>"""
+    const f = document.getElementById("f");
+    setInterval(() => {{ document.title = f.contentDocument.title }}, 50)</script>"""
     (tmp_path / "frame.html").write_text(f"<title></title>{frame}")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     options += ["--window-size=1600,1000", "--virtual-time-budget=10000"]

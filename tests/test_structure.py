@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"trainer", "run", "evaluation"}
+PROGRAMS = {"evaluation_context", "trainer", "run", "evaluation"}
 LEAVES = {"files", "system"}  # any module may import them
 ALLOWED = {"checkpoint": {"distributed"}, "analysis": {"metrics"}}
 MODULES = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
