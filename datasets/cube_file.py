@@ -41,6 +41,8 @@ CHECKED_BYTES = 1 << 30  # cubes up to this size in total are searched for NaN b
 CHUNK_BYTES = 64 * 1024  # smaller chunks take longer to find than to copy
 CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
 
+MAX_LINKS = 16
+
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
 
 
@@ -83,7 +85,10 @@ def _packed(file: h5py.File) -> Iterator[tuple[int, str, str]]:
 
 def _nested(file: h5py.File) -> Iterator[tuple[int, str, str]]:
     for name in file:
-        if re.fullmatch(r"\d+", name) and isinstance(group := file.get(name), h5py.Group):
+        if not re.fullmatch(r"\d+", name):
+            continue
+        _check_links(file, name)
+        if isinstance(group := file.get(name), h5py.Group):
             for gravity in GRAVITIES:
                 if gravity in group:
                     yield int(name), gravity, f"{name}/{gravity}"
@@ -127,6 +132,8 @@ def _require_hdf5(path: Path) -> None:
             f"{path}: is a folder, not an HDF5 file.\n"
             f"To pack raw gevolution output: python -m datasets pack {path} OUT.h5 --redshift 1"
         )
+    if not path.is_file():  # to open a pipe or a device could block for ever
+        raise DataError(f"{path}: not a regular file. Give the path of an HDF5 file.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes). Copy or create it again.")
     with path.open("rb") as raw:  # raises PermissionError; h5py would call the file no HDF5 file
@@ -135,12 +142,68 @@ def _require_hdf5(path: Path) -> None:
         raise DataError(f"{path}: is not an HDF5 file, or its start is damaged: {start!r}. Create it again.")
 
 
+def _check_links(file: h5py.File, name: str, depth: int = 0) -> None:
+    """Raise DataError if an object is reached through a link to something that is not a regular file.
+
+    HDF5 opens the targets of links itself; a pipe would block it for ever.
+    """
+    if depth > MAX_LINKS:
+        raise DataError(f"{file.filename}: /{name} is a chain of more than {MAX_LINKS} links. Remove it.")
+    group: h5py.Group = file["/"]
+    parts = [part for part in name.split("/") if part]
+    for k, part in enumerate(parts):
+        link = group.get(part, getlink=True)
+        rest = "/".join(parts[k + 1 :])
+        if isinstance(link, h5py.ExternalLink):
+            target = Path(file.filename).parent / link.filename
+            if target.exists() and not target.is_file():
+                raise DataError(f"{file.filename}: /{name} is a link to {target}, not to a file. Remove it.")
+            if target.exists():
+                with open_cubes(target) as other:
+                    _check_links(other, f"{link.path}/{rest}", depth + 1)
+            return
+        if isinstance(link, h5py.SoftLink):
+            start = "" if link.path.startswith("/") else f"{group.name}/"
+            _check_links(file, f"{start}{link.path}/{rest}", depth + 1)
+            return
+        item = group.get(part)
+        if not isinstance(item, h5py.Group):
+            return
+        group = item
+
+
+def _check_sources(data: h5py.Dataset, file: h5py.File) -> None:
+    """Raise DataError if a virtual data set refers to its own file, or if values are not in regular files.
+
+    HDF5 follows a virtual data set that refers to itself until the stack overflows.
+    """
+    where = f"{file.filename}: /{data.name.strip('/')}"
+    creation, folder = data.id.get_create_plist(), Path(data.file.filename).parent
+    names = [creation.get_external(i)[0].decode() for i in range(creation.get_external_count())]
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(f"{where} has its values in {name}, which is not a file. Repack the file.")
+    for source in data.virtual_sources() if data.is_virtual else ():
+        target = folder / source.file_name
+        if source.file_name == "." or not target.is_file() or target.samefile(data.file.filename):
+            raise DataError(
+                f"{where} is a virtual data set of {source.file_name}; another file is needed. Repack it."
+            )
+        with h5py.File(target, "r", locking=False) as other:
+            _check_links(other, source.dset_name)
+            inner = other.get(source.dset_name)
+            if isinstance(inner, h5py.Dataset) and inner.is_virtual:
+                raise DataError(f"{where} is a virtual data set of virtual data sets. Repack the file.")
+
+
 def _cube(file: h5py.File, name: str) -> Cube:
+    _check_links(file, name)
     data = file.get(name)
     if not isinstance(data, h5py.Dataset):
         raise DataError(
             f"{file.filename}: /{name} is named as a cube, but is no readable data set. Rename it."
         )
+    _check_sources(data, file)
     creation = data.id.get_create_plist()
     filters = [creation.get_filter(i)[3].decode() for i in range(creation.get_nfilters())]
     in_file = data.file.filename == file.filename  # the data of an external link are in another file
@@ -180,21 +243,25 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
     )
 
 
-def problems(cubes: Cubes) -> Iterator[str]:
-    """A problem for each cube that is not (N, N, N) real numbers, with one N, a multiple of 64, for all."""
+def problems(cubes: Cubes) -> dict[str, str]:
+    """By name, the problem of each cube that is not (N, N, N) real numbers, with one N, a multiple of 64."""
     common = Counter(cube.shape for cube in cubes.values()).most_common(1)[0][0]
+    found = {}
     for cube in cubes.values():
         name, shape = f"cube /{cube.name}", cube.shape
         if cube.dtype.kind not in "fiu":
-            yield f"{name} has the type {cube.dtype}; real numbers are needed."
+            found[cube.name] = f"{name} has the type {cube.dtype}; real numbers are needed."
         elif len(shape) != 3 or len(set(shape)) != 1:
-            yield f"{name} has the shape {shape}; (N, N, N) is needed."
+            found[cube.name] = f"{name} has the shape {shape}; (N, N, N) is needed."
         elif shape[0] == 0 or shape[0] % SIZE_UNIT:
-            yield f"{name} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}."
+            found[cube.name] = f"{name} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}."
         elif shape != common:
-            yield f"{name} has the shape {shape}, others have {common}; all must be equal."
+            found[cube.name] = f"{name} has the shape {shape}, others have {common}; all must be equal."
         elif not cube.written:
-            yield f"{name} was never written; the program that created the file did not finish. Repeat it."
+            found[cube.name] = (
+                f"{name} was never written; the program that created the file did not finish. Repeat it."
+            )
+    return found
 
 
 def slow_chunks(path: Path, cubes: Cubes) -> str | None:
@@ -247,7 +314,7 @@ class CubeFile:
         with open_cubes(self.path) as file:
             self.layout, self.cubes = find_cubes(file)
             self.attributes = python_attributes(file.attrs)
-        for problem in problems(self.cubes):
+        for problem in problems(self.cubes).values():
             raise DataError(f"{self.path}: {problem}")
         self.size: int = next(iter(self.cubes.values())).shape[0]
         seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
@@ -362,7 +429,7 @@ class CubeFile:
         """
         self.require(seeds)
         digest, middle = hashlib.sha256(), self.size // 2
-        with open_cubes(self.path) as file:
+        with open_cubes(self.path) as file, np.errstate(over="ignore"):
             for seed in seeds:
                 for gravity in GRAVITIES:
                     rows = file[self.cubes[seed, gravity].name][middle, middle : middle + 4]

@@ -23,8 +23,10 @@ class Moments:
         """Add one part, at least one value, C-contiguous; its values are overwritten."""
         mean = float(values.mean())
         values -= mean
-        values *= values
-        self._merge(values.size, mean, float(values.sum()))
+        with np.errstate(over="ignore"):  # values that are too large have an infinite variance
+            values *= values
+            squares = float(values.sum())
+        self._merge(values.size, mean, squares)
 
     def merge(self, other: Moments) -> None:
         """Add all values of `other`."""
@@ -32,10 +34,11 @@ class Moments:
             self._merge(other.count, other.mean, other._squares)
 
     def _merge(self, count: int, mean: float, squares: float) -> None:
-        difference, total = mean - self.mean, self.count + count
-        self._squares += squares
-        self._squares += difference**2 * self.count * count / total
-        self.mean += difference * count / total
+        difference, total = np.float64(mean - self.mean), self.count + count
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._squares += squares
+            self._squares += float(difference**2 * self.count * count / total)
+            self.mean += float(difference * count / total)
         self.count = total
 
     @property

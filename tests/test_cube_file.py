@@ -97,6 +97,12 @@ def test_external_links(tmp_path: Path, path: Path) -> None:
     assert np.array_equal(read(CubeFile(tmp_path / "links.h5"), 0, "newton"), cube(1, "newton"))
 
 
+def test_virtual_data_sets_of_other_files(tmp_path: Path, path: Path) -> None:
+    write(tmp_path / "other.h5", seeds=3)
+    virtual(path, "other.h5", "newton_seed0002")
+    assert np.array_equal(read(CubeFile(path), 1, "gr"), cube(2, "newton"))
+
+
 def test_bytes_read(tmp_path: Path, path: Path) -> None:
     cubes = CubeFile(path)
     assert cubes.bytes_read == 0
@@ -196,6 +202,49 @@ def damaged_names(path: Path) -> None:
     path.write_bytes(content.replace(b"HEAP", b"HEAQ"))  # the names of a group
 
 
+def virtual(path: Path, source: str, name: str) -> None:
+    layout = h5py.VirtualLayout((N, N, N), "f4")
+    layout[...] = h5py.VirtualSource(source, name, (N, N, N))
+    with h5py.File(path, "a") as file:
+        del file["gr_seed0001"]
+        file.create_virtual_dataset("gr_seed0001", layout)
+
+
+def virtual_cycle(path: Path) -> None:
+    virtual(path, "other.h5", "gr_seed0001")
+    other = write(path.with_name("other.h5"))
+    virtual(other, path.name, "gr_seed0001")
+
+
+def link(path: Path, target: h5py.ExternalLink | h5py.SoftLink) -> None:
+    with h5py.File(path, "a") as file:
+        del file["gr_seed0001"]
+        file["gr_seed0001"] = target
+
+
+def link_to_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("pipe"))
+    link(path, h5py.ExternalLink("pipe", "/gr"))
+
+
+def link_to_link_to_device(path: Path) -> None:
+    with h5py.File(path.with_name("other.h5"), "w") as file:
+        file["a"] = h5py.ExternalLink("/dev/zero", "/gr")
+        file["b"] = h5py.SoftLink("/a")
+    link(path, h5py.ExternalLink("other.h5", "/b"))
+
+
+def values_on_a_device(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["gr_seed0001"]
+        file.create_dataset("gr_seed0001", (N, N, N), "f4", external=[("/dev/zero", 0, 4 * N**3)])
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing": (Path.unlink, ["no such file", "data_params.datafile", "python -m datasets pack"]),
     "empty": (lambda path: path.write_bytes(b""), ["empty"]),
@@ -207,6 +256,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "never written": (empty_data_set, ["/gr_seed0001", "never written"]),
     "group": (group_for_a_cube, ["/gr_seed0001", "no readable data set"]),
     "broken link": (broken_link, ["/gr_seed0001"]),
+    "self-reference": (lambda path: virtual(path, ".", "gr_seed0001"), ["/gr_seed0001", "virtual"]),
+    "self-reference by name": (
+        lambda path: virtual(path, path.name, "gr_seed0001"),
+        ["/gr_seed0001", "virtual"],
+    ),
+    "virtual cycle": (virtual_cycle, ["/gr_seed0001", "virtual"]),
+    "link to a pipe": (link_to_pipe, ["/gr_seed0001", "link to", "pipe"]),
+    "link to a link to a device": (link_to_link_to_device, ["other.h5", "/dev/zero"]),
+    "link to itself": (lambda path: link(path, h5py.SoftLink("/gr_seed0001")), ["/gr_seed0001", "links"]),
+    "values on a device": (values_on_a_device, ["/gr_seed0001", "/dev/zero"]),
+    "pipe": (pipe, ["not a regular file"]),
     "duplicate": (duplicate, ["/gr_seed0001", "/gr_seed01", "seed 1"]),
     "not cubic": (lambda path: replace(path, np.zeros((N, N, 2 * N))), ["/gr_seed0001", "(64, 64, 128)"]),
     "flat": (lambda path: replace(path, np.zeros((N, N))), ["/gr_seed0001", "(N, N, N) is needed"]),
@@ -227,7 +287,7 @@ def test_bad_files(path: Path, kind: str) -> None:
     with pytest.raises(DataError) as caught:
         CubeFile(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ")
+    assert message.startswith((f"{path}: ", f"{path.parent}/other.h5: "))
     assert len(message.splitlines()) <= 5
     for word in words:
         assert word in message

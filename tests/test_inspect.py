@@ -83,8 +83,8 @@ def test_report_lists_every_problem(tmp_path: Path) -> None:
         "cube /gr_seed0003 has the shape (64, 64, 32); (N, N, N) is needed.",
         "cube /newton_seed0003 has the type |S1; real numbers are needed.",
         "cube /gr_seed0005 was never written; the program that created the file did not finish. Repeat it.",
-        "/gr_seed0000 has 2 values that are NaN or infinite",
-        "/newton_seed0000 has 1 values that are NaN or infinite",
+        "/gr_seed0000 has 2 values that are NaN, infinite or beyond float32",
+        "/newton_seed0000 has 1 values that are NaN, infinite or beyond float32",
     ]
 
 
@@ -105,6 +105,38 @@ def test_slow_and_damaged_chunks_are_problems(tmp_path: Path) -> None:
     found = problems(report(path))
     assert any(problem.startswith("/gr_seed0000 cannot be read") for problem in found)
     assert any("python -m datasets repack" in problem for problem in found)
+
+
+def test_values_beyond_float32_are_a_problem(tmp_path: Path) -> None:
+    path = write(tmp_path / "cubes.h5", seeds=1, dtype="f8")
+    with h5py.File(path, "a") as file:
+        file["gr_seed0000"][1, 2, 3] = 1e39
+    assert problems(report(path)) == ["/gr_seed0000 has 1 values that are NaN, infinite or beyond float32"]
+
+
+def test_memory_is_bounded_for_planes_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "cubes.h5", seeds=1)
+    expected = report(path)
+    sizes = []
+
+    class Recorder(inspect.Moments):
+        def add(self, values: np.ndarray) -> None:
+            sizes.append(values.nbytes)
+            super().add(values)
+
+    monkeypatch.setattr(inspect, "Moments", Recorder)
+    monkeypatch.setattr(inspect, "SLAB_BYTES", 10 * N * 8)  # ten rows
+    assert report(path) == expected
+    assert max(sizes) <= 10 * N * 8
+
+
+def test_data_sets_of_a_wrong_shape_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "cubes.h5")
+    with h5py.File(path, "a") as file:
+        del file["gr_seed0000"]
+        huge = file.create_dataset("gr_seed0000", shape=(2**40, 2, 2), chunks=(1024, 2, 2), dtype="f4")
+        huge[0] = 1
+    assert any("/gr_seed0000 has the shape" in problem for problem in problems(report(path)))
 
 
 def test_long_lists_of_problems_are_shortened(tmp_path: Path) -> None:

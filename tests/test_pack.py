@@ -235,6 +235,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no data": (rename_data, ["no numeric data set `data`", "phi"]),
     "not HDF5": (lambda raw: snapshot_file(raw, 1, "gr", 1).write_text("x" * 99), ["not an HDF5 file"]),
     "truncated": (lambda raw: os.truncate(snapshot_file(raw, 1, "gr", 1), 10_000), ["truncated"]),
+    "too large": (
+        lambda raw: replace(raw, np.full((N, N, N), 1e300) * (np.arange(N) - 9)),
+        ["variance", "float64"],
+    ),
     "NaN": (insert_nan, ["seed0001/gr/gr_snap001_phi.h5", "NaN"]),
 }
 

@@ -1,6 +1,7 @@
 """The contents and problems of a cube file, also of a damaged one, and a plot of one slice."""
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ from .pack import SLAB_BYTES
 
 MAX_PROBLEMS = 20  # lines in a report
 FIELD_COLORS = "RdBu_r"  # both diverging maps are safe for color-blind readers
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_PLANE_BYTES = 1 << 30  # of a plot
 DIFFERENCE_COLORS = "PuOr_r"
 
 
@@ -98,30 +101,36 @@ def _storage(cube: Cube) -> str:
 
 def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
     findings = _Findings()
+    invalid = problems(cubes)
     for (_, gravity), cube in tqdm(cubes.items(), desc="reading", unit="cube", disable=None):
-        if cube.dtype.kind not in "fiu" or not cube.written:
-            continue  # reported by problems()
+        if cube.name in invalid:  # its shape may be anything
+            continue
         bad = 0
         try:
             for slab in _slabs(file[cube.name]):
-                finite = slab[np.isfinite(slab)]
+                finite = slab[np.abs(slab) <= MAX_FLOAT32]  # False for NaN
                 bad += slab.size - finite.size
                 if finite.size:
                     findings.moments[gravity].add(finite)
         except H5PY_ERRORS as error:
             findings.unreadable.append(f"/{cube.name} cannot be read: {error}")
         if bad:
-            findings.not_finite.append(f"/{cube.name} has {bad} values that are NaN or infinite")
+            findings.not_finite.append(
+                f"/{cube.name} has {bad} values that are NaN, infinite or beyond float32"
+            )
     return findings
 
 
 def _slabs(data: h5py.Dataset) -> Iterator[NDArray[np.float64]]:
-    if data.ndim == 0:
-        yield np.asarray(data[()], dtype=np.float64).reshape(1)
-        return
-    rows = max(1, SLAB_BYTES // max(1, 8 * int(np.prod(data.shape[1:]))))
-    for start in range(0, data.shape[0], rows):
-        yield np.asarray(data[start : start + rows], dtype=np.float64)
+    """The values in blocks of at most SLAB_BYTES; a plane may be larger than memory."""
+    axis, block = 0, 8 * math.prod(data.shape[1:])  # bytes at one index of `axis`
+    while block > SLAB_BYTES and axis < data.ndim - 1:
+        axis += 1
+        block //= data.shape[axis]
+    rows = max(1, SLAB_BYTES // block)
+    for index in np.ndindex(data.shape[:axis]):
+        for start in range(0, data.shape[axis], rows):
+            yield np.asarray(data[(*index, slice(start, start + rows))], dtype=np.float64)
 
 
 def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _Findings) -> list[str]:
@@ -133,7 +142,7 @@ def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _F
     # If one seed is far too large, the first gaps suffice.
     if gaps := set(range(min(max(present), 2 * len(present)))) - present:
         found.append(f"missing seeds: {system.format_ranges(gaps)}; training needs seeds from 0 without gaps")
-    found += [*problems(cubes), *findings.not_finite, *findings.unreadable]
+    found += [*problems(cubes).values(), *findings.not_finite, *findings.unreadable]
     if slow := slow_chunks(path, cubes):
         found += slow.removeprefix(f"{path}: ").splitlines()
     if len(found) > MAX_PROBLEMS:
@@ -190,6 +199,8 @@ def _seed_to_plot(path: Path, cubes: Cubes) -> int:
             continue
         pair = cubes[seed, "gr"], cubes[seed, "newton"]
         if pair[0].shape == pair[1].shape and all(len(c.shape) == 3 and c.dtype.kind in "fiu" for c in pair):
+            if 8 * math.prod(pair[0].shape[1:]) > MAX_PLANE_BYTES:
+                raise DataError(f"{path}: a slice of the shape {pair[0].shape[1:]} is too large to plot.")
             return seed
     raise DataError(f"{path}: nothing to plot: no seed has two cubes of one shape. Add a pair of twins.")
 

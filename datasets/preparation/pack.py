@@ -123,6 +123,8 @@ def _pack(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any
         ):  # in the order of the sources, so that sums are reproducible
             moments.merge(part)
             bar.update(bytes_per_cube)
+        if not np.isfinite(moments.variance):
+            raise DataError(f"{raw}: the variance of the values is too large for float64. Check their unit.")
         if moments.variance == 0:
             raise DataError(
                 f"{raw}: all values are {moments.mean}; they cannot be standardized. Check the simulations."
