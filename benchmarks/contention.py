@@ -2,9 +2,9 @@
 
     python benchmarks/contention.py [--size 256] [--counts 300000 10000 3000 1000 0] [--scratch FOLDER]
 
-Each round trains with every spin count (GOMP_SPINCOUNT; 300000 is the default of libgomp), idle and beside one
-and two processes that compute without pause. The table shows medians over the rounds. Ratios compare runs of the
-same round. Other load on the machine distorts them.
+Each round trains with every spin count (GOMP_SPINCOUNT; 300000 is the default of libgomp), idle and beside
+one and two processes that compute without pause. The table shows medians over the rounds. Ratios compare runs
+of the same round. Other load on the machine distorts them.
 """
 
 from __future__ import annotations
