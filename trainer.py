@@ -80,6 +80,7 @@ def train(config: Config, *, preflight_only: bool) -> None:
             accelerator.device.type,
         )
     setup_logging(main=accelerator.is_main_process)
+    accelerator.print(distributed.describe_hardware(accelerator))
     if preflight_only or accelerator.num_processes > 1:
         accelerator.print(distributed.preflight(accelerator, config.to_dict()))
     if preflight_only:

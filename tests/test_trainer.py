@@ -431,7 +431,7 @@ def test_a_synthetic_universe_of_other_settings_is_refused(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment(synthetic={"size": 64, "strength": 7.0})
-    check_refused(path, tmp_path, capsys, ["data_params.synthetic asks for", "'strength': 100"])
+    check_refused(path, tmp_path, capsys, ["data_params.synthetic is", "'strength': 100"])
 
 
 def test_constant_data_cannot_be_standardized(
