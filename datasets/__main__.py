@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         help="pack the potential at Z1 minus that at Z2, each divided by its linear growth",
     )
 
+    packing.add_argument(
+        "--remove-mean",
+        action="store_true",
+        help="subtract from each cube its own mean, which would identify its gravity",
+    )
+
     repacking = commands.add_parser(
         "repack", help="convert a chunked or compressed file to one that is fast to read"
     )
@@ -72,6 +78,19 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"plot written to {options.plot}")
 
 
+def _pack(options: argparse.Namespace) -> None:
+    files = options.raw, options.out
+    if options.redshift is not None:
+        pack(*files, redshift=options.redshift, remove_mean=options.remove_mean, overwrite=options.force)
+    elif options.snapshot is not None:
+        pack_snapshot(
+            *files, snapshot=options.snapshot, remove_mean=options.remove_mean, overwrite=options.force
+        )
+    else:
+        redshifts = tuple(options.difference)
+        pack_difference(*files, redshifts=redshifts, remove_mean=options.remove_mean, overwrite=options.force)
+
+
 def _run(options: argparse.Namespace) -> None:
     force = options.force
     if options.command == "synthesize":
@@ -87,12 +106,8 @@ def _run(options: argparse.Namespace) -> None:
         repack(options.file, options.out, overwrite=force)
     elif options.command == "inspect":
         _inspect(options)
-    elif options.redshift is not None:
-        pack(options.raw, options.out, redshift=options.redshift, overwrite=force)
-    elif options.snapshot is not None:
-        pack_snapshot(options.raw, options.out, snapshot=options.snapshot, overwrite=force)
     else:
-        pack_difference(options.raw, options.out, redshifts=tuple(options.difference), overwrite=force)
+        _pack(options)
     if options.command != "inspect":
         written = CubeFile(options.out)
         print(f"{written.path}: {len(written.seeds)} pairs of twins, {written.size}^3 cells each")

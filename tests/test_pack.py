@@ -106,6 +106,22 @@ def test_packed_cubes_are_standardized(tmp_path: Path, raw: Path) -> None:
         assert np.abs(values - field(seed, gravity, 1)).max() < 1e-6 * everything.std()
 
 
+def test_remove_mean_leaves_every_cube_with_mean_0(tmp_path: Path, raw: Path) -> None:
+    out, plain = tmp_path / "out.h5", tmp_path / "plain.h5"
+    pack(raw, out, redshift=1, remove_mean=True)
+    pack(raw, plain, redshift=1)
+    with h5py.File(out) as file, h5py.File(plain) as other:
+        assert file.attrs["mean_removed"]
+        assert not other.attrs["mean_removed"]
+        scale = other.attrs["std"] / file.attrs["std"]
+        squares = []
+        for name, cube in file.items():
+            values, expected = (data[()].astype(np.float64) for data in (cube, other[name]))
+            np.testing.assert_allclose(values, (expected - expected.mean()) * scale, rtol=0, atol=1e-5)
+            squares.append((values**2).mean())
+        assert np.mean(squares) == pytest.approx(1, rel=1e-6)
+
+
 def test_attributes(tmp_path: Path, raw: Path) -> None:
     pack(raw, tmp_path / "out.h5", redshift=1)
     attributes = CubeFile(tmp_path / "out.h5").attributes

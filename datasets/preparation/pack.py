@@ -9,6 +9,9 @@ The difference of two redshifts is, for each simulation,
 
 with the linear growth g of the Newtonian potential (`Cosmology.potential_growth`). In linear Newtonian theory
 d = 0. What remains is non-linear growth, relativistic corrections and the numerical errors of the simulation.
+
+With `remove_mean` every cube gets mean 0. The mean of a GR cube differs from that of a Newtonian one by
+construction, so it identifies the gravity without any physics.
 """
 
 from collections.abc import Iterator
@@ -50,14 +53,18 @@ class Source:
     terms: tuple[tuple[Path, float], ...]
 
 
-def pack(raw: Path, out: Path, *, redshift: float, overwrite: bool = False) -> None:
+def pack(
+    raw: Path, out: Path, *, redshift: float, remove_mean: bool = False, overwrite: bool = False
+) -> None:
     """Pack the potential at one redshift of all simulations in `raw`. Raises DataError."""
     simulations = find_simulations(raw)
     sources = [Source(s, ((s.snapshot(snapshot_number(s, redshift)), 1.0),)) for s in simulations]
-    _pack(raw, out, sources, {"field": "phi", "redshift": redshift}, overwrite)
+    _pack(raw, out, sources, {"field": "phi", "redshift": redshift}, remove_mean, overwrite)
 
 
-def pack_snapshot(raw: Path, out: Path, *, snapshot: int, overwrite: bool = False) -> None:
+def pack_snapshot(
+    raw: Path, out: Path, *, snapshot: int, remove_mean: bool = False, overwrite: bool = False
+) -> None:
     """Pack the potential of one snapshot number, at one redshift in all simulations. Raises DataError."""
     simulations = find_simulations(raw)
     redshifts = {}
@@ -72,10 +79,17 @@ def pack_snapshot(raw: Path, out: Path, *, snapshot: int, overwrite: bool = Fals
     if len(redshifts) > 1:
         found = ", ".join(f"z = {z:g} in {path}" for z, path in redshifts.items())
         raise DataError(f"snapshot {snapshot} has several redshifts: {found}. Use --redshift.")
-    pack(raw, out, redshift=next(iter(redshifts)), overwrite=overwrite)
+    pack(raw, out, redshift=next(iter(redshifts)), remove_mean=remove_mean, overwrite=overwrite)
 
 
-def pack_difference(raw: Path, out: Path, *, redshifts: tuple[float, float], overwrite: bool = False) -> None:
+def pack_difference(
+    raw: Path,
+    out: Path,
+    *,
+    redshifts: tuple[float, float],
+    remove_mean: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Pack the difference of two redshifts, each divided by its linear growth. Raises DataError."""
     simulations = find_simulations(raw)
     universe = cosmology(common_settings(simulations))
@@ -92,10 +106,17 @@ def pack_difference(raw: Path, out: Path, *, redshifts: tuple[float, float], ove
         for simulation in simulations
     ]
     attributes = {"field": "phi difference", "difference_redshifts": redshifts, "difference_growth": growth}
-    _pack(raw, out, sources, attributes, overwrite)
+    _pack(raw, out, sources, attributes, remove_mean, overwrite)
 
 
-def _pack(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any], overwrite: bool) -> None:
+def _pack(
+    raw: Path,
+    out: Path,
+    sources: list[Source],
+    attributes: dict[str, Any],
+    remove_mean: bool,
+    overwrite: bool,
+) -> None:
     settings = common_settings([source.simulation for source in sources])
     size = _size(sources)
     attributes |= {
@@ -117,10 +138,11 @@ def _pack(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any
         ThreadPoolExecutor(WORKERS) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="statistics", disable=None) as bar,
     ):
-        moments = Moments()
-        for part in pool.map(
-            partial(_moments, size), sources
-        ):  # in the order of the sources, so that sums are reproducible
+        moments, means = Moments(), []
+        # In the order of the sources, so that sums are reproducible.
+        for part in pool.map(partial(_moments, size), sources):
+            means.append(part.mean if remove_mean else 0.0)
+            part.mean -= means[-1]
             moments.merge(part)
             bar.update(bytes_per_cube)
         if not np.isfinite(moments.variance):
@@ -130,10 +152,12 @@ def _pack(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any
                 f"{raw}: all values are {moments.mean}; they cannot be standardized. Check the simulations."
             )
         mean, std = moments.mean, moments.std
-        file.attrs.update(attributes | {"mean": mean, "std": std, "variance": moments.variance})
+        attributes |= {"mean": mean, "std": std, "variance": moments.variance, "mean_removed": remove_mean}
+        file.attrs.update(attributes)
         bar.set_description("writing")
         cubes = [new_cube(file, s.simulation.seed, s.simulation.gravity, size) for s in sources]
-        for _ in pool.map(partial(_standardize, mean, std), sources, cubes):
+        offsets = [mean + own for own in means]
+        for _ in pool.map(partial(_standardize, std), offsets, sources, cubes):
             bar.update(bytes_per_cube)
 
 
@@ -144,7 +168,7 @@ def _moments(size: int, source: Source) -> Moments:
     return moments
 
 
-def _standardize(mean: float, std: float, source: Source, cube: h5py.Dataset) -> None:
+def _standardize(std: float, mean: float, source: Source, cube: h5py.Dataset) -> None:
     for rows, slab in _slabs(source, len(cube)):
         slab -= mean
         slab /= std
