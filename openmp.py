@@ -1,9 +1,9 @@
 """Limits how long OpenMP threads spin at a barrier. Programs import this module before torch.
 
 The threads of torch's CPU kernels wait for one another at the end of each parallel region. libgomp lets them
-spin, by default for some 10 ms. If another process uses one of the cores, all threads spin while the last one
-waits for its time slice, and training runs at a fraction of its speed. libgomp reads the limit when torch is
-imported.
+spin, by default for some 10 ms. Where another process uses one of the cores, all threads spin while the last
+one waits for its time slice, and training slows down by much more than its share of the cores. libgomp reads
+the limit when torch is imported.
 """
 
 import os

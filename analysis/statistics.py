@@ -16,7 +16,7 @@ clustered data. Positive numbers use the log scale.
 
 An interval describes the variation over other test seeds, not over other trainings. `low` and `high` are None
 with fewer than MIN_SEEDS seeds, and where the statistic is undefined without one of the seeds.
-`benchmarks/coverage.py` measures how often the intervals contain the true value.
+`benchmarks/interval_coverage.py` measures how often the intervals contain the true value.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """What tests share: a tiny universe, experiments on it, and an accelerator of their own."""
 
+import openmp  # noqa: F401  before torch
+
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,7 @@
 """How often 95 % intervals contain the true value, and how often tests reject: a simulation with known truth.
 
-    python benchmarks/coverage.py                                     the tables of docs/evaluation.md
-    python benchmarks/coverage.py --simulations 100 --seeds 8 24      rough ones in about a minute
+    python benchmarks/interval_coverage.py                                  the tables of docs/evaluation.md
+    python benchmarks/interval_coverage.py --simulations 100 --seeds 8 24   rough ones in about a minute
 
 Networks are drawn at random from three regimes: `faint` (the scatter between cubes is about 3 times the mean
 difference of twins), `medium` and `strong` (the cubes nearly separate). The logit of a slice is
