@@ -11,11 +11,13 @@ diagonal, between otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 from scipy.stats import mannwhitneyu
@@ -24,8 +26,10 @@ from analysis.power_spectrum import (
     ALONG_AXIS,
     ALONG_DIAGONAL,
     Bools,
+    Box,
     Floats,
     ModeBins,
+    directions,
     measurable,
     shell_edges,
 )
@@ -270,6 +274,34 @@ class Lattice:
         weights = self.bins.modes * mask * (1.0 if weights is None else weights)
         total = weights.sum()
         return values @ weights / total if total else np.full(len(values), np.nan)
+
+
+def measure(twins: Iterable[NDArray[np.float32]], box: Box) -> Lattice:
+    """Lattice diagnostics of twins (2, N, N, N), Newton first, one pair per seed."""
+    bins = directions(box, 3)
+    power, means, stds = [], [], []
+    for pair in twins:
+        cubes = torch.from_numpy(pair)
+        power.append(bins.power(cubes))
+        means.append(cubes.double().mean((1, 2, 3)).numpy())
+        stds.append(float(cubes.double().std()))
+    return Lattice(bins, np.stack(power), np.stack(means) / np.mean(stds))
+
+
+def describe(lattice: Lattice) -> str:
+    """A table of P_GR/P_N by band of n and direction, the cube means and the corners, and the warnings."""
+    found = lattice.report()
+    edges, rows = found["ratio"]["edges"], zip(*found["ratio"]["value"], strict=True)
+    lines = ["P_GR/P_N by n     " + "".join(f"{name:>10}" for name in DIRECTIONS)]
+    for low, high, row in zip(edges, edges[1:], rows, strict=False):
+        values = "".join(" " * 10 if np.isnan(value) else f"{value:10.4f}" for value in row)
+        lines.append(f"  {low:5.1f} to {high:5.1f}  {values}")
+    corners, means = found["corners"], found["cube_mean"]
+    lines += [
+        f"power beyond the Nyquist sphere  {corners['newton']:.3g} of newton, {corners['gr']:.3g} of gr",
+        f"mean of a cube / std  {means['newton']:.3g} of newton, {means['gr']:.3g} of gr",
+    ]
+    return "\n".join([*lines, *(f"warning: {line}" for line in found["warnings"])])
 
 
 def _summary(values: Floats) -> tuple[Floats, Floats]:

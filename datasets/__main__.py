@@ -3,9 +3,13 @@
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from .cube_file import CubeFile, DataError
+import numpy as np
+from numpy.typing import NDArray
+
+from .cube_file import GRAVITIES, CubeFile, DataError
 from .preparation.pack import pack, pack_difference, pack_snapshot, repack
 from .preparation.synthetic import write_synthetic
 
@@ -73,6 +77,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.plot:
         check_plot(options.plot, options.force)
     print(report(options.file))
+    _print_lattice(options.file)
     if options.plot:
         plot(options.file, options.plot)
         print(f"plot written to {options.plot}")
@@ -89,6 +94,29 @@ def _pack(options: argparse.Namespace) -> None:
     else:
         redshifts = tuple(options.difference)
         pack_difference(*files, redshifts=redshifts, remove_mean=options.remove_mean, overwrite=options.force)
+
+
+def _print_lattice(path: Path) -> None:
+    """Print whether direction or mean separates the gravities, for a file without problems."""
+    from analysis import lattice  # imports torch and scipy
+    from analysis.power_spectrum import Box
+
+    try:
+        cubes = CubeFile(path)
+    except DataError:
+        return  # the report lists its problems
+    if len(cubes.seeds) < 2:
+        return
+
+    def twins() -> Iterator[NDArray[np.float32]]:
+        for seed in cubes.seeds:
+            pair = np.empty((2, *(cubes.size,) * 3), np.float32)
+            for gravity, cube in zip(GRAVITIES, pair, strict=True):
+                cubes.read(seed, gravity, cube)
+            yield pair
+
+    box = Box(cubes.size, cubes.attr_float("box_size"))
+    print(lattice.describe(lattice.measure(twins(), box)))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from datasets import __main__ as commands
-from datasets import check_normalization
+from datasets import check_normalization, write_synthetic
 from datasets.cube_file import GRAVITIES, CubeFile, DataError
 from datasets.preparation import inspect
 from datasets.preparation.inspect import MAX_PROBLEMS, check_plot, draw, plot, report
@@ -225,3 +225,17 @@ def test_plots_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to plot"):
         plot(path, tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_inspect_warns_if_the_mean_separates_the_gravities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_synthetic(tmp_path / "mean.h5", seeds=3, size=64, strength=1)
+    with h5py.File(tmp_path / "mean.h5", "a") as file:
+        for seed in range(3):
+            file[f"gr_seed{seed:04d}"][...] = file[f"gr_seed{seed:04d}"][:] + 0.5
+    monkeypatch.setattr(sys, "argv", ["datasets", "inspect", str(tmp_path / "mean.h5")])
+    assert commands.main() == 0
+    shown = capsys.readouterr().out
+    assert "P_GR/P_N by n" in shown
+    assert "warning: The mean of a cube separates the labels (AUC 1.000)" in shown

@@ -4,9 +4,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+import simulated_universe
 import torch
 
-from analysis.lattice import Lattice
+from analysis.lattice import Lattice, describe, measure
 from analysis.power_spectrum import (
     ALONG_AXIS,
     ALONG_DIAGONAL,
@@ -197,3 +198,21 @@ def test_small_cubes_have_no_shells_to_compare() -> None:
 def test_one_seed_has_no_errors() -> None:
     with pytest.raises(ValueError, match="found 1 seed with both gravities"):
         lattice(16, universe(16, np.ones(len(partition(16))), 1))
+
+
+def test_the_table_of_a_lattice_universe_has_ratios_and_a_warning() -> None:
+    twins = (
+        torch.stack(simulated_universe.twins(seed, simulated_universe.lattice)).numpy() for seed in range(4)
+    )
+    lines = describe(measure(twins, simulated_universe.BOX)).splitlines()
+    assert lines[0].split() == ["P_GR/P_N", "by", "n", "axis", "between", "diagonal"]
+    row = next(line.split() for line in lines if line.startswith("   17.5"))
+    vectors = wave_vectors(64, 3)
+    n, direction = wavenumber(vectors), mu4(vectors)
+    band = (n > 17.5) & (n < 24.5)
+    axis, diagonal = direction > ALONG_AXIS, direction <= ALONG_DIAGONAL
+    expected = [
+        1.0425 - 0.054 * float(direction[band & mask].mean()) for mask in (axis, ~axis & ~diagonal, diagonal)
+    ]
+    assert [float(value) for value in row[3:]] == pytest.approx(expected, abs=5e-4)
+    assert lines[-1].startswith("warning: P_GR/P_N depends on direction")
