@@ -1,0 +1,87 @@
+"""Every block of docs/tutorial.md runs, in order, on a small universe."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import matplotlib as mpl
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from test_pack import REDSHIFTS, snapshot_file, write_settings
+
+import datasets
+import evaluation
+import trainer
+from checkpoint import __main__ as checkpoint_command
+from datasets import __main__ as datasets_command
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S)
+SEEDS = 9
+SMALL = ["data_params.train_seeds=6", "data_params.validation_seeds=2", "data_params.test_seeds=3"]
+SMALL += ["model_params.layer_param=4", "train_params.epochs=1"]
+UNIT = 4e-5  # standard deviation of gevolution's potential
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the experiments and the raw output of nine seeds."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    (folder / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "lynx_z1.yaml", folder / "experiments")
+    datasets.write_synthetic(folder / "cubes.h5", seeds=SEEDS, size=64, strength=100)
+    with h5py.File(folder / "cubes.h5") as cubes:
+        for name in cubes:
+            gravity, seed = name.split("_seed")
+            for snapshot in range(len(REDSHIFTS)):
+                path = snapshot_file(folder / "raw", int(seed), gravity, snapshot)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with h5py.File(path, "w") as file:
+                    file["data"] = cubes[name][:].astype("f8") * UNIT
+            write_settings(folder / "raw", int(seed), gravity)
+    return folder
+
+
+PROGRAMS = {
+    ("python", "-m", "datasets"): datasets_command.main,
+    ("python", "-m", "checkpoint"): checkpoint_command.main,
+    ("accelerate", "launch", "trainer.py"): trainer.main,
+    ("accelerate", "launch", "evaluation.py"): evaluation.main,
+}
+
+
+def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of the tutorial in this process, where torch is imported already."""
+    words = shlex.split(line)
+    if words[0] == "cp":
+        shutil.copy(*words[1:])
+        return
+    program, arguments = PROGRAMS[tuple(words[:3])], words[3:]
+    if program is trainer.main:
+        arguments += SMALL
+    elif program is evaluation.main and "--predict" not in arguments:
+        arguments += ["--quick"]  # test_evaluation.py runs the full report
+    monkeypatch.setattr(sys, "argv", [words[2], *arguments])
+    assert program() == 0, line
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_every_block_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    for language, block in BLOCKS:
+        if language == "bash":
+            for line in block.splitlines():
+                run_command(line, monkeypatch)
+        else:
+            with mpl.rc_context({"backend": "agg"}):
+                exec(compile(block, "docs/tutorial.md", "exec"), {})
+    written = {path.name for path in folder.iterdir()}
+    assert {"data_z1.h5", "slices.png", "runs", "logits.pdf", "predictions.h5"} <= written
+    assert (folder / "runs" / "mine" / "evaluation" / "report.html").exists()
+    assert "AUC" in capsys.readouterr().out
