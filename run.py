@@ -312,7 +312,8 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
     set_seed(params.seed)
     if params.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(params.deterministic)  # imports torch's compiler, which takes 1 s
-    torch.backends.cudnn.benchmark = not params.deterministic  # every batch has the same shape
+    # Every batch has the same shape. On AMD GPUs the search for the fastest kernels takes 15 s per shape.
+    torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
     network = models.build_model(**config.model_arguments(cubes.size))
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]

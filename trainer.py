@@ -28,6 +28,7 @@ import datasets
 import distributed
 import metrics
 import models
+import system
 from config import Config, ConfigError, load_config
 from logger import RunLogger, flatten, setup_logging
 from run import Run, TrainState, check_setup, setup_run
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("experiment", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
     parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
 
     def program() -> None:
         distributed.setup_process()
@@ -81,7 +82,7 @@ def train(config: Config, *, preflight_only: bool) -> None:
         )
     setup_logging(main=accelerator.is_main_process)
     accelerator.print(distributed.describe_hardware(accelerator))
-    if preflight_only or accelerator.num_processes > 1:
+    if preflight_only or system.world_size() > 1:
         accelerator.print(distributed.preflight(accelerator, config.to_dict()))
     if preflight_only:
         check_setup(config)

@@ -118,7 +118,10 @@ def describe_hardware(accelerator: Accelerator) -> str:
         name, memory = cpu_name(), f"{system.available_memory() / GIB:.1f} GiB of memory free"
     else:
         module = torch.get_device_module(device)
-        name, memory = module.get_device_name(device), "shared memory"
+        name = (
+            module.get_device_name(device) if hasattr(module, "get_device_name") else cpu_name()
+        )  # MPS: one chip
+        memory = "memory shared with the CPU"
         if hasattr(module, "mem_get_info"):
             free, total = module.mem_get_info(device)
             memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB of memory free"

@@ -85,6 +85,9 @@ def connect() -> None:
         raise LaunchError(
             f"rendezvous of {processes} ranks at {host}:{port} (MASTER_ADDR:MASTER_PORT): {missing}"
         )
+    # Otherwise Accelerate passes LOCAL_RANK to DistributedDataParallel as the device, which is wrong if each
+    # rank sees its own device only (srun --gpus-per-task=1).
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     # From now on a rank may keep the others waiting for longer.
     set_timeout(timedelta(seconds=RUN_SECONDS))
     # Its threads must end before the interpreter does. Otherwise the process may abort at exit.

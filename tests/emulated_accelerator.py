@@ -36,6 +36,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -537,6 +538,7 @@ def install_device_module(kind: str) -> None:
             "mem_get_info": lambda device=None: (accelerator.free_memory, TOTAL_MEMORY),
             "get_device_name": lambda device=None: f"Emulated {kind.upper()}",
             "get_device_capability": lambda device=None: (9, 0),
+            "get_device_properties": lambda device=None: SimpleNamespace(total_memory=TOTAL_MEMORY),
             "is_bf16_supported": lambda *arguments: True,
             "is_current_stream_capturing": lambda: False,
             "Stream": Stream,

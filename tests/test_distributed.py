@@ -382,6 +382,13 @@ def test_the_hardware_of_a_gpu(
     assert line.startswith(f"cuda:1 (NVIDIA H100), 60.0 of 80.0 GiB of memory free, {text}, ")
 
 
+def test_the_hardware_of_apple(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    accelerator: Any = SimpleNamespace(device=torch.device("mps"), mixed_precision="no")
+    line = distributed.describe_hardware(accelerator)
+    assert re.fullmatch(r"mps \(.+\), memory shared with the CPU, float32, \d+ CPU threads?", line)
+
+
 @pytest.fixture
 def unused_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch for GPUs that finds none."""

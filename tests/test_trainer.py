@@ -487,7 +487,7 @@ def test_a_required_compilation_that_fails_is_an_error(
     error = capsys.readouterr().err
     assert "cannot be compiled" in error
     assert "/nonexistent/c++" in error
-    assert "train_params.compile auto or false" in error
+    assert "Set train_params.compile to auto or false" in error
 
 
 def test_an_optional_compilation_that_fails_is_skipped(no_compiler: None) -> None:
