@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 
 import checkpoint
 import datasets
@@ -312,28 +313,45 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
     set_seed(params.seed)
     if params.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(params.deterministic)  # imports torch's compiler, which takes 1 s
-    # Every batch has the same shape. On AMD GPUs the search for the fastest kernels takes 15 s per shape.
-    torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
+    # Otherwise deterministic algorithms fill all new tensors first, and every batch is written twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    on_rocm = torch.version.hip is not None
+    # Every batch has the same shape. On ROCm the search takes seconds per shape and rank (ROCm/MIOpen#1878).
+    torch.backends.cudnn.benchmark = not params.deterministic and not on_rocm
+    if on_rocm:  # torch reads these before the first convolution; without them it copies to NCHW and back
+        os.environ.setdefault("PYTORCH_MIOPEN_SUGGEST_NHWC", "1")
+        os.environ.setdefault("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM", "1")
     network = models.build_model(**config.model_arguments(cubes.size))
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]
     if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):
         models.synchronize_batch_norm(network)
-    # Synchronized batch normalization breaks the graph at every layer: compiling would not pay.
-    unbroken = not any(isinstance(module, torch.nn.SyncBatchNorm) for module in network.modules())
-    if params.compile is True or (
-        params.compile == "auto" and accelerator.device.type == "cuda" and unbroken
-    ):
-        compile_network(network, required=params.compile is True)
+    compile_network(network, accelerator, params.compile)
     return network
 
 
-def compile_network(network: torch.nn.Module, *, required: bool) -> None:
-    """Compile the network; if that fails, the first batch raises if `required` and otherwise runs eagerly."""
+def compile_network(network: torch.nn.Module, accelerator: Accelerator, compile: str | bool) -> None:
+    """Compile the network if `compile` (train_params.compile) or Accelerate's dynamo_config asks for it.
+
+    It is compiled in place, which changes neither its names nor its class. If that fails, the first batch
+    raises, or runs eagerly where `compile` is "auto" and dynamo_config is not set.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    # Without `dynamic` the shape of the first batch would decide for all.
+    options = {"dynamic": False}
+    required = compile is True or plugin.backend != DynamoBackend.NO
+    if plugin.backend != DynamoBackend.NO:
+        options |= plugin.to_kwargs()
+        # Accelerate would compile DistributedDataParallel with the network, and rename all parameters.
+        plugin.backend = DynamoBackend.NO
+    if compile is False or not (required or accelerator.device.type == "cuda"):
+        return
     import torch._dynamo  # takes a second
 
     torch._dynamo.config.suppress_errors = not required  # warns and runs eagerly
-    network.compile(dynamic=False)  # or the shape of the first batch would decide for all
+    # One graph per network: the optimizer for DDP would split it at every bucket of gradients.
+    torch._dynamo.config.optimize_ddp = False
+    network.compile(**options)
 
 
 def prepare(
@@ -345,6 +363,9 @@ def prepare(
         network.parameters(), lr=params.lr, betas=params.betas, weight_decay=params.weight_decay, fused=True
     )
     network, optimizer = accelerator.prepare(network, optimizer)
+    if isinstance(network, torch.nn.parallel.DistributedDataParallel):
+        # No step needs the buffers of rank 0; distributed.broadcast_buffers copies them for an evaluation.
+        network.broadcast_buffers = False
     rows = params.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
     images = torch.zeros(rows, *shape, device=accelerator.device)
     distributed.warm_up_ddp(network, images.to(memory_format=datasets.memory_format(accelerator.device)))

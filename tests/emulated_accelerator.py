@@ -25,7 +25,7 @@ torch's backend for devices that are implemented in Python; `EmulatedTensor.devi
 Limitations: `torch.compile` returns its argument unchanged, and graphs are not captured. Only the thread that
 called `install` can move tensors to the device. Kernels run at once, so overwriting the source of a copy too
 early is noticed on side streams only. Changing a shape in place raises NotImplementedError. gloo replaces
-NCCL. Only kernels that the CPU has exist: torch's SyncBatchNorm does not run.
+NCCL. Only kernels that the CPU has exist.
 """
 
 from __future__ import annotations

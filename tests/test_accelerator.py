@@ -399,7 +399,9 @@ def test_labels_on_the_host_are_noticed(experiment: str) -> None:
         emulate("cuda", train_with_labels_on_the_host, experiment, "model_params.name=labels")
 
 
-def train_on_two_ranks(kind: str, experiment: str, name: str, devices: int = 1) -> list[Result]:
+def train_on_two_ranks(
+    kind: str, experiment: str, name: str, devices: int = 1, *, sync_batch_norm: bool = False
+) -> list[Result]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -410,8 +412,7 @@ def train_on_two_ranks(kind: str, experiment: str, name: str, devices: int = 1) 
         "LOCAL_WORLD_SIZE": "2",
     }
     ranks = [launch | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    # torch's SyncBatchNorm has no kernels for the CPU.
-    overrides = [f"model_params.name={name}", "train_params.sync_batch_norm=false"]
+    overrides = [f"model_params.name={name}", f"train_params.sync_batch_norm={sync_batch_norm}"]
     return emulate(kind, train, experiment, *overrides, devices=devices, environments=ranks)
 
 
@@ -432,6 +433,26 @@ def test_two_ranks_that_see_all_devices_or_only_their_own(
     assert "2 processes" in results[0].output
     assert "training slices" not in results[1].output
     assert weights(folder / f"ranks-{visible}") == weights(two_ranks_on_cpu)
+
+
+def test_synchronized_batch_norm_equals_one_process_and_does_not_wait_for_the_device(
+    experiment: str, folder: Path, on_cpu: Path
+) -> None:
+    waits = {}
+    for synchronized in (True, False):
+        name = f"synchronized-{synchronized}"
+        results = train_on_two_ranks("cuda", experiment, name, 2, sync_batch_norm=synchronized)
+        assert [result.status for result in results] == [0, 0], results
+        counts = results[1].counts
+        waits[synchronized] = counts["synchronizing"] + counts["to device"] + counts["to host"]
+    layers = 3  # each copies its counter of batches to the device when it is created
+    assert waits[True] == waits[False] + layers
+    found, expected = (
+        safetensors.numpy.load_file(run / "model" / "model.safetensors")
+        for run in (folder / "synchronized-True", on_cpu)
+    )
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_training_on_mps_is_contiguous(experiment: str, folder: Path, on_cpu: Path) -> None:

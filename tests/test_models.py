@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import models
-from models.batch_norm import ProcessSyncBatchNorm
 
 SHAPES = {  # factors on layer_param and sides of the image, as published for 256 x 256
     "RACOON": [(1, 64), (4, 16), (8, 4)],
@@ -89,47 +88,3 @@ def test_what_cannot_be_built_is_named(options: dict[str, object], text: str) ->
     with pytest.raises(models.ModelError) as error:
         build(**({"architecture": "RACOON"} | options))
     assert text in str(error.value)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("dimensions", [2, 4])
-def test_synchronised_normalisation_of_one_process_is_torchs(process_group: None, dimensions: int) -> None:
-    plain = nn.BatchNorm2d(3) if dimensions == 4 else nn.BatchNorm1d(3)
-    nn.init.uniform_(plain.weight)
-    ours = ProcessSyncBatchNorm(3)
-    ours.load_state_dict(plain.state_dict())
-    batch = torch.randn(5, 3, *[4] * (dimensions - 2)) * 3 + 10
-    inputs = [batch.clone().requires_grad_() for _ in range(2)]
-    outputs = [layer(x) for layer, x in zip((plain, ours), inputs, strict=True)]
-    weight = torch.randn_like(outputs[0])
-    for output in outputs:
-        (output * weight).sum().backward()
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
-    for name, buffer in plain.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], buffer, rtol=1e-5, atol=1e-6)
-
-
-def test_synchronised_normalisation_rounds_bfloat16_once(process_group: None) -> None:
-    batch = (torch.randn(64, 3, 8, 8) + 20).bfloat16()
-    exact = nn.BatchNorm2d(3).double()(batch.double())
-    plain, ours = (
-        (layer(batch) - exact).abs().max() for layer in (nn.BatchNorm2d(3), ProcessSyncBatchNorm(3))
-    )
-    assert ours <= 1.01 * plain
-
-
-def test_synchronising_keeps_names_and_weights(process_group: None) -> None:
-    network = build("PENGUIN")
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    models.synchronize_batch_norm(network)
-    after = network.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not any(type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) for module in network.modules())

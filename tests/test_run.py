@@ -1,12 +1,20 @@
 """Training state: learning rate, pending evaluations, early stopping, extending a finished run."""
 
 import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
 
+import datasets
 import metrics
-from run import TrainState
+from config import load_config
+from run import TrainState, build_network, prepare
 
 
 def new_state() -> TrainState:
@@ -69,3 +77,78 @@ def test_early_stopping_counts_evaluations_without_improvement() -> None:
     state.extend(3)
     assert not state.finished
     assert state.target_epoch == 7
+
+
+# Network and optimizer
+
+
+@pytest.fixture
+def _torch_settings() -> Iterator[None]:
+    """Restores what build_network sets for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch._dynamo.config.suppress_errors = False
+    torch._dynamo.config.optimize_ddp = True
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group, for which DistributedDataParallel wraps the network."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_torch_settings")
+@pytest.mark.parametrize(
+    ("deterministic", "hip", "benchmark"), [(False, None, True), (True, None, False), (False, "6.4", False)]
+)
+def test_kernels_are_searched_unless_deterministic_or_on_rocm(
+    experiment: Callable[..., Path],
+    universe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deterministic: bool,
+    hip: str | None,
+    benchmark: bool,
+) -> None:
+    for name in ("PYTORCH_MIOPEN_SUGGEST_NHWC", "PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    config = load_config(experiment(deterministic=deterministic))
+    build_network(config, Accelerator(), datasets.CubeFile(universe))
+    assert torch.backends.cudnn.benchmark == benchmark
+    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC") == ("1" if hip else None)
+    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM") == ("1" if hip else None)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.usefixtures("_torch_settings", "one_rank")
+@pytest.mark.parametrize(
+    ("backend", "compile", "graphs"), [("no", "auto", 0), ("eager", "auto", 1), ("eager", False, 0)]
+)
+def test_dynamo_config_compiles_the_network_inside_ddp(
+    experiment: Callable[..., Path],
+    universe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    compile: object,
+    graphs: int,
+) -> None:
+    """Accelerate would compile DDP itself: its class is hidden then, and `_orig_mod.` is added to names."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    config = load_config(experiment(compile=compile))
+    accelerator = Accelerator()
+    network = build_network(config, accelerator, datasets.CubeFile(universe))
+    names = list(network.state_dict())
+    wrapped = torch.nn.parallel.DistributedDataParallel(network)  # as Accelerate does with several ranks
+    prepared, _ = prepare(config, accelerator, wrapped, (1, 64, 64))
+    assert type(prepared) is torch.nn.parallel.DistributedDataParallel
+    assert not prepared.broadcast_buffers
+    assert list(accelerator.get_state_dict(prepared)) == names
+    assert counters["stats"]["unique_graphs"] == graphs, "the warm-up of DDP ran"
