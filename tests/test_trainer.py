@@ -234,7 +234,7 @@ def remove(name: str) -> Callable[[h5py.File], None]:
     [
         (damage_with(np.nan), ["gr_seed0001"]),
         (damage_with(np.inf), ["gr_seed0001"]),
-        (remove("newton_seed0002"), ["of seeds 2 only the gr cube"]),
+        (remove("newton_seed0002"), ["seeds 2 have only the gr cube"]),
         (replace("gr_seed0000", np.zeros((64, 64, 32), "f4")), ["gr_seed0000", "(64, 64, 32)"]),
         (replace("gr_seed0000", np.zeros((128,) * 3, "f4")), ["128", "64"]),
         (replace("gr_seed0000", np.full((64,) * 3, b"x")), ["gr_seed0000"]),
@@ -272,7 +272,7 @@ def check_refused(
     ("changes", "expected"),
     [
         ({"datafile": "absent.h5"}, ["absent.h5"]),
-        ({"train_seeds": 9}, ["universe.h5", "seeds: 0-3"]),
+        ({"train_seeds": 9}, ["universe.h5", "4 seeds have both twins: 0-3"]),
         ({"batch_size": 4000}, ["train_params.batch_size", "4000"]),
         ({"architecture": "PENGIUN"}, ["model_params.architecture", "PENGUIN"]),
         ({"activation": "tanhh"}, ["model_params.activation", "tanhh", "relu"]),
@@ -363,7 +363,7 @@ def test_a_checkpoint_is_complete_when_the_stop_is_reported(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data_params.train_seeds=9", "there are no cubes of seeds 4-9"),
+        ("data_params.train_seeds=9", "seeds 4-9 have no cubes"),
         ("model_params.architecture=RACON", "did you mean RACOON?"),
         ("data_params.channels=65", "allowed: at most 64, the cube's side"),
     ],
