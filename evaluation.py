@@ -178,7 +178,7 @@ def forward_pass(context: EvaluationContext) -> tuple[Any, Any]:
             logits.append(
                 context.network(batch.images).float()
             )  # remains on the device: nothing waits for it
-    return torch.cat(ids).numpy(), torch.cat(logits).double().cpu().numpy()
+    return torch.cat(ids).numpy(), torch.cat(logits).cpu().double().numpy()
 
 
 def measure(context: EvaluationContext, clock: report.Stopwatch) -> full_report.Measurements:

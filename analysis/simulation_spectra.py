@@ -107,7 +107,7 @@ def measure(
     numbers, cube_rows = [], []
     for number, field in fields:
         power = spectra(field[None], partitions.cubes)
-        mean = float(field.double().mean())
+        mean = float(field.cpu().double().mean())
         numbers.append(number)
         cube_rows.append(np.hstack([sums[number] / counts[number], *(p[0] for p in power.values()), mean]))
     return Rows(np.concatenate(ids), np.concatenate(rows), np.array(numbers), np.stack(cube_rows))
