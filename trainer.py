@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("experiment", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
     parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def program() -> None:
         distributed.setup_process()
