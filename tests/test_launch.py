@@ -53,30 +53,29 @@ open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w").write(json.dumps(fo
 """
 
 
-def test_multi_node_connects_two_launchers(tmp_path: Path, launch: Launch, universe: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("multi_gpu", [[]]),
+        ("multi_node", [["--machine_rank", str(rank), "--rdzv_conf", "timeout=50"] for rank in (0, 1)]),
+    ],
+)
+def test_a_configuration_starts_ranks_on_each_host(
+    tmp_path: Path, launch: Launch, universe: Path, config: str, options: list[list[str]]
+) -> None:
+    """cpu_multi.yaml and single_gpu.yaml train below, cpu.yaml in test_slurm.py."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "found").mkdir()
     settings = {"data_params": {"datafile": str(universe)}, "train_params": {"log_dir": str(tmp_path)}}
-    command = ["accelerate", "launch", "--config_file", f"{CONFIGS}/multi_node.yaml", "--num_processes", "2"]
-    command += ["--main_process_port", free_port(), "--rdzv_conf", "timeout=50"]
+    command = ["accelerate", "launch", "--config_file", f"{CONFIGS}/{config}.yaml", "--num_processes", "2"]
+    command += ["--main_process_port", free_port()]
     program = [str(tmp_path / "program.py"), str(tmp_path / "found"), json.dumps(settings)]
-    hosts = [launch(*command, "--machine_rank", str(rank), *program) for rank in (0, 1)]
+    hosts = [launch(*command, *more, *program) for more in options]
     for host in hosts:
         assert host.wait() == 0, host.output
     found = [json.loads(path.read_text()) for path in (tmp_path / "found").iterdir()]
     assert [rank["processes"] for rank in found] == [2, 2]
     assert found[0]["threads"] <= len(os.sched_getaffinity(0))
-
-
-def test_cpu_multi_trains_on_two_ranks(launch: Launch, experiment: Experiment, tmp_path: Path) -> None:
-    """Where Hugging Face's datasets is installed, Accelerate imports names from `datasets` and finds ours."""
-    config = f"{CONFIGS}/cpu_multi.yaml"
-    launcher = launch(
-        "accelerate", "launch", "--config_file", config, "trainer.py", str(experiment(axes=[0]))
-    )
-    assert launcher.wait() == 0, launcher.output
-    assert f"2 processes ({socket.gethostname()}: 0-1), cpu, torch" in launcher.output
-    assert (tmp_path / "runs" / "run" / "model" / "model.safetensors").exists()
 
 
 def test_a_multi_cpu_launch_of_one_process_warns(
@@ -135,20 +134,24 @@ sys.exit(trainer.main())
 def test_the_launcher_restarts_a_run_after_a_rank_is_killed(
     launch: Launch, experiment: Experiment, tmp_path: Path
 ) -> None:
+    """Where Hugging Face's datasets is installed, Accelerate imports names from `datasets` and finds ours."""
     epochs, batch = 3, 48
     path = experiment(axes=[0], epochs=epochs, save_every_steps=2, batch_size=batch)
     (tmp_path / "killed.py").write_text(KILLED)
     launcher = launch(
-        *("accelerate", "launch", "--config_file", f"{CONFIGS}/multi_gpu.yaml", "--num_processes", "2"),
-        *("--max_restarts", "1", str(tmp_path / "killed.py"), str(path)),
+        *("accelerate", "launch", "--config_file", f"{CONFIGS}/cpu_multi.yaml", "--max_restarts", "1"),
+        *(str(tmp_path / "killed.py"), str(path)),
     )
     assert launcher.wait() == 0, launcher.output
-    metrics = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, metrics) if line["phase"] == "train"]
+    run = tmp_path / "runs" / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = 3 * 2 * 64 // batch
-    assert [(line["epoch"], line["step"]) for line in lines] == [(n, n * steps) for n in range(1, epochs + 1)]
-    assert len(re.findall(r"2 processes \(", launcher.output)) == 2
-    assert len(re.findall("resumed from", launcher.output)) == 1
+    expected = [(epoch, epoch * steps) for epoch in range(1, epochs + 1)]
+    assert [(line["epoch"], line["step"]) for line in lines if line["phase"] == "train"] == expected
+    started = f"2 processes ({socket.gethostname()}: 0-1), cpu, torch"
+    assert launcher.output.count(started) == 2, launcher.output
+    assert launcher.output.count("resumed from") == 1
+    assert (run / "model" / "model.safetensors").exists()
 
 
 def test_a_run_that_lost_its_terminal_is_saved(
