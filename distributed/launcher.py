@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
-from accelerate.utils import is_torch_xla_available, str_to_bool
+from accelerate.utils import DynamoBackend, is_torch_xla_available, str_to_bool
 
 import system
 from distributed.errors import LaunchError
@@ -36,17 +37,9 @@ def check_launch_settings() -> None:
     if is_torch_xla_available():
         raise LaunchError("TPUs are not supported. Uninstall torch_xla, or set USE_TORCH_XLA=false.")
     read_flag("ACCELERATE_USE_CPU")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in PRECISIONS:
-        raise LaunchError(
-            f"mixed_precision of the launch: found {precision[:40]!r}, allowed: {', '.join(PRECISIONS)}. "
-            "Correct the accelerate configuration or ACCELERATE_MIXED_PRECISION."
-        )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise LaunchError(
-            "dynamo_config of the accelerate configuration is not supported. "
-            "Remove it, and set train_params.compile to true."
-        )
+    require_choice("ACCELERATE_MIXED_PRECISION", PRECISIONS)
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in DynamoBackend.list():
+        require_choice("ACCELERATE_DYNAMO_BACKEND", [name.lower() for name in DynamoBackend.list()])
     try:
         system.read_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, minimum=1)
     except ValueError as error:
@@ -63,3 +56,13 @@ def read_flag(name: str) -> bool:
             f"environment variable {name}: found {found[:40]!r}, allowed: true or false. "
             "Correct it or unset it."
         ) from None
+
+
+def require_choice(name: str, choices: Sequence[str]) -> None:
+    """Raise a LaunchError if an environment variable holds none of `choices`."""
+    found = os.environ.get(name, "no")
+    if found not in choices:
+        raise LaunchError(
+            f"environment variable {name}: found {found[:40]!r}, allowed: {', '.join(choices)}. "
+            "Correct it or the accelerate configuration."
+        )

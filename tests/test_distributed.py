@@ -225,16 +225,17 @@ def test_flags_of_one_rank_are_immediate() -> None:
         (
             "ACCELERATE_MIXED_PRECISION",
             "foo",
-            "mixed_precision of the launch: found 'foo', allowed: no, fp16, bf16",
+            "ACCELERATE_MIXED_PRECISION: found 'foo', allowed: no, fp16, bf16",
         ),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "found 'fp8', allowed"),
+        ("ACCELERATE_MIXED_PRECISION", "BF16", "found 'BF16', allowed"),  # Accelerate would not use it
         ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config is not supported"),
         ("ACCELERATE_USE_FSDP", "maybe", "ACCELERATE_USE_FSDP: found 'maybe', allowed: true or false"),
         ("ACCELERATE_USE_CPU", "maybe", "ACCELERATE_USE_CPU: found 'maybe'"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "set train_params.compile to true"),
+        ("ACCELERATE_DYNAMO_BACKEND", "FOO", "DYNAMO_BACKEND: found 'FOO', allowed: no, eager, .*inductor"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "two", "GRADIENT_ACCUMULATION_STEPS: found 'two'"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "allowed: an integer of at least 1"),
     ],
@@ -257,7 +258,7 @@ def test_settings_of_the_launcher_that_work(monkeypatch: pytest.MonkeyPatch) -> 
     settings = {
         "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_USE_CPU": "True",
-        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
         "ACCELERATE_DOWNCAST_BF16": "true",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     }
