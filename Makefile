@@ -1,6 +1,9 @@
 # make demo | test | lint | bench | verify-resume | gpu-check | venv
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# --system-site-packages: .venv uses the torch of PYTHON, and pip must not replace it (docs/installation.md)
+VENV_OPTIONS ?=
 
 .PHONY: venv demo test lint bench verify-resume gpu-check
 
@@ -8,8 +11,13 @@ venv: .venv/installed
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(PYTHON) -m venv $(VENV_OPTIONS) .venv
+ifeq ($(findstring --system-site-packages,$(VENV_OPTIONS)),)
+	$(PIP_INSTALL) --requirement requirements.txt
+else
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > .venv/torch.txt
+	$(PIP_INSTALL) --constraint .venv/torch.txt --editable ".[evaluation,test]"
+endif
 	touch $@
 
 # RACOON learns to tell two gravities apart on a synthetic universe
@@ -26,7 +34,7 @@ lint: venv
 
 # this trainer beside a plain loop, Lightning and transformers' Trainer, on this machine
 bench: venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt
+	$(PIP_INSTALL) --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/throughput.py
 
 # kill a training at random moments, resume it, compare the weights; CONFIG=accelerate_configs/X.yaml tries a cluster

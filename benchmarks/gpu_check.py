@@ -287,10 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where to put temporary files (1.5 GB)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the experiment")
     options = parser.parse_args(arguments)
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
+    if not torch.accelerator.is_available():
         print(f"There is no accelerator that torch {torch.__version__} can use.", file=sys.stderr)
         return 2
+    device = torch.accelerator.current_accelerator()
     print(f"{describe(device)}\n")
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.folder) as folder:
         rows = check_all(Session(device, Path(folder).absolute(), options.overrides))

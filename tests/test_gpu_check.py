@@ -113,6 +113,6 @@ def test_a_program_that_fails_is_one_row_and_the_other_checks_run(
 def test_without_an_accelerator_the_exit_status_is_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert capsys.readouterr().err.startswith("There is no accelerator that torch")
