@@ -12,12 +12,11 @@ import logging
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -30,40 +29,6 @@ from models.whitening import Whitening
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HASH = "weights_sha256"
 ONNX_TOLERANCE = 1e-4
-
-
-class Section(BaseModel):
-    """Strict types, no NaN or infinity."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class EvaluationRecord(Section):
-    """What the model card shows of an evaluation."""
-
-    data: str
-    seeds: Annotated[list[int], Field(min_length=2, max_length=2)]
-    slices: int
-    newton_augmentation: float = 1.0
-    estimates: dict[str, Annotated[list[float | None], Field(min_length=1, max_length=3)]]
-
-
-class NetworkConfig(Section):
-    """config.json. Keys that are not listed here change no result."""
-
-    architecture: str
-    layer_param: Annotated[int, Field(ge=1, le=4096)]
-    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    activation: str = "relu"
-    padding: str = "zeros"
-    channels: Annotated[int, Field(ge=1, le=4096)] = 1
-    size: Annotated[int, Field(ge=64, le=4096)] = 256
-    mean: float = 0.0
-    std: Annotated[float, Field(gt=0)] = 1.0
-    power: list[Annotated[float, Field(gt=0)]] | None = None
-    calibration: dict[Literal["temperature", "threshold"], float] | None = None
-    training: dict[str, Any] = {}
-    evaluation: EvaluationRecord | None = None
 
 
 class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
@@ -194,18 +159,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(config, allow_nan=False)  # Python reads NaN and infinity, which are not JSON
     except OSError as error:
         raise models.ModelError(f"{path}: no trained network is here: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise models.ModelError(f"{path}: damaged, not valid JSON: {error}") from error
-    try:
-        NetworkConfig.model_validate(config)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])[:80]
-        problem = f"{key}: {first['msg']}" if key else first["msg"]
-        raise models.ModelError(f"{path}: does not describe a network of gravity-cnn: {problem}") from None
-    return {"mean": 0.0, "std": 1.0, **config}
+    if not isinstance(config, dict) or "architecture" not in config or "layer_param" not in config:
+        raise models.ModelError(f"{path}: does not describe a network of gravity-cnn")
+    return config
 
 
 def record_evaluation(folder: str | Path, results: dict[str, Any]) -> None:
@@ -213,8 +174,16 @@ def record_evaluation(folder: str | Path, results: dict[str, Any]) -> None:
 
     `results`: `data` (name of the data), `seeds` [first, last + 1], `slices` (their number), `estimates`
     {key: [value, low, high]} with keys of `model_card.TITLES`, and any other JSON-able record.
+    Raises ModelError if `config.json` is missing or damaged.
     """
-    _write_description(Path(folder), {**read_config(folder), "evaluation": results})
+    folder = Path(folder)
+    config = {**read_config(folder), "evaluation": results}
+    try:
+        _write_description(folder, config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise models.ModelError(
+            f"{folder / CONFIG}: damaged ({type(error).__name__}: {str(error)[:200]}). Train the run again."
+        ) from error
 
 
 def weights_hash(folder: str | Path) -> str:
