@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import h5py
 import numpy as np
+import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import files
@@ -116,10 +117,10 @@ def read(run: Path) -> dict[str, Any]:
     path = run / "evaluation" / REPORT
     fix = f"Evaluate the run first: evaluation.py {run}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = pydantic_core.from_json(path.read_bytes(), allow_inf_nan=False)  # limits the depth
     except FileNotFoundError:
         raise ReportError(f"{path}: there is no such file. {fix}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ReportError(f"{path}: the file is damaged ({error}). {fix}") from None
     try:
         SavedReport.model_validate(found)
