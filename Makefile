@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | verify-resume | gpu-check | venv
+# make demo | test | lint | bench | verify-resume | fuzz | gpu-check | venv
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # --system-site-packages: .venv uses the torch of PYTHON, and pip must not replace it (docs/installation.md)
 VENV_OPTIONS ?=
 
-.PHONY: venv demo test lint bench verify-resume gpu-check
+.PHONY: venv demo test lint bench verify-resume gpu-check fuzz
 
 venv: .venv/installed
 
@@ -45,3 +45,8 @@ verify-resume: venv
 # the first thing to do on a new accelerator: a table of expected and measured values, in ten minutes
 gpu-check: venv
 	$(BIN)/python benchmarks/gpu_check.py
+
+# odd settings, environments and damaged files; FUZZ_INPUTS is the number per category
+FUZZ_INPUTS ?= 2000
+fuzz: venv
+	FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest -q tests/test_fuzz.py

@@ -26,6 +26,7 @@ import checkpoint
 import datasets
 import distributed
 import files
+import logger
 import models
 from config import ConfigError
 from evaluation_context import (
@@ -229,7 +230,7 @@ def write(
     clock: report.Stopwatch,
 ) -> None:
     """Write the report, its figures and predictions, and update the model card."""
-    history = files.read_json_lines(context.run / "metrics.jsonl")
+    history = logger.read_records(context.run / logger.METRICS_FILE)
     drawn = figures.of_predictions(predictions, summary.curves(predictions), results, history)
     if not options.quick:
         drawn |= spectral_figures.of_spectra(results, context.box)

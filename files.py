@@ -65,6 +65,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
+            json.dumps(record, allow_nan=False)  # Python reads NaN and infinity, which are not JSON
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):

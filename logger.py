@@ -8,8 +8,9 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 import files
@@ -48,6 +49,41 @@ MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models",
 log = logging.getLogger(__name__)
 
 
+class MetricsRecord(BaseModel):
+    """A line of metrics.jsonl; further keys are allowed."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    phase: Literal["train", "validation", "test"]
+    epoch: Annotated[int, Field(ge=0, lt=2**63)]
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    loss: float
+    accuracy: float
+    auc: float
+
+
+class EvaluationRecord(MetricsRecord):
+    """A line of an evaluation."""
+
+    cube_accuracy: float
+    pair_accuracy: float
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; damaged ones are skipped with a warning."""
+    records = []
+    for record in files.read_json_lines(path):
+        schema = MetricsRecord if record.get("phase") == "train" else EvaluationRecord
+        try:
+            schema.model_validate(record)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            log.warning("%s: a damaged record is skipped: %s: %s", path, first["loc"][0], first["msg"])
+        else:
+            records.append(record)
+    return records
+
+
 def setup_logging(*, main: bool) -> None:
     """Show log messages of this project: info on the main process, warnings on all."""
     logging.basicConfig(format="%(message)s")
@@ -79,12 +115,7 @@ class RunLogger:
         """Keep the records up to `step`; returns their phases and steps."""
         if not self._lines.exists():
             return set()
-        kept = []
-        for record in files.read_json_lines(self._lines):
-            if not isinstance(record.get("phase"), str) or not isinstance(record.get("step"), int):
-                log.warning("%s: a record without phase or step is dropped", self._lines)
-            elif record["step"] <= step:
-                kept.append(record)
+        kept = [record for record in read_records(self._lines) if record["step"] <= step]
         files.write_json_lines(self._lines, kept)
         return {(record["phase"], record["step"]) for record in kept}
 

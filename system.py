@@ -33,7 +33,7 @@ def setup_ranks() -> None:
     _adopt(RANK_VARIABLES)
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"RANK is set ({os.environ['RANK']}), but WORLD_SIZE is not. "
+            f"RANK is set ({os.environ['RANK'][:40]}), but WORLD_SIZE is not. "
             "Set both, or start the ranks with accelerate launch or torchrun."
         )
     if world_size() == 1:
@@ -95,7 +95,7 @@ def launch_seconds() -> float:
         seconds = 0.0
     if not 0 < seconds < 1e6:
         raise ValueError(
-            f"environment variable LAUNCH_SECONDS: found {found!r}, allowed: a number of seconds. "
+            f"environment variable LAUNCH_SECONDS: found {found[:40]!r}, allowed: a number of seconds. "
             "Correct it or unset it."
         )
     return seconds

@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h5py
 import numpy as np
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import files
 from analysis import html_report
@@ -19,12 +21,69 @@ from metrics import Predictions
 
 MAPS = ("image", "gradient", "integrated")  # drawn as figures, too large to list
 REPORT, PREDICTIONS = "report.json", "predictions.h5"
-REQUIRED = ("run", "config", "model", "data", "slices", "cubes", "pairs", "significance")
 COLUMNS = ("id", "seed", "label", "axis", "position", "logit")
 
 
 class ReportError(ValueError):
     """A report or predictions that cannot be read."""
+
+
+class Section(BaseModel):
+    """Strict types, no NaN or infinity; further keys are allowed."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+class SavedEstimate(Section):
+    """A value with its 95 % interval; null where undefined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class Slices(Section):
+    """Metrics of slices that other programs read."""
+
+    accuracy: SavedEstimate
+    auc: SavedEstimate
+    log_loss: SavedEstimate
+    calibration_error: SavedEstimate
+
+
+class Cubes(Section):
+    """Metrics of cubes that other programs read."""
+
+    cube_accuracy: SavedEstimate
+    cube_auc: SavedEstimate
+
+
+class Model(Section):
+    """The network."""
+
+    architecture: str
+    layer_param: int
+
+
+class Data(Section):
+    """The evaluated cubes."""
+
+    file: str
+    seeds: Annotated[list[int], Field(min_length=2, max_length=2)]
+    newton_augmentation: float
+
+
+class SavedReport(Section):
+    """The part of report.json that other programs read."""
+
+    run: str
+    config: dict[str, dict[str, Any]]
+    model: Model
+    data: Data
+    slices: Slices
+    cubes: Cubes
+    pairs: dict[str, SavedEstimate]
+    significance: dict[str, Any]
 
 
 class Stopwatch:
@@ -58,15 +117,20 @@ def read(run: Path) -> dict[str, Any]:
     path = run / "evaluation" / REPORT
     fix = f"Evaluate the run first: evaluation.py {run}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = pydantic_core.from_json(path.read_bytes(), allow_inf_nan=False)  # limits the depth
     except FileNotFoundError:
         raise ReportError(f"{path}: there is no such file. {fix}") from None
     except ValueError as error:
         raise ReportError(f"{path}: the file is damaged ({error}). {fix}") from None
-    missing = [key for key in REQUIRED if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise ReportError(f"{path}: {', '.join(missing)} missing, as in reports of earlier versions. {fix}")
-    return found
+    try:
+        SavedReport.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])[:80]
+        raise ReportError(
+            f"{path}: damaged, or of an earlier version ({key}: {first['msg']}). {fix}"
+        ) from None
+    return dict(found)
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:

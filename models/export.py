@@ -159,6 +159,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(config, allow_nan=False)  # Python reads NaN and infinity, which are not JSON
     except OSError as error:
         raise models.ModelError(f"{path}: no trained network is here: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -173,8 +174,16 @@ def record_evaluation(folder: str | Path, results: dict[str, Any]) -> None:
 
     `results`: `data` (name of the data), `seeds` [first, last + 1], `slices` (their number), `estimates`
     {key: [value, low, high]} with keys of `model_card.TITLES`, and any other JSON-able record.
+    Raises ModelError if `config.json` is missing or damaged.
     """
-    _write_description(Path(folder), {**read_config(folder), "evaluation": results})
+    folder = Path(folder)
+    config = {**read_config(folder), "evaluation": results}
+    try:
+        _write_description(folder, config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise models.ModelError(
+            f"{folder / CONFIG}: damaged ({type(error).__name__}: {str(error)[:200]}). Train the run again."
+        ) from error
 
 
 def weights_hash(folder: str | Path) -> str:

@@ -21,7 +21,9 @@ def model_card(config: dict[str, Any]) -> ModelCard:
     training, evaluation = config.get("training") or {}, config.get("evaluation") or {}
     name = str(training.get("run", "gravity-cnn"))
     estimates = {
-        key: evaluation["estimates"][key] for key in TITLES if key in evaluation.get("estimates", {})
+        key: evaluation["estimates"][key]
+        for key in TITLES
+        if evaluation.get("estimates", {}).get(key, [None])[0] is not None
     }
     results = [
         EvalResult(

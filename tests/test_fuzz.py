@@ -1,0 +1,432 @@
+"""Odd settings, environments and damaged files: an error with a message, or a result; never anything else.
+
+`make fuzz` tries FUZZ_INPUTS per category and prints how many were handled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from test_checkpoint import rewrite
+
+import config
+import evaluation
+import logger
+import metrics
+import models
+import run
+import system
+import trainer
+from analysis import comparison, figures, report
+from checkpoint import __main__ as checkpoint_command
+from checkpoint import schema
+from models import export
+
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "100"))
+MAX_LINES, MAX_CHARACTERS = 25, 4000  # of an error message
+
+DEEP = "[" * 5000
+NUMBERS = ["0", "-1", "1", "2", "1.5", "-0.0", "1e-3", "1e308", "1e400", ".inf", "-.inf", ".nan", "9" * 400]
+NUMBERS += [str(2**31), str(2**63), str(2**64), "0x10", "010", "1_000", "1:30", "٣", "+", "1e", "9" * 5000]
+WORDS = [
+    "",
+    "~",
+    "null",
+    "true",
+    "no",
+    "auto",
+    "none",
+    "RACOON",
+    "x" * 300,
+    "x" * 5000,
+    "..",
+    "/",
+    "a/b",
+    "é",
+]
+WORDS += [
+    "2024-01-01",
+    "2024-99-99",
+    "2024-01-01 25:61:61",
+    "=",
+    "<<",
+    "*a",
+    "&a",
+    "%",
+    "@",
+    "`",
+    "\t",
+    "'",
+    '"',
+]
+TAGS = ["!!bool maybe", "!!timestamp x", "!!int x", "!!float x", "!!binary x", "!!python/object:os.system x"]
+TAGS += ["!!set {a}", "!!omap [a]", "!!str 1", "!x 1", "!!null x", "!!merge x"]
+NESTED = [
+    "[]",
+    "[1, 2]",
+    "[[1]]",
+    "{}",
+    "{a: 1}",
+    "{1: 2}",
+    "{[1]: 2}",
+    "[1, 2, 2]",
+    "[0.5, 0.9]",
+    "{size: 64}",
+]
+NESTED += [
+    "[wandb, 1]",
+    "[nonsense]",
+    "{size: " + "9" * 400 + "}",
+    "[" * 300,
+    "{a: " * 300,
+    "[~]",
+    "{a: 1, a: 1}",
+]
+TEXTS = [*NUMBERS, *WORDS, *TAGS, *NESTED, '"\\0"', '"\\ud800"', "\x7f", "a\nb"]
+
+VALUES: list[Any] = [None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -1.5, 1e308, 5e-324]
+VALUES += [
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    "x",
+    "x" * 5000,
+    "\0",
+    "\ud800",
+    "../..",
+    "<b>",
+    "|",
+]
+VALUES += [
+    [],
+    [[]],
+    [1],
+    [None],
+    [0.5] * 1000,
+    ["x"],
+    {},
+    {"a": 1},
+    {"": None},
+    [[[[[[[[1]]]]]]]],
+    {"value": 1},
+]
+
+VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "LAUNCH_SECONDS"]
+VARIABLES += [
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_LOCALID",
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK",
+]
+
+
+def keys() -> list[str]:
+    """Every key of an experiment."""
+    sections = {"model_params", "data_params", "train_params"}
+    found = [f"{name}.{key}" for name in sorted(sections) for key in config.SECTIONS[name].model_fields]
+    return [*found, *(f"data_params.synthetic.{key}" for key in config.Synthetic.model_fields)]
+
+
+def change_document(document: Any, generator: random.Random) -> Any:
+    """A copy of a JSON document in which one value at any depth is replaced, removed or added."""
+    changed = copy.deepcopy(document)
+    places: list[tuple[Any, Any]] = []
+
+    def visit(node: Any) -> None:
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, value in items:
+            places.append((node, key))
+            visit(value)
+
+    visit(changed)
+    node, key = generator.choice(places)
+    action = generator.randrange(8)
+    if action == 0:
+        del node[key]
+    elif action == 1 and isinstance(node, dict):
+        node[generator.choice(["", "unknown", "x" * 300])] = generator.choice(VALUES)
+    else:
+        node[key] = generator.choice(VALUES)
+    return changed
+
+
+def change_bytes(content: bytes, generator: random.Random) -> bytes:
+    """A file that is truncated, overwritten in places, or something else altogether."""
+    place = generator.randrange(len(content))
+    noise = generator.randbytes(generator.randrange(1, 9))
+    others = [
+        b"",
+        b"\0" * 100,
+        DEEP.encode(),
+        b"null",
+        b"[]",
+        b"{}",
+        b'"x"',
+        b"1" * 5000,
+        b"\xff\xfe",
+        b"{" * 9,
+    ]
+    return generator.choice(
+        [content[:place], content[:place] + noise + content[place + len(noise) :], generator.choice(others)]
+    )
+
+
+def damaged(path: Path, generator: random.Random) -> Iterator[bytes]:
+    """Damaged versions of a JSON file."""
+    content = path.read_bytes()
+    document = json.loads(content)
+    while True:
+        yield json.dumps(change_document(document, generator)).encode()
+        yield json.dumps(change_document(change_document(document, generator), generator)).encode()
+        yield change_bytes(content, generator)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A trained and evaluated run, with an experiment beside it."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    sections = {
+        "model_params": {"architecture": "RACOON", "layer_param": 1, "dropout": 0.5, "name": "run"},
+        "data_params": {
+            "datafile": str(folder / "universe.h5"),
+            "train_seeds": 2,
+            "test_seeds": 3,
+            "newton_augmentation": 1.0,
+            "axes": [0],
+            "synthetic": {"size": 64, "strength": 100.0},
+        },
+        "train_params": {"epochs": 1, "lr": 0.001, "log_dir": str(folder), "batch_size": 64},
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    for status in (trainer.main([str(path)]), evaluation.main([str(folder / "run"), "--quick"])):
+        assert status == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    yield folder
+    shutil.rmtree(folder)
+
+
+Attempt = Callable[[], object]
+Category = Callable[[Path, Path, random.Random], Iterator[tuple[str, Attempt]]]
+USER_ERRORS = (*trainer.USER_ERRORS, report.ReportError)
+
+
+def settings(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
+    """Every key with every odd text."""
+    path = finished / "experiment.yaml"
+
+    def attempt(override: str) -> None:
+        loaded = config.load_config(path, [override])
+        loaded.to_dict()
+        loaded.with_launch_settings(2, "no", 1)
+        run.check_network(loaded)
+
+    combinations = [f"{key}={text}" for key in keys() for text in TEXTS]
+    generator.shuffle(combinations)
+    for override in combinations:
+        yield override, lambda override=override: attempt(override)  # type: ignore[misc]
+
+
+def experiment_files(
+    finished: Path, tmp_path: Path, generator: random.Random
+) -> Iterator[tuple[str, Attempt]]:
+    """Damaged experiment files."""
+    content = (finished / "experiment.yaml").read_bytes()
+    path = tmp_path / "experiment.yaml"
+
+    def attempt(changed: bytes) -> None:
+        path.write_bytes(changed)
+        config.load_config(path)
+
+    many = b"".join(b"unknown%d: 1\n" % number for number in range(2000))
+    yield "thousands of unknown keys", lambda: attempt(many)
+    while True:
+        changed = change_bytes(content, generator)
+        yield repr(changed[-80:]), lambda changed=changed: attempt(changed)  # type: ignore[misc]
+
+
+def environments(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
+    """One to three variables of a launch with odd texts."""
+
+    def attempt(variables: dict[str, str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in (*VARIABLES, *system.RANK_VARIABLES, *system.LOCAL_RANK_VARIABLES):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            try:
+                system.setup_ranks()
+                system.launch_seconds()
+                system.available_cores()
+                system.ranks_sharing_cores()
+            except ValueError as error:  # distributed.setup_process raises a LaunchError of it
+                raise trainer.distributed.LaunchError(str(error)) from None
+
+    texts = [text for text in [*NUMBERS, *WORDS] if "\0" not in text]
+    while True:
+        names = generator.sample(VARIABLES, generator.randrange(1, 4))
+        variables = {name: generator.choice(texts) for name in names}
+        yield repr(variables)[:200], lambda variables=variables: attempt(variables)  # type: ignore[misc]
+
+
+def accelerate_environments(
+    finished: Path, tmp_path: Path, generator: random.Random
+) -> Iterator[tuple[str, Attempt]]:
+    """Variables of accelerate launch, through the whole start of a program."""
+
+    def attempt(name: str, text: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, text)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            assert trainer.main([str(finished / "experiment.yaml"), "--preflight"]) in (0, 2)
+
+    names = ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "LAUNCH_SECONDS", "RANK"]
+    combinations = [
+        (name, text) for name in names for text in ["foo", "", "-1", "1.5", "9" * 400, "yes", "é"]
+    ]
+    generator.shuffle(combinations)
+    for name, text in combinations[: max(8, INPUTS // 20)]:
+        yield f"{name}={text[:40]}", lambda name=name, text=text: attempt(name, text)  # type: ignore[misc]
+
+
+def states(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
+    """Damaged state.json."""
+
+    def attempt(content: bytes) -> None:
+        try:
+            state = schema.parse_state(content)
+        except ValueError as error:  # Checkpoint.state raises a CheckpointError of it
+            raise schema.CheckpointError(str(error)) from None
+        run.TrainState(metrics.PredictionBuffer(Accelerator()), **state["train_state"])
+
+    (path,) = (finished / "run" / "checkpoints").glob("step_*/state.json")
+    for content in damaged(path, generator):
+        yield repr(content[-80:]), lambda content=content: attempt(content)  # type: ignore[misc]
+
+
+def manifests(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
+    """Damaged manifest.json and tensor files, and a state.json to which the manifest was matched."""
+    (source,) = (finished / "run" / "checkpoints").glob("step_*")
+    folder = tmp_path / "run" / "checkpoints" / source.name
+
+    def attempt(name: str, content: bytes, matched: bool) -> None:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(source, folder)
+        if matched and name != "manifest.json":
+            rewrite(folder, **{name.split(".")[0]: content})
+        else:
+            (folder / name).write_bytes(content)
+        assert checkpoint_command.main(["verify", str(tmp_path / "run")]) in (0, 2)
+
+    versions = {name: damaged(source / name, generator) for name in ("manifest.json", "state.json")}
+    while True:
+        name = generator.choice(sorted(path.name for path in source.iterdir()))
+        old = (source / name).read_bytes()
+        content = next(versions[name]) if name in versions else change_bytes(old or b"\0", generator)
+        matched = generator.random() < 0.7
+        yield (
+            f"{name} {matched} {content[-60:]!r}",
+            lambda name=name, content=content, matched=matched: attempt(name, content, matched),  # type: ignore[misc]
+        )
+
+
+def metric_lines(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
+    """Damaged lines of metrics.jsonl, many in one file, since opening a log takes a while."""
+    good = (finished / "run" / "metrics.jsonl").read_bytes().splitlines()
+
+    def attempt(lines: list[bytes]) -> None:
+        folder = tmp_path / "log"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        with contextlib.closing(logger.RunLogger(folder, main=True, step=10**9)):
+            kept = (folder / "metrics.jsonl").read_bytes().splitlines()
+        assert all(isinstance(json.loads(line)["step"], int) for line in kept)
+        figures.training_curves(logger.read_records(folder / "metrics.jsonl"))
+
+    for _ in range(max(1, INPUTS // 150)):
+        lines = []
+        for _ in range(150):
+            line = generator.choice(good)
+            changed = json.dumps(change_document(json.loads(line), generator)).encode()
+            lines.append(generator.choice([changed, change_bytes(line, generator).replace(b"\n", b" ")]))
+        yield "150 lines", lambda lines=lines: attempt(lines)  # type: ignore[misc]
+
+
+def reports(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
+    """Damaged report.json, as --compare reads it."""
+    shutil.copytree(finished / "run" / "evaluation", tmp_path / "run" / "evaluation")
+    path = tmp_path / "run" / "evaluation" / "report.json"
+
+    def attempt(content: bytes) -> None:
+        path.write_bytes(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(comparison.style, "save", lambda *_: None)
+            patch.setattr(comparison.figures, "intervals", lambda *_: None)  # takes long
+            comparison.write(tmp_path / "comparison", {"run": tmp_path / "run"})
+
+    for content in damaged(finished / "run" / "evaluation" / "report.json", generator):
+        yield repr(content[-80:]), lambda content=content: attempt(content)  # type: ignore[misc]
+
+
+def trained_networks(
+    finished: Path, tmp_path: Path, generator: random.Random
+) -> Iterator[tuple[str, Attempt]]:
+    """Damaged model/config.json."""
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "run" / "model", folder)
+
+    def attempt(content: bytes) -> None:
+        (folder / "config.json").write_bytes(content)
+        models.load(folder)
+        export.record_evaluation(folder, {"data": "x.h5", "seeds": [2, 5], "slices": 384, "estimates": {}})
+
+    for content in damaged(finished / "run" / "model" / "config.json", generator):
+        yield repr(content[-80:]), lambda content=content: attempt(content)  # type: ignore[misc]
+
+
+CATEGORIES: list[Category] = [settings, experiment_files, environments, accelerate_environments, states]
+CATEGORIES += [manifests, metric_lines, reports, trained_networks]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("category", CATEGORIES, ids=lambda category: category.__name__)
+def test_odd_inputs(
+    category: Category, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried, unhandled = 0, []
+    for description, attempt in category(finished, tmp_path, random.Random(1)):
+        if tried == INPUTS:
+            break
+        tried += 1
+        try:
+            attempt()
+        except USER_ERRORS as error:
+            text = str(error)
+            if not text or len(text) > MAX_CHARACTERS or len(text.splitlines()) > MAX_LINES:
+                unhandled.append(f"{description}: a message of {len(text)} characters")
+        except Exception as error:
+            unhandled.append(f"{description}: {type(error).__name__}: {str(error)[:200]}")
+        output = capsys.readouterr()
+        if "Traceback" in output.err:
+            unhandled.append(f"{description}: {output.err[-200:]}")
+    with capsys.disabled():
+        if "FUZZ_INPUTS" in os.environ:
+            print(f"{category.__name__}: {tried} inputs, {tried - len(unhandled)} handled")
+    assert not unhandled, "\n".join([f"{len(unhandled)} of {tried} unhandled", *unhandled[:20]])
