@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -179,6 +178,11 @@ def setup_run(
     with distributed.raise_on_all_ranks():
         state = initial_state(config, accelerator, cubes, last)
         train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
+        if state.step_in_epoch >= train_set.steps:
+            raise checkpoint.CheckpointError(
+                f"{config.run_dir}: the checkpoint is at step {state.step_in_epoch} of an epoch of "
+                f"{train_set.steps} steps. Remove it, or choose another model_params.name."
+            )
         train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
         network = build_network(config, accelerator, cubes)
         validation = f"{len(validation_set)} validation and " if validation_set else ""
@@ -315,12 +319,8 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
         torch.use_deterministic_algorithms(params.deterministic)  # imports torch's compiler, which takes 1 s
     # Otherwise deterministic algorithms fill all new tensors first, and every batch is written twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    on_rocm = torch.version.hip is not None
     # Every batch has the same shape. On ROCm the search takes seconds per shape and rank (ROCm/MIOpen#1878).
-    torch.backends.cudnn.benchmark = not params.deterministic and not on_rocm
-    if on_rocm:  # torch reads these before the first convolution; without them it copies to NCHW and back
-        os.environ.setdefault("PYTORCH_MIOPEN_SUGGEST_NHWC", "1")
-        os.environ.setdefault("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM", "1")
+    torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
     network = models.build_model(**config.model_arguments(cubes.size))
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]

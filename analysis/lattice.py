@@ -88,7 +88,7 @@ class Lattice:
                 "gr": share[1],
             },
             "cube_mean": {"newton": self.means[:, 0].mean(), "gr": self.means[:, 1].mean()},
-            "cube_mean_auc": self.mean_auc,
+            "cube_mean_auc": {"value": self.mean_auc, "low": None, "high": None},
             "warnings": self.warnings(),
         }
 

@@ -35,7 +35,8 @@ GIB = 2**30
 
 def device_of_rank() -> torch.device:
     """The device that Accelerate chooses for this rank."""
-    accelerator = torch.accelerator.current_accelerator()
+    # A torch built for CUDA names it as the current accelerator even without a driver.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None or read_flag("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     local_rank = system.read_int("LOCAL_RANK", 0)
@@ -177,12 +178,17 @@ def warn_of_unused_accelerator() -> None:
         )
 
 
-def separate_miopen_databases() -> None:
-    """Give MIOpen (AMD) a database of kernels per process, on local disk, unless the user chose a place.
+def configure_miopen() -> None:
+    """On AMD GPUs, let MIOpen use channels-last kernels and a kernel database per process, on local disk.
 
-    By default all ranks write one file in the home folder, and damage it (MIOpen issues 1878 and 2214).
+    By default torch copies channels-last tensors to NCHW and back, and all ranks write one database in the
+    home folder, and damage it (MIOpen issues 1878 and 2214). What the user has set is kept.
     """
-    if torch.version.hip is not None and "MIOPEN_USER_DB_PATH" not in os.environ:
+    if torch.version.hip is None:
+        return
+    os.environ.setdefault("PYTORCH_MIOPEN_SUGGEST_NHWC", "1")
+    os.environ.setdefault("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM", "1")
+    if "MIOPEN_USER_DB_PATH" not in os.environ:
         folder = tempfile.mkdtemp(prefix="miopen-")
         os.environ["MIOPEN_USER_DB_PATH"] = folder
         os.environ.setdefault("MIOPEN_CUSTOM_CACHE_DIR", folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import system
-from distributed.devices import separate_miopen_databases, warn_of_unused_accelerator
+from distributed.devices import configure_miopen, warn_of_unused_accelerator
 from distributed.errors import LaunchError
 from distributed.streams import tolerate_closed_streams
 
@@ -26,7 +26,7 @@ def setup_process() -> None:
     """
     tolerate_closed_streams()
     keep_freed_memory()
-    separate_miopen_databases()
+    configure_miopen()
     # When a network is certain of a batch, gradients fall below 1e-38, where CPUs compute 50 times slower.
     # Threads inherit this setting from the thread that starts them: set it before the first parallel region.
     torch.set_flush_denormal(True)

@@ -10,15 +10,14 @@ from contextlib import suppress
 from datetime import timedelta
 
 import psutil
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 import system
 from distributed.collectives import RUN_SECONDS, format_ranks, raise_on_all_ranks
-from distributed.devices import require_own_devices
+from distributed.devices import device_of_rank, require_own_devices
 from distributed.errors import LaunchError, deadline, error_summary, ignore_launcher_sigterm
-from distributed.launcher import check_launch_settings, read_flag
+from distributed.launcher import check_launch_settings
 
 
 def init_process_group() -> None:
@@ -96,8 +95,8 @@ def connect() -> None:
 
 def backends() -> str:
     """Backends of the process group: gloo for host memory, and NCCL or the device's own for device memory."""
-    device = torch.accelerator.current_accelerator()
-    if device is None or read_flag("ACCELERATE_USE_CPU"):
+    device = device_of_rank()
+    if device.type == "cpu":
         return "cpu:gloo"
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 

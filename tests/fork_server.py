@@ -34,7 +34,7 @@ class ForkServer:
     """The client: starts trainings and launchers in forks of the server."""
 
     def __init__(self) -> None:
-        # Without OMP_NUM_THREADS, which trainings take for the user's wish.
+        # Without OMP_NUM_THREADS, which a training takes as set by the user.
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self._server = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "fork_server.py")],
@@ -63,7 +63,7 @@ class ForkServer:
         - send: [signal, function, n, ...]: the signal at call n, from 0, of "trainer.train_step", say
         - rank: the only rank to which `send` applies (all)
         - closed_streams: without standard input, output and error
-        - max_bytes: no file may become larger than so many bytes, as on a full disk
+        - max_bytes: maximum size of a file in bytes, as on a full disk
         - grace: seconds that the other ranks get to end when one has failed, before SIGKILL (1)
         """
         codes: list[int] = self._request(train=arguments, out=str(out), **request)["codes"]

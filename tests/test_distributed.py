@@ -31,6 +31,7 @@ SET_BY_LAUNCHERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME"),
     *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_BACKEND", "OMP_NUM_THREADS"),
     *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "MIOPEN_USER_DB_PATH"),
+    *("PYTORCH_MIOPEN_SUGGEST_NHWC", "PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM"),
     *("SLURM_STEP_NUM_TASKS", "SLURM_CPUS_PER_TASK"),
 )
 
@@ -433,15 +434,32 @@ def test_a_torch_for_cpus_beside_a_gpu_warns(monkeypatch: pytest.MonkeyPatch, tm
         devices.warn_of_unused_accelerator()
 
 
+def test_a_torch_for_gpus_without_a_driver_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert devices.device_of_rank() == torch.device("cpu")
+    assert rendezvous.backends() == "cpu:gloo"
+
+
+@pytest.mark.parametrize(("hip", "value"), [(None, None), ("6.2", "1")])
+def test_rocm_uses_channels_last_kernels(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, value: str | None
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    devices.configure_miopen()
+    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC") == value
+    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM") == value
+
+
 def test_each_process_on_rocm_has_its_own_kernel_database(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    devices.separate_miopen_databases()
+    devices.configure_miopen()
     first = os.environ.pop("MIOPEN_USER_DB_PATH")
-    devices.separate_miopen_databases()
+    devices.configure_miopen()
     assert Path(first).is_dir()
     assert os.environ["MIOPEN_USER_DB_PATH"] != first
     monkeypatch.setenv("MIOPEN_USER_DB_PATH", "/scratch/mine")
-    devices.separate_miopen_databases()
+    devices.configure_miopen()
     assert os.environ["MIOPEN_USER_DB_PATH"] == "/scratch/mine"
 
 
@@ -513,6 +531,7 @@ def test_hosts_and_devices_have_a_backend_each(monkeypatch: pytest.MonkeyPatch) 
     def backends() -> dict[str, str]:
         return dict(BackendConfig(Backend(rendezvous.backends())).device_backend_map)
 
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for device, of_device in {"cuda": "nccl", "xpu": "xccl"}.items():
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda kind=device: torch.device(kind))
         assert backends() == {"cpu": "gloo", device: of_device}

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -264,11 +265,10 @@ def environments(finished: Path, tmp_path: Path, generator: random.Random) -> It
     """One to three variables of a launch with odd texts."""
 
     def attempt(variables: dict[str, str]) -> None:
-        with pytest.MonkeyPatch.context() as patch:
+        with patch.dict(os.environ):  # restored as a whole: setup_ranks adds variables
             for name in (*VARIABLES, *system.RANK_VARIABLES, *system.LOCAL_RANK_VARIABLES):
-                patch.delenv(name, raising=False)
-            for name, value in variables.items():
-                patch.setenv(name, value)
+                os.environ.pop(name, None)
+            os.environ.update(variables)
             try:
                 system.setup_ranks()
                 system.launch_seconds()
@@ -290,8 +290,7 @@ def accelerate_environments(
     """Variables of accelerate launch, through the whole start of a program."""
 
     def attempt(name: str, text: str) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(name, text)
+        with patch.dict(os.environ, {name: text}):
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             assert trainer.main([str(finished / "experiment.yaml"), "--preflight"]) in (0, 2)
@@ -376,9 +375,9 @@ def reports(finished: Path, tmp_path: Path, generator: random.Random) -> Iterato
 
     def attempt(content: bytes) -> None:
         path.write_bytes(content)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(comparison.style, "save", lambda *_: None)
-            patch.setattr(comparison.figures, "intervals", lambda *_: None)  # takes long
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(comparison.style, "save", lambda *_: None)
+            monkeypatch.setattr(comparison.figures, "intervals", lambda *_: None)  # takes long
             comparison.write(tmp_path / "comparison", {"run": tmp_path / "run"})
 
     for content in damaged(finished / "run" / "evaluation" / "report.json", generator):

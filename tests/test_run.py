@@ -1,7 +1,6 @@
 """Training state: learning rate, pending evaluations, early stopping, extending a finished run."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,15 +113,10 @@ def test_kernels_are_searched_unless_deterministic_or_on_rocm(
     hip: str | None,
     benchmark: bool,
 ) -> None:
-    for name in ("PYTORCH_MIOPEN_SUGGEST_NHWC", "PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM"):
-        monkeypatch.setenv(name, "")  # restored after the test
-        monkeypatch.delenv(name)
     monkeypatch.setattr(torch.version, "hip", hip)
     config = load_config(experiment(deterministic=deterministic))
     build_network(config, Accelerator(), datasets.CubeFile(universe))
     assert torch.backends.cudnn.benchmark == benchmark
-    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC") == ("1" if hip else None)
-    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM") == ("1" if hip else None)
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
