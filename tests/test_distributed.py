@@ -1,6 +1,5 @@
 """Set-up, signals, rendezvous, preflight and errors of the ranks of a launch."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -26,7 +25,6 @@ from distributed import collectives, devices, errors, launcher, process, rendezv
 from distributed.preflight import code_hash
 
 ROOT = Path(__file__).parents[1]
-FORK = multiprocessing.get_context("fork")
 SET_BY_LAUNCHERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME"),
     *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_BACKEND", "OMP_NUM_THREADS"),
@@ -187,25 +185,32 @@ def test_the_time_limit_requests_a_stop() -> None:
         assert stop.reason == "max_minutes"
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
-    def program() -> None:
-        with distributed.StopSignals() as stop:
-            child_end.send("ready")
-            while not stop.requested:
-                time.sleep(0.01)
-            child_end.send(stop.reason)
-            time.sleep(60)
+def python(program: str) -> subprocess.Popen[str]:
+    """A program in an interpreter of its own: a fork of this process, which has threads, could deadlock."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
-    own_end, child_end = FORK.Pipe()
-    child = FORK.Process(target=program)
-    child.start()
-    assert own_end.recv() == "ready"
-    assert child.pid
-    os.kill(child.pid, signal.SIGINT)
-    assert own_end.recv() == "SIGINT"
-    os.kill(child.pid, signal.SIGINT)
-    child.join(60)
-    assert child.exitcode == -signal.SIGINT
+
+INTERRUPTED = """
+import time
+import distributed
+with distributed.StopSignals() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print(stop.reason, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    with python(INTERRUPTED) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "SIGINT\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == -signal.SIGINT
 
 
 def test_flags_of_one_rank_are_immediate() -> None:
@@ -513,18 +518,22 @@ def test_a_missing_rank_is_named_with_address_and_host(
     assert socket.gethostname() in str(error.value)
 
 
-def test_a_body_that_exceeds_its_deadline_ends_with_status_2(capfd: pytest.CaptureFixture[str]) -> None:
-    def program() -> None:
-        with errors.deadline(60, distributed.LaunchError("too late")):
-            pass
-        with errors.deadline(0.1, distributed.LaunchError("no answer")):
-            time.sleep(60)
+LATE = """
+import time
+import distributed
+from distributed.errors import deadline
+with deadline(60, distributed.LaunchError("too late")):
+    pass
+with deadline(0.1, distributed.LaunchError("no answer")):
+    time.sleep(60)
+"""
 
-    child = FORK.Process(target=program)
-    child.start()
-    child.join(60)
-    assert child.exitcode == 2
-    assert capfd.readouterr().err == "LaunchError: no answer\n"
+
+def test_a_body_that_exceeds_its_deadline_ends_with_status_2() -> None:
+    with python(LATE) as child:
+        _, output = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert output == "LaunchError: no answer\n"
 
 
 def test_hosts_and_devices_have_a_backend_each(monkeypatch: pytest.MonkeyPatch) -> None:
