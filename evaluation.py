@@ -1,8 +1,9 @@
 """Evaluate a trained network: what it uses, how well it does, and what it could attain.
 
-    accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP] [--degrade]
-    [--quick] python evaluation.py --compare runs/A runs/B [--output FOLDER] python evaluation.py --ensemble
-    runs/A runs/B [--output FOLDER] python evaluation.py runs/NAME --predict FILE --output OUT.h5
+    accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP] [--degrade] [--quick]
+    python evaluation.py --compare runs/A runs/B [--output FOLDER]
+    python evaluation.py --ensemble runs/A runs/B [--output FOLDER]
+    python evaluation.py runs/NAME --predict FILE --output OUT.h5
 
 The program, top to bottom: load the run and its data (evaluation_context.py), predict the slices of seeds
 that the network was not trained on, remove and exchange wavenumbers, compare with baselines and ceilings of
