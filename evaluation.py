@@ -1,6 +1,7 @@
 """Evaluate a trained network: what it uses, how well it does, and what it could attain.
 
-    accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP] [--degrade] [--quick]
+    accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP]
+                                              [--degrade] [--quick]
     python evaluation.py --compare runs/A runs/B [--output FOLDER]
     python evaluation.py --ensemble runs/A runs/B [--output FOLDER]
     python evaluation.py runs/NAME --predict FILE --output OUT.h5
