@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .cube_file import GRAVITIES, CubeFile, DataError
 from .preparation.pack import pack, pack_difference, pack_snapshot, repack
-from .preparation.synthetic import write_synthetic
+from .preparation.synthetic import PHYSICS, write_synthetic
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,10 +25,20 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=64, help="cells per side, a multiple of 64 (default: 64)"
     )
     synthesize.add_argument(
-        "--strength",
+        "--physics",
+        choices=PHYSICS,
+        default="toy",
+        help="how the twins differ. linear: as linear theory predicts for simulations; toy: a larger "
+        "difference with the opposite sign (default: toy)",
+    )
+    synthesize.add_argument(
+        "--strength", type=float, default=1.0, help="factor on this difference; 1 is physical (default: 1)"
+    )
+    synthesize.add_argument(
+        "--grid",
         type=float,
-        default=1.0,
-        help="factor on the relativistic term; 1 is physical (default: 1)",
+        default=0.0,
+        help="lattice effect in units of that of gevolution twins with 64^3 cells (default: 0)",
     )
     synthesize.add_argument("--seed", type=int, default=0, help="random seed of the universe (default: 0)")
 
@@ -126,7 +136,9 @@ def _run(options: argparse.Namespace) -> None:
             options.out,
             seeds=options.seeds,
             size=options.size,
+            physics=options.physics,
             strength=options.strength,
+            grid=options.grid,
             seed=options.seed,
             overwrite=force,
         )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from analysis import full_report, information, interventions, simulation_spectra, summary
-from analysis.ceilings import linear_theory_ratio
 from analysis.interventions import Bands
 from analysis.power_spectrum import Box, mu4, wave_vectors, wavenumber
 from analysis.simulation_spectra import Partitions, SimulationSpectra
+from datasets.preparation.cosmology import linear_theory_ratio
 from metrics import Predictions
 
 SIZE = 64

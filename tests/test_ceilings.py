@@ -11,7 +11,6 @@ from analysis.ceilings import (
     attained_share,
     detectability,
     fit,
-    linear_theory_ratio,
 )
 from analysis.power_spectrum import (
     Box,
@@ -24,6 +23,7 @@ from analysis.power_spectrum import (
     wave_vectors,
     wavenumber,
 )
+from datasets.preparation.cosmology import linear_theory_ratio
 
 
 def likelihood_ratio(modes: Floats, newton: Floats, gr: Floats) -> LikelihoodRatio:

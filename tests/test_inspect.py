@@ -207,7 +207,7 @@ def test_command_prints_and_plots(
 @pytest.mark.parametrize("value", ["5 Gpc", [1.0, 2.0], np.nan, h5py.Empty("f8")], ids=str)
 def test_attributes_that_are_not_numbers_are_ignored(path: Path, tmp_path: Path, value: Any) -> None:
     with h5py.File(path, "a") as file:
-        for name in ("box_size", "redshift", "strength", "mean", "std"):
+        for name in ("box_size", "redshift", "synthetic", "mean", "std"):
             file.attrs[name] = value
     plot(path, tmp_path / "plot.png")
     check_normalization(CubeFile(path), CubeFile(path))

@@ -407,7 +407,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
 
 
 def test_commands(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b, c, d = (tmp_path / f"{name}.h5" for name in "abcd")
+    a, b, c, d, e = (tmp_path / f"{name}.h5" for name in "abcde")
     assert run(monkeypatch, "pack", raw, a, "--redshift", 1) == 0
     assert run(monkeypatch, "pack", raw, b, "--snapshot", 1) == 0
     assert a.read_bytes() == b.read_bytes()
@@ -419,6 +419,9 @@ def test_commands(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run(monkeypatch, "synthesize", d, "--seeds", 1, "--strength", 15, "--seed", 2) == 0
     assert CubeFile(d).attributes["strength"] == 15.0
     assert CubeFile(d).attributes["seed"] == 2
+    assert run(monkeypatch, "synthesize", e, "--seeds", 1, "--physics", "linear", "--grid", 1) == 0
+    assert CubeFile(e).attributes["physics"] == "linear"
+    assert CubeFile(e).attributes["grid"] == 1.0
 
 
 def test_commands_with_invalid_input(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datasets.cube_file import GRAVITIES, CubeFile, DataError
-from datasets.preparation.cosmology import Cosmology
+from datasets.preparation.cosmology import Cosmology, linear_theory_ratio
 from datasets.preparation.synthetic import BOX_SIZE, REDSHIFT, Universe, write_synthetic
 
 N = 64
@@ -36,6 +36,42 @@ def test_twins_differ_by_the_horizon_term_only(strength: float) -> None:
     assert strength or np.array_equal(pair["gr"], pair["newton"])
 
 
+def direction() -> np.ndarray:
+    """sum k_i^4 / k^4 of the modes of rfftn."""
+    whole, half = np.fft.fftfreq(N, 1 / N), np.fft.rfftfreq(N, 1 / N)
+    fourth = whole[:, None, None] ** 4 + whole[None, :, None] ** 4 + half**4
+    return fourth / np.maximum(whole[:, None, None] ** 2 + whole[None, :, None] ** 2 + half**2, 1) ** 2
+
+
+@pytest.mark.parametrize(("strength", "grid"), [(1.0, 0.0), (2.0, 0.0), (1.0, 1.0), (0.0, 3.0)])
+def test_linear_physics_and_lattice_set_the_ratio_of_every_mode(strength: float, grid: float) -> None:
+    pair = twins(Universe(N, strength, "linear", grid))
+    modes = {gravity: np.fft.rfftn(pair[gravity].astype(np.float64)) for gravity in GRAVITIES}
+    ratio = linear_theory_ratio(wavenumbers()) ** strength * (1 + grid * (0.0425 - 0.054 * direction()))
+    error = np.abs(modes["gr"] - modes["newton"] * np.sqrt(ratio))
+    assert error.max() < 1e-5 * np.abs(modes["newton"]).max()
+    small = wavenumbers() > 20 * 2 * np.pi / BOX_SIZE
+    assert error[small].max() < 1e-3 * np.abs(modes["newton"][small]).mean()
+
+
+def test_lattice_term_mimics_gevolution_twins() -> None:
+    universe = Universe(N, 1.0, "linear", 1.0)
+    pair = {gravity: np.abs(np.fft.rfftn(values)) ** 2 for gravity, values in twins(universe).items()}
+    n = wavenumbers() * BOX_SIZE / (2 * np.pi)
+    axes, diagonals = direction() > 0.9, direction() <= 0.45
+    for low, high in ((5, 8), (12, 17), (24, 32)):
+        shell = (n >= low) & (n < high)
+        ratios = [pair["gr"][shell & part].sum() / pair["newton"][shell & part].sum() for part in (axes, diagonals)]
+        assert ratios == pytest.approx([0.99, 1.021], abs=0.004)
+
+
+def test_growth_rate_of_the_module_docstring() -> None:
+    redshifts = np.array([0.99, 1.01])
+    growth = [Cosmology().potential_growth(z) / (1 + z) for z in redshifts]  # D = a g
+    rate = np.log(growth[0] / growth[1]) / np.log((1 + redshifts[1]) / (1 + redshifts[0]))
+    assert rate == pytest.approx(0.875, abs=0.001)
+
+
 def test_documented_size_of_the_horizon_term() -> None:
     fundamental = 2 * np.pi / BOX_SIZE
     horizon = 3 * Cosmology().conformal_hubble(REDSHIFT) ** 2
@@ -58,8 +94,9 @@ def test_power_spectrum_matches_linear_theory() -> None:
         assert ratio.std() == pytest.approx(1 / np.sqrt(seeds), rel=0.2)  # a Gaussian field
 
 
-def test_values_are_standardized_over_the_ensemble() -> None:
-    universe = Universe(N, 15.0)
+@pytest.mark.parametrize("mode", [("toy", 0.0), ("linear", 40.0)])
+def test_values_are_standardized_over_the_ensemble(mode: tuple[str, float]) -> None:
+    universe = Universe(N, 15.0, *mode)
     cubes = [values for index in range(24) for values in twins(universe, index=index).values()]
     assert np.abs([values.mean() for values in cubes]).max() < 1e-6
     assert np.mean([values.var() for values in cubes]) == pytest.approx(1, abs=0.05)
@@ -105,6 +142,8 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
         "box_size_unit": "Mpc/h",
         "redshift": 1.0,
         "synthetic": True,
+        "physics": "toy",
+        "grid": 0.0,
         "strength": 15.0,
         "seed": 3,
         "gravities": ["newton", "gr"],
@@ -121,6 +160,9 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
         {"size": 0},
         {"size": 96},
         {"size": -64},
+        {"physics": "real"},
+        {"grid": -1.0},
+        {"grid": 51.0},
         {"strength": -1.0},
         {"strength": float("nan")},
         {"strength": float("inf")},

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -18,6 +19,7 @@ import safetensors.torch
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import checkpoint
@@ -494,7 +496,10 @@ def test_an_optional_compilation_that_fails_is_skipped(no_compiler: None) -> Non
     network = models.build_model(architecture="RACOON", layer_param=2, dropout=0.0, size=64)
     slices = torch.randn(3, 1, 64, 64)
     before = network.train()(slices)
-    run.compile_network(network, required=False)
+    plugin = SimpleNamespace(backend=DynamoBackend.NO)
+    on_gpu = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=plugin), device=torch.device("cuda"))
+    run.compile_network(network, cast(Accelerator, on_gpu), "auto")
+    assert network._compiled_call_impl is not None
     assert torch.equal(network(slices), before)
 
 

@@ -173,9 +173,7 @@ def plot(path: Path, out: Path) -> None:
         slices = {g: np.asarray(file[cubes[seed, g].name][position], dtype=np.float64) for g in GRAVITIES}
         attributes = python_attributes(file.attrs)
     standardized = "std" in attributes
-    redshift, strength, box_size = (
-        attr_float(attributes, key) for key in ("redshift", "strength", "box_size")
-    )
+    redshift, box_size = (attr_float(attributes, key) for key in ("redshift", "box_size"))
     title = f"{path.name}: seed {seed}" + (f", z = {redshift:g}" if redshift is not None else "")
     figure = draw(
         slices["gr"],
@@ -183,7 +181,7 @@ def plot(path: Path, out: Path) -> None:
         box_size=box_size,
         label=f"{attributes.get('field', 'value')} [standard deviations]" if standardized else "value",
         title=f"{title}, slice x = {position} of {len(slices['gr'])}"
-        + (f", synthetic, strength {strength:g}" if strength is not None else ""),
+        + (", synthetic" if attributes.get("synthetic") is True else ""),
     )
     image = io.BytesIO()
     figure.savefig(image, dpi=160, format=out.suffix.removeprefix("."))

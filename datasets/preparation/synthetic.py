@@ -1,31 +1,44 @@
-"""A synthetic universe: Gaussian potentials whose twins differ by a relativistic term on horizon scales.
+"""A synthetic universe: Gaussian potentials whose twins differ by a known ratio of power.
 
 The Newtonian twin is a Gaussian random field phi(x) in a periodic box of L = 5120 Mpc/h at redshift 1, with
 the linear power spectrum of `Cosmology.potential_power`: white noise w(x), one unit normal per cell of volume
-V_c = (L/N)^3, whose Fourier modes are multiplied by sqrt(P(k) / V_c). The mode k = 0 is zero.
+V_c = (L/N)^3, whose Fourier modes are multiplied by sqrt(P(k) / V_c). The mode k = 0 is zero. The GR twin has
+the same phases. There is no non-linear growth. `physics` sets how the twins differ, and `strength` s by how
+much; the physical value is s = 1, and larger values are for demonstrations.
 
-The GR twin has the same phases and obeys the relativistic Poisson equation instead of the Newtonian one. In
-the longitudinal (Poisson) gauge, for Psi = Phi (Ma & Bertschinger 1995, ApJ 455, 7, eq. 23a, with delta T^0_0
-= -delta rho),
+`linear`: what linear theory predicts for gevolution twins, and what they show on large scales: P_GR is 7 %
+above P_Newton for the longest wave of the box and equal to it from the fifth harmonic on. The relativistic
+Poisson equation in the longitudinal (Poisson) gauge, for Psi = Phi (Ma & Bertschinger 1995, ApJ 455, 7,
+eq. 23a, with delta T^0_0 = -delta rho), is
 
-    k^2 Phi + 3 H (dPhi/dtau + H Phi) = -4 pi G a^2 rho_m delta,    H = (da/dtau)/a, conformal Hubble rate,
+    k^2 Phi + 3 H (dPhi/dtau + H Phi) = -4 pi G a^2 rho_m delta,    H = (da/dtau)/a, conformal Hubble rate.
 
-and for a constant potential, as in matter domination,
+The growing mode, Phi ~ D/a, has dPhi/dtau = (f - 1) H Phi with f = dlnD/dlna (0.875 at z = 1), so
 
-    (k^2 + 3 H^2) Phi_GR = -4 pi G a^2 rho_m delta = k^2 Phi_Newton.
+    (k^2 + 3 H^2 f) Phi = -4 pi G a^2 rho_m delta.
 
-So for the same density contrast, GR reduces the potential of waves that are not small compared to the
+The density contrast in the Poisson gauge exceeds that of a Newtonian simulation by the same factor,
+1 + 3 H^2 f/k^2 (Chisari & Zaldarriaga 2011, PRD 83, 123505), so it cancels in Phi. What remains is how the two
+simulations treat radiation when they start (`cosmology.linear_theory_ratio`):
+
+    P_GR(k) = P_Newton(k) linear_theory_ratio(k)^s
+
+`toy`: a larger difference, with the opposite sign. If the potential were constant and the same density
+contrast entered both equations, GR would reduce the potential of waves that are not small compared to the
 horizon:
 
     Phi_GR(k) = Phi_Newton(k) k^2 / (k^2 + 3 s H^2)
 
-with `strength` s. The physical value is s = 1: Phi_GR is then 15 % below Phi_Newton for the longest wave of
-the box and 1 % for its fourth harmonic. A larger strength gives a larger difference, for demonstrations.
+Phi_GR is then 15 % below Phi_Newton for the longest wave of the box and 1 % for its fourth harmonic. Networks
+trained on it test the pipeline and say nothing about simulations.
 
-This is a toy model. The density contrast of a Newtonian simulation belongs to another gauge, in which the
-initial conditions absorb most of this effect (Chisari & Zaldarriaga 2011, PRD 83, 123505), so the twins of
-N-body codes such as gevolution (Adamek et al. 2016, JCAP 07, 053) differ less and by another factor. There is
-no non-linear growth. Networks trained on it test the pipeline and say nothing about simulations.
+`grid` g adds to either the effect of the lattice on which N-body codes start and evolve. It multiplies the
+power of GR by
+
+    1 + g (0.0425 - 0.054 sum_i mu_i^4),    mu_i = k_i / |k|,
+
+which for g = 1 mimics gevolution twins (Adamek et al. 2016, JCAP 07, 053) of 64^3 cells and one particle per
+cell: P_GR/P_Newton is 0.99 along the axes of the grid and 1.02 along its diagonals.
 """
 
 import logging
@@ -39,47 +52,65 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..cube_file import GRAVITIES, SIZE_UNIT, CubeFile, DataError
-from .cosmology import Cosmology
+from .cosmology import Cosmology, linear_theory_ratio
 from .writer import new_cube, new_file
 
 log = logging.getLogger(__name__)
 
 BOX_SIZE = 5120.0  # Mpc/h
 REDSHIFT = 1.0
+PHYSICS = ("toy", "linear")
+LATTICE_OFFSET, LATTICE_SLOPE = 0.0425, 0.054  # fitted to gevolution twins at n = 12 to 16
+MAX_GRID = 50.0  # keeps the power of every mode positive
 
 
 class Universe:
-    """The ensemble of all seeds; `strength` is s in the module docstring."""
+    """The ensemble of all seeds; `physics`, `strength` and `grid` are those of the module docstring."""
 
-    def __init__(self, size: int, strength: float):
+    def __init__(self, size: int, strength: float, physics: str = "toy", grid: float = 0.0):
         cosmology = Cosmology()
         self.size = size
         # Amplitudes are tables over |n|^2, where k = 2 pi n / L with three integers n.
-        whole = np.fft.fftfreq(size, 1 / size).astype(np.int32) ** 2
-        half = np.arange(size // 2 + 1, dtype=np.int32) ** 2  # half of the modes determine a real field
-        self._n2 = whole[:, None, None] + whole[None, :, None] + half
+        self._whole = np.fft.fftfreq(size, 1 / size).astype(np.int32)
+        self._half = np.arange(size // 2 + 1, dtype=np.int32)  # half of the modes determine a real field
+        self._n2 = self._whole[:, None, None] ** 2 + self._whole[None, :, None] ** 2 + self._half**2
         k = 2 * np.pi / BOX_SIZE * np.sqrt(np.arange(1, self._n2.max() + 1))
-        horizon = 3 * strength * cosmology.conformal_hubble(REDSHIFT) ** 2
         power = {"newton": cosmology.potential_power(k, REDSHIFT)}
-        power["gr"] = power["newton"] * (k**2 / (k**2 + horizon)) ** 2
-        modes = self._modes()
-        variances = [float(modes[1:] @ power[gravity]) / BOX_SIZE**3 for gravity in GRAVITIES]
-        self.variance = sum(variances) / len(
-            variances
-        )  # of the potential in units of c^4, expected over seeds
+        if physics == "linear":
+            power["gr"] = power["newton"] * linear_theory_ratio(k) ** strength
+        else:
+            horizon = 3 * strength * cosmology.conformal_hubble(REDSHIFT) ** 2
+            power["gr"] = power["newton"] * (k**2 / (k**2 + horizon)) ** 2
+        lattice = self._lattice(grid) if grid else None
+        modes = {"newton": self._count_modes(None), "gr": self._count_modes(lattice)}
+        variances = [float(modes[gravity][1:] @ power[gravity]) / BOX_SIZE**3 for gravity in GRAVITIES]
+        # of the potential in units of c^4, expected over seeds
+        self.variance = sum(variances) / len(variances)
         scale = (size / BOX_SIZE) ** 3 / self.variance
         self._amplitude = {
             gravity: np.concatenate([[0], np.sqrt(power[gravity] * scale)]).astype(np.float32)
             for gravity in GRAVITIES
         }
+        self._lattice_amplitude = None if lattice is None else np.sqrt(lattice, out=lattice)
 
-    def _modes(self) -> NDArray[np.float64]:
-        """The number of Fourier modes of the cube for each |n|^2."""
+    def _lattice(self, grid: float) -> NDArray[np.float32]:
+        """The factor of the lattice on the power of GR, (N, N, N/2 + 1)."""
+        whole, half = (n.astype(np.float32) ** 4 for n in (self._whole, self._half))
+        fourth_powers = whole[:, None, None] + whole[None, :, None] + half
+        squares = np.maximum(self._n2, 1).astype(np.float32)
+        ratio: NDArray[np.float32] = 1 + np.float32(grid) * (
+            LATTICE_OFFSET - LATTICE_SLOPE * fourth_powers / squares**2
+        )
+        return ratio
+
+    def _count_modes(self, factor: NDArray[np.float32] | None) -> NDArray[np.float64]:
+        """The number of Fourier modes of the cube for each |n|^2, each counted `factor` times."""
         weights = np.full(self.size // 2 + 1, 2.0)  # a mode and its conjugate
         weights[[0, -1]] = 1.0  # on these two planes both are in the half
         counts = np.zeros(int(self._n2.max()) + 1)
-        for plane in self._n2:
-            counts += np.bincount(plane.ravel(), np.broadcast_to(weights, plane.shape).ravel(), len(counts))
+        for index, plane in enumerate(self._n2):
+            weighted = np.broadcast_to(weights, plane.shape) * (1 if factor is None else factor[index])
+            counts += np.bincount(plane.ravel(), weighted.ravel(), len(counts))
         return counts
 
     def twins(self, seed: int, index: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -95,48 +126,80 @@ class Universe:
         del noise
         for gravity in GRAVITIES:
             shaped = modes * self._amplitude[gravity][self._n2]
+            if gravity == "gr" and self._lattice_amplitude is not None:
+                shaped *= self._lattice_amplitude
             yield gravity, fft.irfftn(shaped, (self.size,) * 3, overwrite_x=True, workers=-1)
 
 
-def check_synthetic(cubes: CubeFile, *, size: int, strength: float, seed: int) -> None:
-    """Raise DataError unless `cubes` are the synthetic universe of these settings. Logs the strength."""
-    expected = {"size": size, "strength": strength, "seed": seed}
-    found = {"size": cubes.size} | {key: cubes.attributes.get(key) for key in ("strength", "seed")}
+def check_synthetic(
+    cubes: CubeFile, *, size: int, physics: str, strength: float, grid: float, seed: int
+) -> None:
+    """Raise DataError unless `cubes` are the synthetic universe of these settings. Logs what it is."""
+    expected = {"size": size, "physics": physics, "strength": strength, "grid": grid, "seed": seed}
+    written = {"physics": "toy", "grid": 0.0} | cubes.attributes  # older files have neither
+    found = {"size": cubes.size} | {key: written.get(key) for key in expected if key != "size"}
     if found != expected:
         raise DataError(
             f"{cubes.path}: data_params.synthetic is {expected}, but the file has {found}.\n"
             "Remove the file, choose another data_params.datafile, or remove data_params.synthetic."
         )
-    if strength != 1:
-        log.info("%s: synthetic, its relativistic term is %g times the physical one", cubes.path, strength)
+    log.info("%s: %s", cubes.path, describe(physics, strength, grid))
+
+
+def describe(physics: str, strength: float, grid: float) -> str:
+    """One line that names the mode of a synthetic universe."""
+    text = {
+        "linear": "the linear-theory difference of gevolution twins",
+        "toy": "a toy difference with the opposite sign of gevolution twins",
+    }[physics]
+    lattice = f", with {grid:g} times their lattice effect" if grid else ""
+    return f"synthetic universe ({physics}): {text}, strength {strength:g}{lattice}"
 
 
 def write_synthetic(
-    path: str | Path, *, seeds: int, size: int, strength: float = 1.0, seed: int = 0, overwrite: bool = False
+    path: str | Path,
+    *,
+    seeds: int,
+    size: int,
+    physics: str = "toy",
+    strength: float = 1.0,
+    grid: float = 0.0,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> None:
     """Write a packed file of `seeds` pairs of twins, each cube (size, size, size) float32.
 
     The values are the potential divided by its standard deviation over the ensemble of both gravities
     (attribute `std`, in c^2; the mean is 0), so a cube is bit-identical in files with more seeds. The same
-    arguments give the same file. One pair of twins is in memory at a time: about 24 bytes per cell.
+    arguments give the same file. One pair of twins is in memory at a time: about 26 bytes per cell.
 
     Raises DataError if an argument is out of range, or if the file exists or cannot be written.
     """
-    if seeds < 1 or size < SIZE_UNIT or size % SIZE_UNIT or seed < 0 or not 0 <= strength < np.inf:
+    if (
+        seeds < 1
+        or size < SIZE_UNIT
+        or size % SIZE_UNIT
+        or seed < 0
+        or physics not in PHYSICS
+        or not 0 <= strength < np.inf
+        or not 0 <= grid <= MAX_GRID
+    ):
         raise DataError(
-            f"{path}: found seeds = {seeds}, size = {size}, strength = {strength}, seed = {seed}; "
-            f"allowed: seeds >= 1, size a multiple of {SIZE_UNIT}, strength >= 0, seed >= 0"
+            f"{path}: found seeds = {seeds}, size = {size}, physics = {physics}, strength = {strength}, "
+            f"grid = {grid}, seed = {seed}; allowed: seeds >= 1, size a multiple of {SIZE_UNIT}, "
+            f"physics {' or '.join(PHYSICS)}, strength >= 0, 0 <= grid <= {MAX_GRID:g}, seed >= 0"
         )
     with new_file(Path(path), bytes_needed=seeds * 2 * size**3 * 4, overwrite=overwrite) as file:
-        universe = Universe(size, strength)
-        file.attrs.update(_attributes(universe, strength, seed))
-        title = f"synthetic universe, strength {strength:g}"
-        for index in tqdm(range(seeds), desc=title, unit="pair", disable=None):
+        universe = Universe(size, strength, physics, grid)
+        settings = {"physics": physics, "strength": strength, "grid": grid, "seed": seed}
+        file.attrs.update(_attributes(universe, settings))
+        title = describe(physics, strength, grid)
+        for index in tqdm(range(seeds), desc=title.partition(":")[0], unit="pair", disable=None):
             for gravity, cube in universe.twins(seed, index):
                 new_cube(file, index, gravity, size).write_direct(cube)
 
 
-def _attributes(universe: Universe, strength: float, seed: int) -> dict[str, Any]:
+def _attributes(universe: Universe, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "field": "phi",
         "mean": 0.0,
@@ -146,9 +209,9 @@ def _attributes(universe: Universe, strength: float, seed: int) -> dict[str, Any
         "box_size_unit": "Mpc/h",
         "redshift": REDSHIFT,
         "gravities": list(GRAVITIES),
-        "source": f"python -m datasets synthesize, strength {strength:g}, seed {seed}",
+        "source": "python -m datasets synthesize, "
+        + ", ".join(f"{key} {value}" for key, value in settings.items()),
         "synthetic": True,
-        "strength": strength,
-        "seed": seed,
+        **settings,
         **asdict(Cosmology()),
     }
