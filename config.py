@@ -75,8 +75,7 @@ class Synthetic(Section):
     size: int = Field(64, ge=64, le=4096, multiple_of=64)
     """cells along each side of a cube"""
     physics: Literal["toy", "linear"] = "toy"
-    """how the twins differ. `linear`: as linear theory predicts for simulations; `toy`: more, with the opposite
-    sign"""
+    """how the twins differ. `linear`: as linear theory predicts; `toy`: more, with the opposite sign"""
     strength: float = Field(1.0, ge=0)
     """factor on the difference of the twins; 1 is physical"""
     grid: float = Field(0.0, ge=0, le=50)
@@ -117,7 +116,7 @@ class DataParams(Section):
     pairs: bool = False
     """both twins of a slice in the same batch, with the same symmetry and shift"""
     synthetic: Synthetic | None = None
-    """`size`, `physics`, `strength`, `grid`, `seed` of a synthetic universe, written if `datafile` is absent"""
+    """`size`, `physics`, `strength`, `grid`, `seed` of a synthetic universe if `datafile` is absent"""
 
     @property
     def slicing(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from scipy.special import ndtri
 from analysis.power_spectrum import NO_POWER, Bools, Floats, ModeBins, SpectrumError, measurable
 from datasets.preparation.cosmology import linear_theory_ratio
 
+
 @dataclass(frozen=True)
 class Expectation:
     """What the likelihood ratio attains on Gaussian fields; GR if it is positive."""

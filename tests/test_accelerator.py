@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import runpy
 import signal
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,11 +29,13 @@ import pytest
 import safetensors.numpy
 import torch
 from emulated_accelerator import ACCELERATOR, install
+from test_evaluation import save_empty
 
 import checkpoint.tensors
 import datasets
 import evaluation
 import trainer
+from analysis import style
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -41,10 +43,8 @@ import gpu_check
 
 TIME_LIMIT = 120.0  # seconds
 TESTS = Path(__file__).parent
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["test_accelerator", "torch._dynamo", "torch.utils.tensorboard", "analysis.figures"]
-)
+PROCESSES = multiprocessing.get_context("forkserver")
+pytestmark = pytest.mark.usefixtures("preloaded_processes")
 
 
 class Result(NamedTuple):
@@ -54,16 +54,6 @@ class Result(NamedTuple):
     counts: Counter[str]
     memory_formats: set[tuple[str, str]]
     output: str = ""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server() -> Iterator[None]:
-    """Start the server with one thread per process, and with the modules of this folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-        patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is imported
-        multiprocessing.forkserver.ensure_running()
-        yield
 
 
 def child(
@@ -90,10 +80,10 @@ def emulate(
     with tempfile.TemporaryDirectory() as outputs:
         started = []
         for number, environment in enumerate(environments):
-            ours, theirs = SERVER.Pipe()
+            ours, theirs = PROCESSES.Pipe()
             environment = {**environment, "OUTPUT": f"{outputs}/{number}"}
             options = (theirs, kind, devices, environment, function.__name__, args)
-            process = SERVER.Process(target=child, args=options, daemon=True)
+            process = PROCESSES.Process(target=child, args=options, daemon=True)
             process.start()
             theirs.close()
             started.append((process, ours, Path(environment["OUTPUT"])))
@@ -127,7 +117,8 @@ def train(*arguments: str) -> int:
 
 
 def evaluate(*arguments: str) -> int:
-    """Run evaluation.py on three seeds, as few as it takes; called in a child."""
+    """Run evaluation.py on three seeds, as few as it takes, without drawing figures; called in a child."""
+    style.save = save_empty
     return evaluation.main([*arguments, "--seeds=1:4", "--allow-training-seeds"])
 
 

@@ -22,7 +22,6 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,8 @@ from checkpoint import __main__ as program
 ROOT = Path(__file__).parents[1]
 FILES = ["extra.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors"]
 FILES += ["random.safetensors", "state.json"]
-# Children are forked from a server that has imported torch: each costs milliseconds instead of seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch._dynamo", "accelerate", "checkpoint", "pytest"])
+pytestmark = pytest.mark.usefixtures("preloaded_processes")
 
 IDENTITY = {
     "path": "/data/cubes.h5",
@@ -207,11 +205,6 @@ def in_children(target: Callable[..., None], *arguments: Any, world_size: int = 
     for child in children:
         child.join()
     return [child.exitcode for child in children]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fork_server() -> None:
-    forkserver.ensure_running()  # in the background, while the first tests run
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from sklearn import metrics as sk
 
 import datasets
@@ -44,14 +45,6 @@ def write_universe(path: Path, seeds: int, *, scale: float = 1.0, attributes: bo
             file[f"gr_seed{seed:04d}"] = other.numpy() * scale
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _coarse_figures() -> Iterator[None]:
-    """Figures at 60 dpi, which are drawn faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(style.STYLE, "savefig.dpi", 60)
-        yield
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a universe, a RACOON trained on it, and the evaluation of that."""
@@ -70,8 +63,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "experiment.yaml").write_text(yaml.safe_dump(sections))
     assert trainer.main([str(folder / "experiment.yaml")]) == 0
-    assert evaluation.main([str(folder / "runs" / "run")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.STYLE, "savefig.dpi", 60)  # faster
+        assert evaluation.main([str(folder / "runs" / "run")]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _empty_figures(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn for `home` only: drawing takes most of the time."""
+    monkeypatch.setattr(style, "save", save_empty)
+
+
+def save_empty(figure: Figure, path: Path) -> None:
+    """Write files of a figure without drawing it."""
+    for suffix in ("png", "pdf"):
+        path.with_name(f"{path.name}.{suffix}").touch()
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +185,9 @@ def test_two_processes_give_the_same_numbers(home: Path, results: dict[str, Any]
     script = tmp_path / "evaluate.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from analysis import style; style.STYLE['savefig.dpi'] = 60\n"
-        "import evaluation; sys.exit(evaluation.main())\n"
+        f"sys.path.append({str(ROOT / 'tests')!r})\n"
+        "import evaluation, test_evaluation; from analysis import style\n"
+        "style.save = test_evaluation.save_empty; sys.exit(evaluation.main())\n"
     )
     command = [*launch, str(script), str(home / "runs" / "run"), "--output", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)

@@ -61,7 +61,9 @@ def test_lattice_term_mimics_gevolution_twins() -> None:
     axes, diagonals = direction() > 0.9, direction() <= 0.45
     for low, high in ((5, 8), (12, 17), (24, 32)):
         shell = (n >= low) & (n < high)
-        ratios = [pair["gr"][shell & part].sum() / pair["newton"][shell & part].sum() for part in (axes, diagonals)]
+        ratios = [
+            pair["gr"][shell & part].sum() / pair["newton"][shell & part].sum() for part in (axes, diagonals)
+        ]
         assert ratios == pytest.approx([0.99, 1.021], abs=0.004)
 
 

@@ -18,8 +18,8 @@ The growing mode, Phi ~ D/a, has dPhi/dtau = (f - 1) H Phi with f = dlnD/dlna (0
     (k^2 + 3 H^2 f) Phi = -4 pi G a^2 rho_m delta.
 
 The density contrast in the Poisson gauge exceeds that of a Newtonian simulation by the same factor,
-1 + 3 H^2 f/k^2 (Chisari & Zaldarriaga 2011, PRD 83, 123505), so it cancels in Phi. What remains is how the two
-simulations treat radiation when they start (`cosmology.linear_theory_ratio`):
+1 + 3 H^2 f/k^2 (Chisari & Zaldarriaga 2011, PRD 83, 123505), so it cancels in Phi. What remains is how the
+two simulations treat radiation when they start (`cosmology.linear_theory_ratio`):
 
     P_GR(k) = P_Newton(k) linear_theory_ratio(k)^s
 
