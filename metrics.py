@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -214,6 +213,8 @@ class PredictionBuffer:
         """Drop everything."""
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self._checked = 0
+        self._looked_at = 0
+        self._look: HostCopy | None = None
         self._restored = (torch.empty(0, dtype=torch.int64), torch.empty(0))
 
     def add(self, ids: Tensor, logits: Tensor, mask: Tensor) -> None:
@@ -239,6 +240,18 @@ class PredictionBuffer:
         self.reset()
         self._restored = (ids, logits)
 
+    def look_for_divergence(self, step: int) -> None:
+        """Raise DivergenceError if a logit was not finite at the previous look. Collective.
+
+        Does not wait for the device: a look starts a copy to the host, and the next one reads it.
+        """
+        previous = self._look
+        recent = [logits for _, logits, _ in self._batches[self._looked_at :]]
+        self._looked_at = len(self._batches)
+        self._look = HostCopy(self._accelerator.gather(torch.isfinite(torch.stack(recent)).all()[None]))
+        if previous is not None and not previous.read().all():
+            self.require_finite(step)
+
     def require_finite(self, step: int, *, phase: str = "train") -> None:
         """Raise DivergenceError if a rank added a logit that is not finite since the last call.
 
@@ -246,7 +259,8 @@ class PredictionBuffer:
         Collective.
         """
         recent = self._batches[self._checked :]
-        self._checked = len(self._batches)
+        self._checked = self._looked_at = len(self._batches)
+        self._look = None
         if not recent:
             return
         finite = torch.isfinite(
@@ -266,18 +280,37 @@ class PredictionBuffer:
             )
 
 
+class HostCopy:
+    """A copy of a tensor to the host that does not wait for the device until it is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor.to("cpu", non_blocking=True)
+        self._copied = None
+        if tensor.device.type in ("cuda", "xpu"):
+            backend = torch.get_device_module(tensor.device)
+            # By default a host that waits for a CUDA event spins on a core.
+            self._copied = backend.Event(blocking=True) if tensor.device.type == "cuda" else backend.Event()
+            self._copied.record(backend.current_stream(tensor.device))
+
+    def read(self) -> Tensor:
+        """The tensor on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
 class RunningMetrics:
     """Loss and accuracy within an epoch, of this rank's slices since the previous reading.
 
-    A reading does not synchronize with the device: `read` starts a copy to the host and returns the values of
-    the reading before, whose copy has long arrived.
+    A reading does not wait for the device: `read` starts a copy to the host and returns the values of the
+    reading before, whose copy has long arrived.
     """
 
     def __init__(self, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
         """`sums`: loss, correct predictions and slices since the last reading of a saved run."""
         self._sums = list(sums)
         self._batches: list[Tensor] = []
-        self._pending: tuple[int, Tensor, Any] | None = None
+        self._pending: tuple[int, HostCopy] | None = None
 
     def add(self, logits: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Add this rank's part (rows,) of a batch; rows with mask 0 do not count."""
@@ -286,12 +319,7 @@ class RunningMetrics:
     def read(self, step: int) -> dict[str, float] | None:
         """Start the reading of `step`; returns the values of the previous one, if there is one."""
         previous = self.finish()
-        rows = torch.stack(self._batches)
-        copied = None  # an event, where the copy is asynchronous
-        host = rows.to("cpu", non_blocking=True)
-        if rows.device.type in ("cuda", "xpu"):
-            copied = torch.get_device_module(rows.device).current_stream(rows.device).record_event()
-        self._pending = step, host, copied
+        self._pending = step, HostCopy(torch.stack(self._batches))
         self._batches = []
         return previous
 
@@ -299,10 +327,8 @@ class RunningMetrics:
         """The values of the last reading that was started: `step`, `loss`, `accuracy`; None without one."""
         if self._pending is None:
             return None
-        (step, rows, copied), self._pending = self._pending, None
-        if copied is not None:
-            copied.synchronize()
-        self._accumulate(rows)
+        (step, rows), self._pending = self._pending, None
+        self._accumulate(rows.read())
         (loss, correct, count), self._sums = self._sums, [0.0, 0.0, 0.0]
         return {"step": step, "loss": loss / count, "accuracy": correct / count}
 

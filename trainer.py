@@ -34,7 +34,7 @@ from logger import RunLogger, flatten, setup_logging
 from run import Run, TrainState, check_setup, setup_run
 from trackers import TrackerError, Trackers, require_trackers
 
-CHECK_FINITE_EVERY = 20  # steps between checks of the logits; each check synchronizes with the device
+LOOK_EVERY = 20  # steps between looks for logits that are not finite
 
 USER_ERRORS = (
     ConfigError,
@@ -160,8 +160,8 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         if state.step_in_epoch == train_set.steps:
             break
         logger.log_step(running, state.step, lr)
-        if state.step % CHECK_FINITE_EVERY == 0:
-            state.predictions.require_finite(state.step)
+        if state.step % LOOK_EVERY == 0:
+            state.predictions.look_for_divergence(state.step)
         stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
         if stop or save_due:
             state.seconds = time.perf_counter() - started
@@ -179,6 +179,7 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         label_predictions(run, state.predictions), label_smoothing=params.label_smoothing
     )
     state.predictions.reset()
+    run.checkpoints.require_run_dir()
     logger.log_scalar("lr", lr, state.step)
     logger.log_metrics("train", values, seconds=seconds, waiting=waiting, target_epoch=state.target_epoch)
     return True
@@ -256,6 +257,7 @@ def evaluate_phase(
     predictions = label_predictions(run, buffer)
     smoothing = run.config.train_params.label_smoothing
     values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
+    run.checkpoints.require_run_dir()
     logger.log_figures(phase, predictions, figures(predictions, run.accelerator), state.step)
     seconds = time.perf_counter() - started
     logger.log_metrics(phase, values, seconds=seconds, target_epoch=state.target_epoch)

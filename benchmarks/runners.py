@@ -68,6 +68,7 @@ def project(settings: Settings, cache: str) -> dict[str, Any]:
         "train_params.mixed_precision": json.dumps(precision),
         "train_params.epochs": settings.epochs or 1000,
         "train_params.test_every": 1 if settings.epochs else 1000,
+        **settings.overrides,
     }
     with suppress(StopTiming):
         status = trainer.main(

@@ -30,6 +30,7 @@ class Settings:
     warmup: float = 2.0  # seconds before the timer starts
     seconds: float = 4.0  # minimum time that is measured
     workers: int = 0  # of the peers' DataLoader
+    overrides: dict[str, str] = field(default_factory=dict)  # of further keys of this project's experiment
 
     @property
     def epoch_steps(self) -> int:

@@ -3,9 +3,9 @@
     python benchmarks/storage.py [--size 256] [--seeds 6] [--folder DIR]
 
 The emulation delays every read: 5 ms of latency, then 160 MB/s per stream, which are the figures of a Lustre
-file system without striping. Two threads read the cubes of a file, as in training, each with 1 to 8 streams
+file system without striping. Four threads read the cubes of a file, as in training, each with 1 to 8 streams
 or with the number that `datasets` chooses (auto). The table gives MB/s over all threads; data are in the page
-cache.
+cache. Two more threads check the cubes for NaN at the same time.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ class CheckpointManager:
         lock = (run_dir / LOCK).open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.path.samestat(os.fstat(lock.fileno()), (run_dir / LOCK).stat())
-        except (BlockingIOError, FileNotFoundError):
+            locked = self._holds_run_dir(lock)
+        except BlockingIOError:
             locked = False
         except OSError:
             logger.info("%s cannot be locked: do not start a second program on this run", run_dir)
@@ -93,12 +93,31 @@ class CheckpointManager:
             )
         self._lock = lock
 
+    def require_run_dir(self) -> None:
+        """Raise CheckpointError if the folder of the run was renamed or removed since `acquire_lock`.
+
+        To write on would create a second folder. Ranks without the lock know nothing.
+        """
+        if self._lock is not None and not self._holds_run_dir(self._lock):
+            raise CheckpointError(
+                f"{self._folder.parent}: this folder was renamed or removed while its run trained.\n"
+                "Give it its name again, or set model_params.name to the new one, and run the same command "
+                "again: it resumes from the last checkpoint."
+            )
+
+    def _holds_run_dir(self, lock: TextIO) -> bool:
+        """Whether `lock` is the open lock file in the folder of this name."""
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), (self._folder.parent / LOCK).stat())
+        except FileNotFoundError:
+            return False
+
     def _release_lock(self) -> None:
         """Release the lock; remove the folders that `acquire_lock` created if they are empty."""
         if self._lock is None:
             return
         run_dir = self._folder.parent
-        if [path.name for path in run_dir.iterdir()] == [LOCK]:
+        if self._holds_run_dir(self._lock) and [path.name for path in run_dir.iterdir()] == [LOCK]:
             (run_dir / LOCK).unlink()
             with suppress(OSError):  # another program wrote there
                 for folder in self._created:
@@ -211,6 +230,7 @@ class CheckpointManager:
         """Write and verify, then delete old ones. An error is kept for the next call of a method."""
         target = storage.step_dir(self._folder, step)
         try:
+            self.require_run_dir()
             storage.write_checkpoint(target, parts, state.encode())
             self.saved_step = step
             storage.rotate(target.parent, self._keep)

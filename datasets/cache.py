@@ -48,7 +48,8 @@ from .sampler import STREAMS, Ids
 from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
 
 SEEDS_AHEAD = 2  # seeds that are read before they are needed
-READERS = 2  # cubes that are read, and cubes that are prepared, at a time: both of a seed arrive together
+READERS = 2 * SEEDS_AHEAD  # cubes that are read at a time
+PREPARERS = 2  # cubes that are prepared at a time
 FREE_SHARE = 0.4  # of free memory; the test set may take as much again, and the network needs the rest
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Prefetcher:
         self._reader, self._pool, self._queue = reader, pool, deque(seeds)
         self._reads: dict[int, list[Future[Future[None]]]] = {}
         self._readers = ThreadPoolExecutor(READERS, "read")
-        self._preparers = ThreadPoolExecutor(READERS, "prepare")
+        self._preparers = ThreadPoolExecutor(PREPARERS, "prepare")
 
     def fill(self) -> None:
         """Start reads until there is no buffer left, or the queue is empty."""

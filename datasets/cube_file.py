@@ -301,6 +301,15 @@ def attr_float(attributes: Mapping[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def file_version(path: Path) -> tuple[int, int]:
+    """Size and modification time of a file, which differ after a change. Raises DataError."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
 class CubeFile:
     """The cubes of one HDF5 file.
 
@@ -312,6 +321,7 @@ class CubeFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         with open_cubes(self.path) as file:
+            self._version = file_version(self.path)
             self.layout, self.cubes = find_cubes(file)
             self.attributes = python_attributes(file.attrs)
         for problem in problems(self.cubes).values():
@@ -375,7 +385,8 @@ class CubeFile:
         """Read one cube into `out`, a C-contiguous (N, N, N) float32 array. Thread-safe.
 
         A contiguous, uncompressed, native float32 cube is read directly from its place in the file, any other
-        by HDF5, which converts it. Raises DataError if it cannot be read or contains NaN or infinity.
+        by HDF5, which converts it. Raises DataError if it cannot be read or contains NaN or infinity, or if
+        the file was changed since it was opened.
         """
         self.read_unchecked(seed, gravity, out)
         self.check_finite(seed, gravity, out)
@@ -391,6 +402,11 @@ class CubeFile:
                     file[cube.name].read_direct(out)
                 except H5PY_ERRORS as error:
                     raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
+        if file_version(self.path) != self._version:  # after the read, so that what was read is known
+            raise DataError(
+                f"{self.path}: the file was changed or replaced while in use, at cube /{cube.name}.\n"
+                "Restore it and run the same command again: a run resumes from its last checkpoint."
+            )
         with self._lock:
             self._bytes_read += cube.stored
 

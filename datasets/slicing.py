@@ -201,7 +201,9 @@ class CopyStream:
     def upload(self, images: Tensor) -> Tensor:
         """The images, which are in pinned memory, on the device."""
         computing = self._backend.current_stream(self._device)
-        self._steps.append(computing.record_event())
+        # By default a host that waits for a CUDA event spins on a core.
+        blocking = {"blocking": True} if self._device.type == "cuda" else {}
+        self._steps.append(computing.record_event(self._backend.Event(**blocking)))
         if len(self._steps) > BATCHES_AHEAD:
             self._steps.popleft().synchronize()
         with self._backend.stream(self._stream):

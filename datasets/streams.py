@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
-MAX_STREAMS = 8  # per cube; two cubes are read at a time
+MAX_STREAMS = 8  # per cube; several cubes are read at a time
 MIN_PART_BYTES = 1 << 20
 GAIN = 1.2  # twice as many streams must be this much faster
 READS = 3  # measurements before a decision, of which the fastest counts

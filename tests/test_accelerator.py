@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accelerate
 import h5py
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from test_evaluation import save_empty
 import checkpoint.tensors
 import datasets
 import evaluation
+import metrics
 import trainer
 from analysis import style
 
@@ -281,6 +283,21 @@ def test_a_copy_arrives_when_somebody_waits() -> None:
     tensor.zero_()
     torch.cuda.synchronize()
     assert on_host.tolist() == [1, 1, 1]
+
+
+@on("cuda")
+def test_a_look_for_divergence_does_not_wait_for_the_device() -> None:
+    buffer, waits = metrics.PredictionBuffer(accelerate.Accelerator()), []
+    ids, logits, mask = torch.tensor([0]), torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
+    for step in (1, 2):
+        buffer.add(ids, logits, mask)
+        buffer.look_for_divergence(step)
+        waits.append(ACCELERATOR.counts["synchronizing"] + ACCELERATOR.counts["event.synchronize"])
+    assert waits == [0, 1]  # for the copy that the first look started
+    buffer.add(ids, logits / 0, mask)
+    buffer.look_for_divergence(3)
+    with pytest.raises(metrics.DivergenceError, match="step 3"):
+        buffer.look_for_divergence(3)
 
 
 @on("cuda")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_runner_trains(name: str, settings) -> None:
     import rounds
 
-    numbers = rounds.run_benchmark(name, settings)
+    overrides = {"data_params.whiten": "isotropic"} if name == "disk" else {}
+    numbers = rounds.run_benchmark(name, replace(settings, overrides=overrides))
     assert numbers["steps"] >= 5
     assert numbers["slices_per_second"] > 0
 
@@ -49,6 +51,15 @@ def test_tables_hold_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None
     inside = {"disk": [0.065, 0.063, 0.06]}
     results = {"machine": rounds.machine("cpu"), "works": {work: rates}, "step_seconds": {work: inside}}
     assert "| gravity-cnn, cache disk | 950 | 67.4 | 63.0 | 0.95 | 2.50 |" in throughput.tables(results)
+
+
+def test_costs_of_keys_are_ratios_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import data_keys
+
+    halves = {keys: [500.0, 50.0, 400.0] for keys in data_keys.KEYS}
+    table = data_keys.table({"LYNX": halves | {"defaults": [1000.0, 100.0, 1200.0]}})
+    assert table.splitlines()[-1] == "| LYNX | 1,000 | 2.00 | 2.00 | 2.00 | 2.00 | 2.00 |"
 
 
 MEASURED = [name for name in ("throughput", "scaling") if (BENCHMARKS / f"{name}.json").exists()]

@@ -330,6 +330,25 @@ def test_values_beyond_float32_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunks", [None, (16, N, N)])
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_changed_while_in_use_is_not_read(
+    tmp_path: Path, chunks: tuple[int, ...] | None, replace: bool
+) -> None:
+    cubes = CubeFile(write(tmp_path / "cubes.h5", chunks=chunks))
+    read(cubes, 0, "gr")
+    if replace:
+        write(tmp_path / "other.h5", chunks=chunks).replace(cubes.path)
+    else:
+        with h5py.File(cubes.path, "a") as file:
+            file["gr_seed0001"][0] = 0
+    with pytest.raises(DataError, match="changed or replaced while in use"):
+        read(cubes, 1, "gr")
+    cubes.path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        read(cubes, 1, "gr")
+
+
+@pytest.mark.parametrize("chunks", [None, (16, N, N)])
 def test_a_file_truncated_while_in_use(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
     cubes = CubeFile(write(tmp_path / "cubes.h5", chunks=chunks))
     os.truncate(cubes.path, cubes.path.stat().st_size // 2)

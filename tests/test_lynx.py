@@ -64,12 +64,11 @@ def test_a_constant_slice_has_a_finite_logit() -> None:
     assert lynx().eval()(torch.zeros(1, 1, 64, 64)).isfinite().all()
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-def test_it_exports_to_onnx_with_circular_padding_and_whitening(channels: int, tmp_path: Path) -> None:
+def test_it_exports_to_onnx_with_circular_padding_and_whitening(tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="the extra onnx is not installed")
     settings = {"architecture": "LYNX", "layer_param": 4, "padding": "circular", "size": 64}
-    network = export.TrainedNetwork(**settings, channels=channels, power=[1.0] * 32)
+    network = export.TrainedNetwork(**settings, channels=2, power=[1.0] * 32)
     assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
 
 

@@ -102,7 +102,7 @@ def test_trials_are_runs_and_the_lowest_loss_wins(
 
 
 def test_a_trial_worse_than_the_median_is_stopped(search: Callable[..., int], tmp_path: Path) -> None:
-    assert search("--trials", "12", pause=0.3) == 0
+    assert search("--trials", "12", pause=0.15) == 0
     pruned = [trial for trial in trials(tmp_path) if trial.state.name == "PRUNED"]
     assert pruned
     for trial in pruned:

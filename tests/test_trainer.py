@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import itertools
 import json
 import math
 import shutil
@@ -434,6 +435,69 @@ def test_a_synthetic_universe_of_other_settings_is_refused(
 ) -> None:
     path = experiment(synthetic={"size": 64, "strength": 7.0})
     check_refused(path, tmp_path, capsys, ["data_params.synthetic is", "'strength': 100"])
+
+
+def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something once, after a step of the training."""
+    original, steps = trainer.train_step, itertools.count(1)
+
+    def train_step(*arguments: Any) -> torch.Tensor:
+        logits = original(*arguments)
+        if next(steps) == step:
+            action()
+        return logits
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("save_every_steps", [None, 1])
+def test_a_run_whose_folder_is_renamed_stops_and_resumes_under_its_name(
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    save_every_steps: int | None,
+) -> None:
+    path = experiment(epochs=2, save_every_steps=save_every_steps)
+    assert trainer.main([str(path), "model_params.name=whole"]) == 0
+    run_dir, moved = tmp_path / "runs" / "run", tmp_path / "runs" / "moved"
+    at_step(SLICES // 96 + 2, lambda: run_dir.rename(moved), monkeypatch)
+    assert trainer.main([str(path)]) == 2
+    assert f"{run_dir}: this folder was renamed or removed" in capsys.readouterr().err
+    assert not run_dir.exists()
+    moved.rename(run_dir)
+    assert trainer.main([str(path), "train_params.epochs=2"]) == 0
+    whole = weights(tmp_path / "runs" / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(run_dir).items())
+
+
+def test_a_run_never_trains_on_data_that_changed_meanwhile(
+    experiment: Experiment,
+    universe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, original = tmp_path / "data.h5", tmp_path / "original.h5"
+    shutil.copy2(universe, data)
+    path = experiment(datafile=str(data), cache="disk", save_every_steps=1)
+    assert trainer.main([str(path), "model_params.name=whole"]) == 0
+
+    def replace() -> None:
+        data.rename(original)
+        shutil.copy(original, data)
+        with h5py.File(data, "a") as file:
+            file["gr_seed0003"][...] = 0
+
+    at_step(3, replace, monkeypatch)
+    assert trainer.main([str(path)]) == 2
+    assert f"{data}: the file was changed or replaced while in use" in capsys.readouterr().err
+    original.replace(data)
+    assert trainer.main([str(path)]) == 0
+    whole = weights(tmp_path / "runs" / "whole")
+    assert all(
+        torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "runs" / "run").items()
+    )
 
 
 def test_constant_data_cannot_be_standardized(

@@ -1,10 +1,12 @@
-"""Every block of docs/tutorial.md runs, in order, on a small universe."""
+"""Every block of docs/tutorial.md and every cell of the notebook run, in order, on a small universe."""
 
+import json
 import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import matplotlib as mpl
@@ -85,3 +87,19 @@ def test_every_block_runs(
     assert {"data_z1.h5", "slices.png", "runs", "logits.pdf", "predictions.h5"} <= written
     assert (folder / "runs" / "mine" / "evaluation" / "report.html").exists()
     assert "AUC" in capsys.readouterr().out
+    run_notebook(ROOT / "docs" / "explore_run.ipynb")
+    printed = capsys.readouterr().out
+    assert "- Selection: " in printed
+    assert "over 3 seeds" in printed
+    assert "axis 2: accuracy" in printed
+
+
+def run_notebook(path: Path) -> None:
+    """Run the cells of a notebook, which is stored without output, in one namespace, as its kernel does."""
+    with mpl.rc_context({"backend": "agg"}):
+        namespace: dict[str, Any] = {}
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == []
+                exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
+        namespace["plt"].close("all")
