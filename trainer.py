@@ -97,10 +97,14 @@ def train(config: Config, *, preflight_only: bool) -> None:
                 step=state.step,
                 trackers=start_trackers(config, accelerator, state),
             )
-        with closing(logger):
-            if state.step == 0:
-                logger.log_hyperparameters(config.to_dict())
-            fit(run, state, logger)
+        try:
+            with closing(logger):
+                if state.step == 0:
+                    logger.log_hyperparameters(config.to_dict())
+                fit(run, state, logger)
+        except OSError:
+            checkpoints.require_run_dir()  # the cause, if the folder was renamed
+            raise
 
 
 def start_trackers(config: Config, accelerator: Accelerator, state: TrainState) -> Trackers | None:
@@ -179,7 +183,6 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         label_predictions(run, state.predictions), label_smoothing=params.label_smoothing
     )
     state.predictions.reset()
-    run.checkpoints.require_run_dir()
     logger.log_scalar("lr", lr, state.step)
     logger.log_metrics("train", values, seconds=seconds, waiting=waiting, target_epoch=state.target_epoch)
     return True
@@ -257,7 +260,6 @@ def evaluate_phase(
     predictions = label_predictions(run, buffer)
     smoothing = run.config.train_params.label_smoothing
     values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
-    run.checkpoints.require_run_dir()
     logger.log_figures(phase, predictions, figures(predictions, run.accelerator), state.step)
     seconds = time.perf_counter() - started
     logger.log_metrics(phase, values, seconds=seconds, target_epoch=state.target_epoch)

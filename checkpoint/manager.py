@@ -98,12 +98,17 @@ class CheckpointManager:
 
         To write on would create a second folder. Ranks without the lock know nothing.
         """
-        if self._lock is not None and not self._holds_run_dir(self._lock):
-            raise CheckpointError(
-                f"{self._folder.parent}: this folder was renamed or removed while its run trained.\n"
-                "Give it its name again, or set model_params.name to the new one, and run the same command "
-                "again: it resumes from the last checkpoint."
-            )
+        if (error := self._run_dir_error()) is not None:
+            raise error
+
+    def _run_dir_error(self) -> CheckpointError | None:
+        if self._lock is None or self._holds_run_dir(self._lock):
+            return None
+        return CheckpointError(
+            f"{self._folder.parent}: this folder was renamed or removed while its run trained.\n"
+            "Give it its name again, or set model_params.name to the new one. Then run the same command "
+            "again: it resumes from the last checkpoint."
+        )
 
     def _holds_run_dir(self, lock: TextIO) -> bool:
         """Whether `lock` is the open lock file in the folder of this name."""
@@ -235,7 +240,7 @@ class CheckpointManager:
             self.saved_step = step
             storage.rotate(target.parent, self._keep)
         except OSError as error:
-            self._error = CheckpointError(
+            self._error = self._run_dir_error() or CheckpointError(
                 f"{error.filename or target}: {error.strerror}. {self._describe_last()} "
                 "Free space or correct the permissions, then run the same command again."
             )

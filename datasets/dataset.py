@@ -22,7 +22,6 @@ from .sampler import (
     random_shifts,
     random_symmetries,
 )
-from .slicing import to_memory_format
 
 
 @dataclass(frozen=True)
@@ -184,5 +183,7 @@ class WholeCubeDataset:
         host_ids = torch.from_numpy(ids)
         for step, images in enumerate(self._cache.iterate(ids, symmetries, shifts, first_step), first_step):
             if self._transform is not None:
-                images = to_memory_format(self._transform(images))
+                # A few slices at a time on a CPU, so that what it computes stays in the cache.
+                for part in images.split(8 if self.device.type == "cpu" else len(images)):
+                    part.copy_(self._transform(part))
             yield Batch(host_ids[step], images, labels[step], masks[step], int(num_valid[step]))

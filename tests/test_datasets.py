@@ -1,6 +1,7 @@
 """Batches: bit-identical slices from every cache, file layout and number of ranks; reads and memory."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -325,13 +326,16 @@ def test_reads_ahead_are_bounded(many: Path, small_window: None) -> None:
     assert data.cubes.bytes_read <= (sampler.STREAMS + SEEDS_AHEAD) * 2 * 4 * N**3
 
 
-def test_reads_end_with_the_iteration(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_end_with_the_iteration(
+    many: Path, small_window: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = make(many, range(20), cache="memory")
+    next(make(many, range(20), cache="memory").train_batches(0))  # compiles the kernels
     read = data.cubes.read_unchecked
 
     def slow_read(*arguments: Any) -> None:
         read(*arguments)
-        time.sleep(0.02)
+        time.sleep(0.1)
 
     monkeypatch.setattr(data.cubes, "read_unchecked", slow_read)
     batches = data.train_batches(0)
@@ -436,12 +440,14 @@ def test_a_bad_cube_raises_in_the_loop(
     bad.write_bytes(many.read_bytes())
     with h5py.File(bad, "r+") as file:
         file["13/gr"][1, 2, 3] = np.nan
+    status = bad.stat()
     data = make(bad, range(20), cache=cache, axes=(0,))
     with pytest.raises(DataError, match="/13/gr"):
         for _ in data.train_batches(0):
             pass
     with h5py.File(bad, "r+") as file:
         file["13/gr"][1, 2, 3] = 27
+    os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))  # a changed file would be refused
     assert all_same(list(data.train_batches(0)), list(make(many, range(20), axes=(0,)).train_batches(0)))
 
 

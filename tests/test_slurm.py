@@ -311,10 +311,14 @@ def test_data_is_not_copied_to_memory(make_cluster: Callable[..., Cluster], othe
     assert cluster.arguments() == [str(cluster.experiment)]
 
 
-@pytest.mark.parametrize("name", ["TMPDIR", "SLURM_TMPDIR"])
-def test_data_is_copied_to_the_local_disk_and_removed(cluster: Cluster, name: str, other_disk: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("TMPDIR", "ext2/ext3"), ("SLURM_TMPDIR", "xfs"), ("LOCAL_COPY_DIR", "tmpfs")]
+)
+def test_data_is_copied_to_the_local_disk_and_removed(
+    cluster: Cluster, name: str, kind: str, other_disk: Path
+) -> None:
     cluster.program("stat", STAT)
-    assert cluster.run(**{name: str(other_disk)})[0] == 0
+    assert cluster.run(**{name: str(other_disk)}, STUB_KIND=kind)[0] == 0
     folder = other_disk / f"gravity-cnn-{JOB}"
     assert cluster.arguments()[-1] == f"data_params.local_copy={folder}/universe.h5"
     assert cluster.found()["data"]
