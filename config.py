@@ -77,7 +77,7 @@ class Synthetic(Section):
     physics: Literal["toy", "linear"] = "toy"
     """how the twins differ. `linear`: as linear theory predicts; `toy`: more, with the opposite sign"""
     strength: float = Field(1.0, ge=0)
-    """factor on the difference of the twins; 1 is physical"""
+    """factor on the difference of the twins; 1 is physical for `linear`"""
     grid: float = Field(0.0, ge=0, le=50)
     """lattice effect in units of that of gevolution twins with 64^3 cells"""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -191,7 +191,7 @@ class TrainParams(Section):
     trackers: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     """Accelerate trackers beside TensorBoard: `wandb`, `mlflow`, `trackio`"""
     log_every_steps: Count | None = None
-    """steps between log lines and scalars within an epoch; unset: a line per minute, 200 points per epoch"""
+    """steps between log lines and scalars within an epoch; unset: a line every 30 s, 200 points per epoch"""
     save_every_steps: Count | None = None
     """steps between checkpoints, beside those after every epoch"""
     save_every_minutes: Positive = 10.0

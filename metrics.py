@@ -284,9 +284,10 @@ class HostCopy:
     """A copy of a tensor to the host that does not wait for the device until it is read."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._host = tensor.to("cpu", non_blocking=True)
+        asynchronous = tensor.device.type in ("cuda", "xpu")
+        self._host = tensor.to("cpu", non_blocking=asynchronous)
         self._copied = None
-        if tensor.device.type in ("cuda", "xpu"):
+        if asynchronous:
             backend = torch.get_device_module(tensor.device)
             # By default a host that waits for a CUDA event spins on a core.
             self._copied = backend.Event(blocking=True) if tensor.device.type == "cuda" else backend.Event()

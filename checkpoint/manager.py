@@ -105,7 +105,8 @@ class CheckpointManager:
         if self._lock is None or self._holds_run_dir(self._lock):
             return None
         return CheckpointError(
-            f"{self._folder.parent}: this folder was renamed or removed while its run trained.\n"
+            f"{self._folder.parent}: this folder, or its {LOCK}, was renamed or removed while its run "
+            "trained.\n"
             "Give it its name again, or set model_params.name to the new one. Then run the same command "
             "again: it resumes from the last checkpoint."
         )
@@ -114,8 +115,10 @@ class CheckpointManager:
         """Whether `lock` is the open lock file in the folder of this name."""
         try:
             return os.path.samestat(os.fstat(lock.fileno()), (self._folder.parent / LOCK).stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True  # the storage fails; who reads or writes there reports it
 
     def _release_lock(self) -> None:
         """Release the lock; remove the folders that `acquire_lock` created if they are empty."""

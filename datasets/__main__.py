@@ -32,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
         "difference with the opposite sign (default: toy)",
     )
     synthesize.add_argument(
-        "--strength", type=float, default=1.0, help="factor on this difference; 1 is physical (default: 1)"
+        "--strength",
+        type=float,
+        default=1.0,
+        help="factor on this difference; 1 is physical for linear (default: 1)",
     )
     synthesize.add_argument(
         "--grid",

@@ -404,7 +404,8 @@ class CubeFile:
                     raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if file_version(self.path) != self._version:  # after the read, so that what was read is known
             raise DataError(
-                f"{self.path}: the file was changed or replaced while in use, at cube /{cube.name}.\n"
+                f"{self.path}: the file was changed or replaced while in use: its size or modification time "
+                "differs.\n"
                 "Restore it and run the same command again: a run resumes from its last checkpoint."
             )
         with self._lock:

@@ -1,6 +1,6 @@
 """Repeat an experiment over trainings, folds and numbers of training seeds.
 
-    python experiments/repeat.py experiments/lynx_z1.yaml --trainings 5 --folds 4 [--seeds 4 8 16 24]
+    python experiments/repeat.py experiments/lynx_z1.yaml --trainings 5 --folds 2 [--seeds 40 75 150]
 
 Trainings differ in train_params.seed. Folds differ in the test seeds: fold k tests on the k-th block of
 data_params.test_seeds seeds and trains on the first data_params.train_seeds of the others. `--seeds` repeats

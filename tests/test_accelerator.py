@@ -296,8 +296,9 @@ def test_a_look_for_divergence_does_not_wait_for_the_device() -> None:
     assert waits == [0, 1]  # for the copy that the first look started
     buffer.add(ids, logits / 0, mask)
     buffer.look_for_divergence(3)
+    buffer.add(ids, logits, mask)
     with pytest.raises(metrics.DivergenceError, match="step 3"):
-        buffer.look_for_divergence(3)
+        buffer.look_for_divergence(4)
 
 
 @on("cuda")

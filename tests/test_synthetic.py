@@ -163,6 +163,7 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
         {"size": 96},
         {"size": -64},
         {"physics": "real"},
+        {"strength": 100.0, "physics": "linear"},
         {"grid": -1.0},
         {"grid": 51.0},
         {"strength": -1.0},

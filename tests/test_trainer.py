@@ -463,7 +463,7 @@ def test_a_run_whose_folder_is_renamed_stops_and_resumes_under_its_name(
     run_dir, moved = tmp_path / "runs" / "run", tmp_path / "runs" / "moved"
     at_step(SLICES // 96 + 2, lambda: run_dir.rename(moved), monkeypatch)
     assert trainer.main([str(path)]) == 2
-    assert f"{run_dir}: this folder was renamed or removed" in capsys.readouterr().err
+    assert f"{run_dir}: this folder, or its .lock, was renamed or removed" in capsys.readouterr().err
     assert not run_dir.exists()
     moved.rename(run_dir)
     assert trainer.main([str(path), "train_params.epochs=2"]) == 0

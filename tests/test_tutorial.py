@@ -52,6 +52,7 @@ PROGRAMS = {
     ("python", "-m", "checkpoint"): checkpoint_command.main,
     ("accelerate", "launch", "trainer.py"): trainer.main,
     ("accelerate", "launch", "evaluation.py"): evaluation.main,
+    ("python", "evaluation.py"): evaluation.main,
 }
 
 
@@ -61,12 +62,13 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "cp":
         shutil.copy(*words[1:])
         return
-    program, arguments = PROGRAMS[tuple(words[:3])], words[3:]
+    command = next(command for command in PROGRAMS if tuple(words[: len(command)]) == command)
+    program, arguments = PROGRAMS[command], words[len(command) :]
     if program is trainer.main:
         arguments += SMALL
     elif program is evaluation.main and "--predict" not in arguments:
         arguments += ["--quick"]  # test_evaluation.py runs the full report
-    monkeypatch.setattr(sys, "argv", [words[2], *arguments])
+    monkeypatch.setattr(sys, "argv", [command[-1], *arguments])
     assert program() == 0, line
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

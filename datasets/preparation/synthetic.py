@@ -4,7 +4,7 @@ The Newtonian twin is a Gaussian random field phi(x) in a periodic box of L = 51
 the linear power spectrum of `Cosmology.potential_power`: white noise w(x), one unit normal per cell of volume
 V_c = (L/N)^3, whose Fourier modes are multiplied by sqrt(P(k) / V_c). The mode k = 0 is zero. The GR twin has
 the same phases. There is no non-linear growth. `physics` sets how the twins differ, and `strength` s by how
-much; the physical value is s = 1, and larger values are for demonstrations.
+much; for `linear` the physical value is s = 1, and larger values are for demonstrations.
 
 `linear`: what linear theory predicts for gevolution twins, and what they show on large scales: P_GR is 7 %
 above P_Newton for the longest wave of the box and equal to it from the fifth harmonic on. The relativistic
@@ -61,6 +61,7 @@ BOX_SIZE = 5120.0  # Mpc/h
 REDSHIFT = 1.0
 PHYSICS = ("toy", "linear")
 LATTICE_OFFSET, LATTICE_SLOPE = 0.0425, 0.054  # fitted to gevolution twins at n = 12 to 16
+MAX_LINEAR_STRENGTH = 100.0  # an exponent: the ratio of powers is then 1,000
 MAX_GRID = 50.0  # keeps the power of every mode positive
 
 
@@ -181,13 +182,14 @@ def write_synthetic(
         or size % SIZE_UNIT
         or seed < 0
         or physics not in PHYSICS
-        or not 0 <= strength < np.inf
+        or not 0 <= strength < (MAX_LINEAR_STRENGTH if physics == "linear" else np.inf)
         or not 0 <= grid <= MAX_GRID
     ):
         raise DataError(
             f"{path}: found seeds = {seeds}, size = {size}, physics = {physics}, strength = {strength}, "
             f"grid = {grid}, seed = {seed}; allowed: seeds >= 1, size a multiple of {SIZE_UNIT}, "
-            f"physics {' or '.join(PHYSICS)}, strength >= 0, 0 <= grid <= {MAX_GRID:g}, seed >= 0"
+            f"physics {' or '.join(PHYSICS)}, strength >= 0 "
+            f"(linear: below {MAX_LINEAR_STRENGTH:g}), 0 <= grid <= {MAX_GRID:g}, seed >= 0"
         )
     with new_file(Path(path), bytes_needed=seeds * 2 * size**3 * 4, overwrite=overwrite) as file:
         universe = Universe(size, strength, physics, grid)
