@@ -88,8 +88,7 @@ def _performance(results: Results) -> str:
     return (
         f"Slices: AUC {format_estimate(results['slices']['auc'])}, one-sided p = "
         f"{format_number(results['significance']['p_value'])} by exchanging the labels of twins. Cubes by "
-        "mean logit: "
-        f"AUC {format_estimate(cubes['cube_auc'])}, accuracy "
+        f"mean logit: AUC {format_estimate(cubes['cube_auc'])}, accuracy "
         f"{format_estimate(cubes['cube_accuracy'], percent=True)}, "
         f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar)."
     )
@@ -133,14 +132,14 @@ def _driver(results: Results) -> str:
     text += f": {part} comes from them. "
     if data["newton_augmentation"] != 1:
         return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
-    found = results["direction_dependence"].get(driver)
-    if found is None:
-        return text.strip()
-    if driver == "large_scales":  # too few modes to compare directions at one wavenumber
+    if driver == "large_scales":
         return text + (
             "Linear theory attributes a difference there to radiation and gauge in the initial conditions, "
             "not to relativistic dynamics."
         )
+    found = results["direction_dependence"]
+    if not found:
+        return text.strip()
     axes, diagonals = found["axes"]["value"], found["diagonals"]["value"]
     ratio = f"P_GR/P_N {axes:.4f} along the grid axes, {diagonals:.4f} along diagonals"
     contrast, isotropic = found["contrast"], found["isotropic"]
@@ -155,10 +154,8 @@ def _driver(results: Results) -> str:
         )
     return (
         f"The lattice drives the classification: {part} comes from {modes}, where the sign of the difference "
-        "of the "
-        f"twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an effect "
-        "of the "
-        "grid, not physics."
+        f"of the twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an "
+        "effect of the grid, not physics."
     )
 
 

@@ -189,31 +189,27 @@ class Lattice:
         mean = (self._log_ratio - self._residual).mean(0)
         return float(np.sqrt((self.bins.modes * mean**2 / 2)[self._small_scales].sum()))
 
-    def direction_dependence(self) -> dict[str, dict[str, Estimate]]:
-        """ln P_GR/P_N of large scales, n <= 4.5, and of small ones up to N/2, averaged with weights P(k).
+    def direction_dependence(self) -> dict[str, Estimate]:
+        """ln P_GR/P_N at 4.5 < n <= N/2, averaged with weights P(k); empty without such modes.
 
         `isotropic`: its mean over directions. `contrast`: what diagonals exceed axes by. `axes` and
-        `diagonals`: P_GR/P_N itself. All with intervals over seeds; a range without such modes is left out.
+        `diagonals`: P_GR/P_N itself. All with intervals over seeds. On larger scales a shell has too few
+        modes to compare directions at one wavenumber, and the slope of the ratio would look like a contrast.
         """
-        inside = self._used & self.bins.inside_nyquist
-        large = self.bins.n <= SMALL_SCALES
-        weights = self.power.mean((0, 1))
-        found = {}
-        for name, mask in (("large_scales", inside & large), ("small_scales", inside & ~large)):
-            if not (mask & self._axis).any() or not (mask & self._diagonal).any():
-                continue
-            mean = self._average(self._log_ratio, mask, weights)
-            axes, diagonals = (
-                self._average(self._residual, mask & direction, weights)
-                for direction in (self._axis, self._diagonal)
-            )
-            found[name] = {
-                "isotropic": mean_estimate(mean),
-                "contrast": mean_estimate(diagonals - axes),
-                "axes": mean_estimate(np.exp(mean + axes)),
-                "diagonals": mean_estimate(np.exp(mean + diagonals)),
-            }
-        return found
+        mask, weights = self._small_scales, self.power.mean((0, 1))
+        if not (mask & self._axis).any() or not (mask & self._diagonal).any():
+            return {}
+        mean = self._average(self._log_ratio, mask, weights)
+        axes, diagonals = (
+            self._average(self._residual, mask & direction, weights)
+            for direction in (self._axis, self._diagonal)
+        )
+        return {
+            "isotropic": mean_estimate(mean),
+            "contrast": mean_estimate(diagonals - axes),
+            "axes": mean_estimate(np.exp(mean + axes)),
+            "diagonals": mean_estimate(np.exp(mean + diagonals)),
+        }
 
     @cached_property
     def _used(self) -> Bools:

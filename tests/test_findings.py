@@ -64,7 +64,7 @@ def results_with(**changes: Any) -> dict[str, Any]:
         "cubes": {"cube_auc": estimate(0.9, 0.8, 0.95), "cube_accuracy": estimate(0.8, 0.7, 0.9)},
         "significance": {"p_value": 0.004, "mcnemar_p_value": 0.01},
         "attribution": {key: estimate(value) for key, value in shares.items()},
-        "direction_dependence": {"large_scales": DEPENDENCE, "small_scales": DEPENDENCE},
+        "direction_dependence": DEPENDENCE,
         "interventions": {
             "edges": [0, 1, 2],
             "unit": "h/Mpc",
@@ -87,7 +87,7 @@ def test_the_contrast_of_directions_decides_between_lattice_and_gravity(
     isotropic: float, contrast: dict[str, Any], expected: str
 ) -> None:
     part = DEPENDENCE | {"isotropic": estimate(isotropic), "contrast": contrast}
-    results = results_with(direction_dependence={"small_scales": part})
+    results = results_with(direction_dependence=part)
     assert expected in findings.findings(results)[0]
 
 
