@@ -72,9 +72,9 @@ class Universe:
         cosmology = Cosmology()
         self.size = size
         # Amplitudes are tables over |n|^2, where k = 2 pi n / L with three integers n.
-        self._whole = np.fft.fftfreq(size, 1 / size).astype(np.int32)
-        self._half = np.arange(size // 2 + 1, dtype=np.int32)  # half of the modes determine a real field
-        self._n2 = self._whole[:, None, None] ** 2 + self._whole[None, :, None] ** 2 + self._half**2
+        whole = np.fft.fftfreq(size, 1 / size).astype(np.int32) ** 2
+        half = np.arange(size // 2 + 1, dtype=np.int32) ** 2  # half of the modes determine a real field
+        self._n2 = whole[:, None, None] + whole[None, :, None] + half
         k = 2 * np.pi / BOX_SIZE * np.sqrt(np.arange(1, self._n2.max() + 1))
         power = {"newton": cosmology.potential_power(k, REDSHIFT)}
         if physics == "linear":
@@ -82,8 +82,12 @@ class Universe:
         else:
             horizon = 3 * strength * cosmology.conformal_hubble(REDSHIFT) ** 2
             power["gr"] = power["newton"] * (k**2 / (k**2 + horizon)) ** 2
-        lattice = self._lattice(grid) if grid else None
-        modes = {"newton": self._count_modes(None), "gr": self._count_modes(lattice)}
+        modes = dict.fromkeys(GRAVITIES, self._count_modes())
+        self._lattice_amplitude = None
+        if grid:
+            lattice = lattice_ratio(size, grid)
+            modes["gr"] = self._count_modes(lattice)
+            self._lattice_amplitude = np.sqrt(lattice)
         variances = [float(modes[gravity][1:] @ power[gravity]) / BOX_SIZE**3 for gravity in GRAVITIES]
         # of the potential in units of c^4, expected over seeds
         self.variance = sum(variances) / len(variances)
@@ -92,19 +96,8 @@ class Universe:
             gravity: np.concatenate([[0], np.sqrt(power[gravity] * scale)]).astype(np.float32)
             for gravity in GRAVITIES
         }
-        self._lattice_amplitude = None if lattice is None else np.sqrt(lattice, out=lattice)
 
-    def _lattice(self, grid: float) -> NDArray[np.float32]:
-        """The factor of the lattice on the power of GR, (N, N, N/2 + 1)."""
-        whole, half = (n.astype(np.float32) ** 4 for n in (self._whole, self._half))
-        fourth_powers = whole[:, None, None] + whole[None, :, None] + half
-        squares = np.maximum(self._n2, 1).astype(np.float32)
-        ratio: NDArray[np.float32] = 1 + np.float32(grid) * (
-            LATTICE_OFFSET - LATTICE_SLOPE * fourth_powers / squares**2
-        )
-        return ratio
-
-    def _count_modes(self, factor: NDArray[np.float32] | None) -> NDArray[np.float64]:
+    def _count_modes(self, factor: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
         """The number of Fourier modes of the cube for each |n|^2, each counted `factor` times."""
         weights = np.full(self.size // 2 + 1, 2.0)  # a mode and its conjugate
         weights[[0, -1]] = 1.0  # on these two planes both are in the half
@@ -132,6 +125,17 @@ class Universe:
             yield gravity, fft.irfftn(shaped, (self.size,) * 3, overwrite_x=True, workers=-1)
 
 
+def lattice_ratio(size: int, grid: float) -> NDArray[np.float32]:
+    """The factor of the lattice on the power of GR, for each mode of rfftn: (N, N, N/2 + 1)."""
+    whole, half = np.fft.fftfreq(size).astype(np.float32), np.fft.rfftfreq(size).astype(np.float32)
+    squares, fourth_powers = (
+        whole[:, None, None] ** power + whole[None, :, None] ** power + half**power for power in (2, 4)
+    )
+    squares[0, 0, 0] = 1  # the mean has no direction, and is zero
+    ratio = 1 + grid * (LATTICE_OFFSET - LATTICE_SLOPE * fourth_powers / squares**2)
+    return np.asarray(ratio, dtype=np.float32)
+
+
 def check_synthetic(
     cubes: CubeFile, *, size: int, physics: str, strength: float, grid: float, seed: int
 ) -> None:
@@ -149,12 +153,12 @@ def check_synthetic(
 
 def describe(physics: str, strength: float, grid: float) -> str:
     """One line that names the mode of a synthetic universe."""
-    text = {
+    texts = {
         "linear": "the linear-theory difference of gevolution twins",
         "toy": "a toy difference with the opposite sign of gevolution twins",
-    }[physics]
+    }
     lattice = f", with {grid:g} times their lattice effect" if grid else ""
-    return f"synthetic universe ({physics}): {text}, strength {strength:g}{lattice}"
+    return f"synthetic universe ({physics}): {texts[physics]}, strength {strength:g}{lattice}"
 
 
 def write_synthetic(
@@ -195,8 +199,7 @@ def write_synthetic(
         universe = Universe(size, strength, physics, grid)
         settings = {"physics": physics, "strength": strength, "grid": grid, "seed": seed}
         file.attrs.update(_attributes(universe, settings))
-        title = describe(physics, strength, grid)
-        for index in tqdm(range(seeds), desc=title.partition(":")[0], unit="pair", disable=None):
+        for index in tqdm(range(seeds), desc=f"synthetic universe ({physics})", unit="pair", disable=None):
             for gravity, cube in universe.twins(seed, index):
                 new_cube(file, index, gravity, size).write_direct(cube)
 
