@@ -213,8 +213,8 @@ class PredictionBuffer:
         """Drop everything."""
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self._checked = 0
-        self._looked_at = 0
-        self._look: HostCopy | None = None
+        self._submitted = 0
+        self._pending_check: HostCopy | None = None
         self._restored = (torch.empty(0, dtype=torch.int64), torch.empty(0))
 
     def add(self, ids: Tensor, logits: Tensor, mask: Tensor) -> None:
@@ -240,15 +240,17 @@ class PredictionBuffer:
         self.reset()
         self._restored = (ids, logits)
 
-    def look_for_divergence(self, step: int) -> None:
-        """Raise DivergenceError if a logit was not finite at the previous look. Collective.
+    def check_finite_async(self, step: int) -> None:
+        """Raise DivergenceError if the previous call saw a logit that is not finite. Collective.
 
-        Does not wait for the device: a look starts a copy to the host, and the next one reads it.
+        Does not wait for the device: each call starts a copy to the host, and the next one reads it.
         """
-        previous = self._look
-        recent = [logits for _, logits, _ in self._batches[self._looked_at :]]
-        self._looked_at = len(self._batches)
-        self._look = HostCopy(self._accelerator.gather(torch.isfinite(torch.stack(recent)).all()[None]))
+        previous = self._pending_check
+        recent = [logits for _, logits, _ in self._batches[self._submitted :]]
+        self._submitted = len(self._batches)
+        self._pending_check = HostCopy(
+            self._accelerator.gather(torch.isfinite(torch.stack(recent)).all()[None])
+        )
         if previous is not None and not previous.read().all():
             self.require_finite(step)
 
@@ -259,8 +261,8 @@ class PredictionBuffer:
         Collective.
         """
         recent = self._batches[self._checked :]
-        self._checked = self._looked_at = len(self._batches)
-        self._look = None
+        self._checked = self._submitted = len(self._batches)
+        self._pending_check = None
         if not recent:
             return
         finite = torch.isfinite(

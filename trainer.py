@@ -34,7 +34,7 @@ from logger import RunLogger, flatten, setup_logging
 from run import Run, TrainState, check_setup, setup_run
 from trackers import TrackerError, Trackers, require_trackers
 
-LOOK_EVERY = 20  # steps between looks for logits that are not finite
+CHECK_FINITE_EVERY = 20  # steps between asynchronous checks that the logits are finite
 
 USER_ERRORS = (
     ConfigError,
@@ -164,8 +164,8 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         if state.step_in_epoch == train_set.steps:
             break
         logger.log_step(running, state.step, lr)
-        if state.step % LOOK_EVERY == 0:
-            state.predictions.look_for_divergence(state.step)
+        if state.step % CHECK_FINITE_EVERY == 0:
+            state.predictions.check_finite_async(state.step)
         stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
         if stop or save_due:
             state.seconds = time.perf_counter() - started

@@ -286,19 +286,19 @@ def test_a_copy_arrives_when_somebody_waits() -> None:
 
 
 @on("cuda")
-def test_a_look_for_divergence_does_not_wait_for_the_device() -> None:
+def test_a_check_finite_async_does_not_wait_for_the_device() -> None:
     buffer, waits = metrics.PredictionBuffer(accelerate.Accelerator()), []
     ids, logits, mask = torch.tensor([0]), torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
     for step in (1, 2):
         buffer.add(ids, logits, mask)
-        buffer.look_for_divergence(step)
+        buffer.check_finite_async(step)
         waits.append(ACCELERATOR.counts["synchronizing"] + ACCELERATOR.counts["event.synchronize"])
-    assert waits == [0, 1]  # for the copy that the first look started
+    assert waits == [0, 1]  # for the copy that the first check started
     buffer.add(ids, logits / 0, mask)
-    buffer.look_for_divergence(3)
+    buffer.check_finite_async(3)
     buffer.add(ids, logits, mask)
     with pytest.raises(metrics.DivergenceError, match="step 3"):
-        buffer.look_for_divergence(4)
+        buffer.check_finite_async(4)
 
 
 @on("cuda")

@@ -121,20 +121,20 @@ def test_the_first_step_that_is_not_finite_is_named_with_its_slices() -> None:
         kept.require_finite(step=14)
 
 
-def test_a_look_for_divergence_raises_what_the_previous_one_started() -> None:
+def test_an_asynchronous_check_raises_what_the_previous_one_started() -> None:
     kept = buffer([([1, 2], [0.0, 0.0], [1, 1]), ([3, 4], [0.0, math.inf], [1, 1])])
-    kept.look_for_divergence(step=20)
+    kept.check_finite_async(step=20)
     kept.add(torch.tensor([5, 6]), torch.tensor([0.0, math.nan]), torch.ones(2))
     with pytest.raises(metrics.DivergenceError, match=r"step 20: .* sample ids \[4\]"):
-        kept.look_for_divergence(step=21)
+        kept.check_finite_async(step=21)
 
 
-def test_a_full_check_replaces_the_look_before_it() -> None:
+def test_a_full_check_replaces_the_pending_one() -> None:
     kept = buffer([([1, 2], [0.0, 1.0], [1, 1])])
-    kept.look_for_divergence(step=1)
+    kept.check_finite_async(step=1)
     kept.require_finite(step=1)
     kept.add(torch.tensor([3]), torch.tensor([math.inf]), torch.ones(1))
-    kept.look_for_divergence(step=2)  # nothing is known of step 2 yet
+    kept.check_finite_async(step=2)  # nothing is known of step 2 yet
     with pytest.raises(metrics.DivergenceError, match=r"step 2: .* sample ids \[3\]"):
         kept.require_finite(step=2)
 
