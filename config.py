@@ -53,13 +53,13 @@ class ModelParams(Section):
     layer_param: Annotated[int, Field(ge=1, le=4096)]
     """width of the network"""
     dropout: Probability
-    """dropout probability on the fully connected layers"""
+    """dropout probability on the fully connected layers (LYNX: on the log powers)"""
     name: Annotated[str, Field(max_length=200)]
     """name of the run and of its folder under log_dir; letters, digits, `.`, `_`, `-`"""
     activation: str = "relu"
-    """activation of the hidden layers: `relu`, `leaky_relu`, `elu`, `gelu`, `silu`"""
+    """activation of the hidden layers: `relu`, `leaky_relu`, `elu`, `gelu`, `silu`; LYNX has none"""
     padding: Literal["zeros", "circular"] = "zeros"
-    """padding of the convolutions; `circular` for the periodic box"""
+    """padding of the convolutions; `circular` for the periodic box; RACOON has none"""
 
     @field_validator("name")
     @classmethod

@@ -177,7 +177,9 @@ def test_plot_shows_the_slices_in_physical_units() -> None:
 
 def test_equal_twins_can_be_plotted() -> None:
     zeros = np.zeros((N, N))
-    draw(zeros, zeros, box_size=None, label="phi", title="title").canvas.draw()
+    figure = draw(zeros, zeros, box_size=None, label="phi", title="title")
+    figure.canvas.draw()
+    assert all(np.isfinite(axes.images[0].norm.vmax) for axes in figure.axes[:3])
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:

@@ -163,6 +163,7 @@ def test_complete_ranks_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in COMPLETE.items():
         monkeypatch.setenv(name, value)
     system.setup_ranks()
+    assert system.world_size() == int(COMPLETE["WORLD_SIZE"])
 
 
 @pytest.mark.parametrize("value", ["soon", "", "0", "-1", "nan", "inf"])
