@@ -242,13 +242,14 @@ class CheckpointManager:
             storage.write_checkpoint(target, parts, state.encode())
             self.saved_step = step
             storage.rotate(target.parent, self._keep)
-        except OSError as error:
-            self._error = self._run_dir_error() or CheckpointError(
-                f"{error.filename or target}: {error.strerror}. {self._describe_last()} "
-                "Free space or correct the permissions, then run the same command again."
-            )
         except Exception as error:
-            self._error = error
+            if isinstance(error, OSError):
+                error = CheckpointError(
+                    f"{error.filename or target}: {error.strerror}. {self._describe_last()} "
+                    "Free space or correct the permissions, then run the same command again."
+                )
+            # In a renamed folder any of these can fail; the name is what the user has to correct.
+            self._error = self._run_dir_error() or error
 
     def _describe_last(self) -> str:
         last = storage.list_checkpoints(self._folder)

@@ -224,7 +224,8 @@ def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         first = not folder.parent.exists()
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(exist_ok=True)  # not its parents: a run that was renamed has no second folder
+        partial.mkdir()
         if first:
             files.sync_directory(folder.parent.parent)
         # Serialized in memory: save_file creates files that only the owner may read, whatever the umask.

@@ -468,6 +468,25 @@ def run_dir(two_checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path) -> Pat
     return Path(shutil.copytree(two_checkpoints[0], tmp_path / "run"))
 
 
+@pytest.mark.parametrize(("owner", "function"), [(storage, "write_checkpoint"), (Checkpoint, "find_problem")])
+def test_a_run_folder_renamed_during_a_write_is_reported_and_not_created_again(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str
+) -> None:
+    original = getattr(owner, function)
+
+    def rename_first(*arguments: Any) -> Any:
+        run_dir.rename(tmp_path / "moved")
+        return original(*arguments)
+
+    training = Training(run_dir)
+    training.checkpoints.acquire_lock()
+    training.train()
+    monkeypatch.setattr(owner, function, rename_first)
+    with pytest.raises(CheckpointError, match="this folder, or its .lock, was renamed or removed"):
+        training.save()
+    assert not run_dir.exists()
+
+
 @pytest.mark.parametrize("damage", [flip, truncate, empty, os.unlink, pipe])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_quarantined_and_the_previous_one_is_used(
