@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -224,7 +225,8 @@ def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         first = not folder.parent.exists()
-        folder.parent.mkdir(exist_ok=True)  # not its parents: a run that was renamed has no second folder
+        with suppress(FileExistsError):
+            folder.parent.mkdir()  # not its parents: a run that was renamed gets no second folder
         partial.mkdir()
         if first:
             files.sync_directory(folder.parent.parent)

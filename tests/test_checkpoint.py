@@ -83,6 +83,7 @@ class Training:
         random.seed(30 + rank)
         self.draw()  # after an even number of steps, the generators hold a second normal number
         self.step = 0
+        self.run_dir = run_dir
         self.checkpoints = CheckpointManager(run_dir, self.accelerator, keep=keep)
 
     def draw(self) -> list[float]:
@@ -120,6 +121,7 @@ class Training:
         return {"ids": ids, "logits": ids / 2} if self.step else {}
 
     def save(self, *, test_loss: float | None = None, wait: bool = True, **changes: Any) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         given = {
             "train_state": self.counters(),
             "tensors": self.predictions(),
@@ -482,7 +484,7 @@ def test_a_run_folder_renamed_during_a_write_is_reported_and_not_created_again(
     training.checkpoints.acquire_lock()
     training.train()
     monkeypatch.setattr(owner, function, rename_first)
-    with pytest.raises(CheckpointError, match="this folder, or its .lock, was renamed or removed"):
+    with pytest.raises(CheckpointError, match=r"this folder, or its \.lock, was renamed or removed"):
         training.save()
     assert not run_dir.exists()
 
@@ -987,6 +989,7 @@ def test_a_disk_that_became_read_only(small_disk: Path) -> None:
     training = Training(small_disk / "run")
     training.train()
     training.save()
+    (small_disk / "other").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     training.train()
     with pytest.raises(CheckpointError, match="Read-only file system"):
