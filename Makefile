@@ -25,7 +25,7 @@ demo: venv
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml trainer.py experiments/temp.yaml
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import distributed
 import metrics
 import models
 from config import Config, check_same_settings
+from logger import RunLogger, flatten
+from trackers import Trackers
 
 POWER_POSITIONS = 16  # neighbouring slices look nearly the same
 
@@ -43,6 +47,12 @@ class Run:
         params = self.config.train_params
         every_steps = params.save_every_steps is not None and step % params.save_every_steps == 0
         return every_steps or self.checkpoints.minutes_since_save >= params.save_every_minutes
+
+    def gather(self, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
+        """The logits of all ranks with the seed, label and place of each slice. Collective."""
+        ids, logits = buffer.gather()
+        index = datasets.decode(ids.numpy(), self.cubes.size)
+        return metrics.Predictions(ids.numpy(), *index, logits.double().numpy())
 
 
 @dataclass
@@ -113,6 +123,16 @@ class TrainState:
             return lr
         annealing_epochs = self.target_epoch - self.first_epoch - warmup_epochs
         return lr * 0.5 * (1 + math.cos(math.pi * (epochs - warmup_epochs) / annealing_epochs))
+
+    def measure_waiting(self, batches: Iterator[datasets.Batch]) -> Iterator[datasets.Batch]:
+        """The same batches; the time that each one takes to arrive is added to `waiting_seconds`."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waiting_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def end_step(self) -> None:
         """Count one optimizer step."""
@@ -382,3 +402,18 @@ def extend_training(config: Config, accelerator: Accelerator, state: TrainState)
         accelerator.print(
             f"train_params.epochs {epochs} applies after epoch {state.target_epoch} of the interrupted run"
         )
+
+
+def start_logger(config: Config, accelerator: Accelerator, state: TrainState) -> RunLogger:
+    """The log of the run from `state.step` on, and on the main process its trackers. Collective."""
+    main, trackers = accelerator.is_main_process, None
+    with distributed.raise_on_all_ranks():
+        if config.train_params.trackers and main:
+            trackers = Trackers(
+                accelerator,
+                config.run_dir,
+                runs=state.tracker_runs,
+                step=state.step,
+                hyperparameters=flatten(config.to_dict()),
+            )
+        return RunLogger(config.run_dir, main=main, step=state.step, trackers=trackers)

@@ -13,10 +13,8 @@ import openmp  # noqa: F401  before torch
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +28,9 @@ import metrics
 import models
 import system
 from config import Config, ConfigError, load_config
-from logger import RunLogger, flatten, setup_logging
-from run import Run, TrainState, check_setup, setup_run
-from trackers import TrackerError, Trackers, require_trackers
+from logger import RunLogger, setup_logging
+from run import Run, TrainState, check_setup, setup_run, start_logger
+from trackers import TrackerError, require_trackers
 
 CHECK_FINITE_EVERY = 20  # steps between asynchronous checks that the logits are finite
 
@@ -90,13 +88,7 @@ def train(config: Config, *, preflight_only: bool) -> None:
     checkpoints = checkpoint.CheckpointManager(config.run_dir, accelerator, keep=params.keep_checkpoints)
     with distributed.StopSignals(minutes=params.max_minutes) as stop, closing(checkpoints):
         run, state = setup_run(config, accelerator, stop, checkpoints)
-        with distributed.raise_on_all_ranks():
-            logger = RunLogger(
-                config.run_dir,
-                main=accelerator.is_main_process,
-                step=state.step,
-                trackers=start_trackers(config, accelerator, state),
-            )
+        logger = start_logger(config, accelerator, state)
         try:
             with closing(logger):
                 if state.step == 0:
@@ -105,19 +97,6 @@ def train(config: Config, *, preflight_only: bool) -> None:
         except OSError:
             checkpoints.require_run_dir()  # the cause, if the folder was renamed
             raise
-
-
-def start_trackers(config: Config, accelerator: Accelerator, state: TrainState) -> Trackers | None:
-    """The trackers of the experiment, on the main process."""
-    if not config.train_params.trackers or not accelerator.is_main_process:
-        return None
-    return Trackers(
-        accelerator,
-        config.run_dir,
-        runs=state.tracker_runs,
-        step=state.step,
-        hyperparameters=flatten(config.to_dict()),
-    )
 
 
 def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
@@ -151,7 +130,7 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     running = metrics.RunningMetrics(state.running_sums)
     run.network.train()
     logger.start_epoch(state, train_set.steps, params)
-    for batch in measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch), state):
+    for batch in state.measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch)):
         if state.step == 0:
             logger.log_images(batch.images[:4, 0], batch.labels[:4])
         lr = state.learning_rate(params.lr, params.schedule, params.warmup_epochs, train_set.steps)
@@ -180,23 +159,12 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     seconds, waiting = time.perf_counter() - started, state.waiting_seconds
     state.end_epoch(params.test_every)
     values = state.step_info | metrics.compute(
-        label_predictions(run, state.predictions), label_smoothing=params.label_smoothing
+        run.gather(state.predictions), label_smoothing=params.label_smoothing
     )
     state.predictions.reset()
     logger.log_scalar("lr", lr, state.step)
     logger.log_metrics("train", values, seconds=seconds, waiting=waiting, target_epoch=state.target_epoch)
     return True
-
-
-def measure_waiting(batches: Iterator[datasets.Batch], state: TrainState) -> Iterator[datasets.Batch]:
-    """The same batches; adds the time that each one took to arrive to the state."""
-    while True:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        state.waiting_seconds += time.perf_counter() - started
-        if batch is None:
-            return
-        yield batch
 
 
 def train_step(run: Run, batch: datasets.Batch, lr: float) -> Tensor:
@@ -235,7 +203,8 @@ def evaluate(run: Run, state: TrainState, logger: RunLogger) -> bool:
         loss = metrics.loss(predictions, smoothing)
         state.end_evaluation(loss, run.config.train_params.early_stopping)
         if state.finished and run.validation_set:
-            state.calibration = calibrate(predictions)
+            calibration = models.fit_calibration(predictions.logit, predictions.label)
+            state.calibration = asdict(calibration) if calibration is not None else None
             predictions = evaluate_phase(run, state, logger, "test", run.test_set)
     if predictions is None:
         save(run, before)  # resumes with this evaluation
@@ -257,40 +226,18 @@ def evaluate_phase(
             if stop:
                 return None
     buffer.require_finite(state.step, phase=phase)
-    predictions = label_predictions(run, buffer)
+    predictions = run.gather(buffer)
     smoothing = run.config.train_params.label_smoothing
     values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
-    logger.log_figures(phase, predictions, figures(predictions, run.accelerator), state.step)
+    if run.accelerator.is_main_process:
+        from analysis import (
+            figures,  # imports matplotlib, which takes a second that the first step need not wait
+        )
+
+        logger.log_figures(phase, predictions, figures.evaluation_figures(predictions), state.step)
     seconds = time.perf_counter() - started
     logger.log_metrics(phase, values, seconds=seconds, target_epoch=state.target_epoch)
     return predictions
-
-
-def calibrate(predictions: metrics.Predictions) -> dict[str, float] | None:
-    """Temperature and threshold of the logits, fitted on the validation seeds."""
-    from models.calibration import fit_calibration
-
-    calibration = fit_calibration(predictions.logit, predictions.label)
-    return None if calibration is None else asdict(calibration)
-
-
-def label_predictions(run: Run, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
-    """The gathered logits with the seed, label and place of each slice. Collective."""
-    ids, logits = buffer.gather()
-    index = datasets.decode(ids.numpy(), run.cubes.size)
-    return metrics.Predictions(ids.numpy(), *index, logits.double().numpy())
-
-
-def figures(predictions: metrics.Predictions, accelerator: Accelerator) -> dict[str, Any]:
-    """Confusion matrix and mean logits of twins, on the main process."""
-    if not accelerator.is_main_process:
-        return {}
-    from analysis import figures  # imports matplotlib, which takes a second that the first step need not wait
-
-    return {
-        "confusion": figures.confusion_matrix(predictions.confusion),
-        "twins": figures.twins_plot(predictions.seeds, *predictions.cube_logits.T),
-    }
 
 
 def save(run: Run, state: TrainState) -> None:

@@ -192,6 +192,14 @@ def intervals(rows: Mapping[str, Mapping[str, Estimate]], keys: Mapping[str, tup
     return figure
 
 
+def evaluation_figures(predictions: Predictions) -> Figures:
+    """The figures that a training logs after every evaluation."""
+    return {
+        "confusion": confusion_matrix(predictions.confusion),
+        "twins": twins_plot(predictions.seeds, *predictions.cube_logits.T),
+    }
+
+
 def of_predictions(
     predictions: Predictions, curves: Mapping[str, Any], results: Mapping[str, Any], history: History
 ) -> Figures:

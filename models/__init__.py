@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from models.batch_norm import synchronize_batch_norm
+from models.calibration import fit_calibration
 from models.errors import ModelError
 from models.layers import ACTIVATIONS, PADDINGS
 from models.lynx import Lynx
@@ -29,6 +30,7 @@ __all__ = [
     "ModelError",
     "Whitening",
     "build_model",
+    "fit_calibration",
     "isotropic_power",
     "load",
     "synchronize_batch_norm",
