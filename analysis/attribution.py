@@ -9,6 +9,8 @@ interact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,8 @@ from analysis.statistics import Estimate
 from metrics import Predictions
 
 Floats = NDArray[np.float64]
+
+DRIVERS = ("mean", "large_scales", "small_scales")
 
 
 def twin_difference(predictions: Predictions) -> Floats:
@@ -32,17 +36,35 @@ def shares(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> li
     `unchanged` (slices,) are the logits of the slices of `predictions`, `exchanged` (slices, groups) those
     after the exchange of each group.
     """
-    whole = twin_difference(predictions.with_logits(unchanged))
-    after = np.stack([twin_difference(predictions.with_logits(logits)) for logits in exchanged.T], axis=1)
-    parts = (whole[:, None] - after) / 2
-    parts = np.hstack([parts, (whole - parts.sum(1))[:, None]])
+    predictions = predictions.with_logits(unchanged)
+    whole, parts = twin_difference(predictions), exchanged_parts(predictions, exchanged)
+    parts = np.column_stack([parts, whole - parts.sum(1)])
     return [statistics.ratio_estimate(part, whole, "real") for part in parts.T]
 
 
-def attribute(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> dict[str, Estimate]:
-    """Shares of GROUPS and the `remainder`, and the mean twin `difference` Delta in logits."""
+def exchanged_parts(predictions: Predictions, exchanged: Floats) -> Floats:
+    """Delta_b of each seed and group: (seeds, groups); `exchanged` (slices, groups) as in `shares`."""
+    whole = twin_difference(predictions)
+    after = np.stack([twin_difference(predictions.with_logits(logits)) for logits in exchanged.T], axis=1)
+    return (whole[:, None] - after) / 2
+
+
+def attribute(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> dict[str, Any]:
+    """Shares of GROUPS and the `remainder`, and the mean twin `difference` Delta in logits.
+
+    `drivers` are the shares of the parts that the first finding compares: `mean`, `large_scales` and
+    `small_scales`, the sum of the three directions. `lead` is the largest of them less the second.
+    """
+    predictions = predictions.with_logits(unchanged)
     estimates = shares(predictions, unchanged, exchanged)
-    whole = twin_difference(predictions.with_logits(unchanged))
+    whole, parts = twin_difference(predictions), exchanged_parts(predictions, exchanged)
+    drivers = np.column_stack([parts[:, 0], parts[:, 1], parts[:, 2:].sum(1)])
+    second, first = np.argsort(drivers.sum(0) * np.sign(whole.sum()))[-2:]
     return dict(zip((*GROUPS, "remainder"), estimates, strict=True)) | {
-        "difference": statistics.mean_estimate(whole)
+        "difference": statistics.mean_estimate(whole),
+        "drivers": {
+            name: statistics.ratio_estimate(part, whole, "real")
+            for name, part in zip(DRIVERS, drivers.T, strict=True)
+        },
+        "lead": statistics.ratio_estimate(drivers[:, first] - drivers[:, second], whole, "real"),
     }

@@ -103,9 +103,9 @@ def fit(
     The bins are those of `power_spectrum.slice_partitions` and `cube_partitions`. `slices` and `cubes` hold
     P(k) (seeds, 2, bins) by partition, Newton first; that of slices is averaged over the slices of a cube.
 
-    `linear`: the ratio of linear theory, where the length of the box is known. `isotropic`: shells up to
-    n = N/2. `directional`: resolved by direction, up to n = N/2. `corners`: the same with the corners of
-    Fourier space. Raises SpectrumError if no bin holds power.
+    `linear`: the ratio of linear theory, where the length of the box is known. `isotropic`: by shells up to
+    n = N/2. `directional`: resolved by direction, up to n = N/2. `corners`: the same with the corners
+    of Fourier space. Raises SpectrumError if no bin holds power.
     """
     ceilings = {}
     box = slice_bins["wavenumbers"].box
@@ -119,14 +119,11 @@ def fit(
             _likelihood_ratio("wavenumbers", slice_bins, newton, newton * projected),
             _likelihood_ratio("wavenumbers", cube_bins, solid, solid * excess),
         )
-    for name, of_slices, of_cubes in (
-        ("isotropic", "isotropic", "isotropic"),
-        ("directional", "symmetry", "directional"),
-    ):
-        ceilings[name] = Ceiling(
-            _likelihood_ratio(of_slices, slice_bins, *slices[of_slices].mean(0)),
-            _likelihood_ratio(of_cubes, cube_bins, *cubes[of_cubes].mean(0)),
-        )
+    ceilings["isotropic"] = Ceiling(_isotropic(slice_bins, slices), _isotropic(cube_bins, cubes))
+    ceilings["directional"] = Ceiling(
+        _likelihood_ratio("symmetry", slice_bins, *slices["symmetry"].mean(0)),
+        _likelihood_ratio("directional", cube_bins, *cubes["directional"].mean(0)),
+    )
     ceilings["corners"] = Ceiling(
         _likelihood_ratio("symmetry", slice_bins, *slices["symmetry"].mean(0), corners=True),
         _likelihood_ratio("directional", cube_bins, *cubes["directional"].mean(0), corners=True),
@@ -143,6 +140,22 @@ def attained_share(auc: float, ceiling_auc: float) -> float:
     """A classifier's share of the attainable d', both from AUC; NaN where nothing is attainable."""
     attainable = detectability(ceiling_auc)
     return detectability(auc) / attainable if attainable > 0 else float("nan")
+
+
+def _isotropic(bins: Mapping[str, ModeBins], power: Mapping[str, Floats]) -> LikelihoodRatio:
+    """The likelihood ratio that knows P_GR/P_N by shell.
+
+    It is applied to modes of equal n, since P(k) is not constant within a shell. Ratios of these modes would
+    tell directions apart, because the modes of one n have few directions.
+    """
+    newton, gr = power["wavenumbers"].mean(0)
+    of_shells = power["isotropic"].mean(0)
+    ratio = np.divide(of_shells[1], of_shells[0], out=np.ones_like(of_shells[0]), where=of_shells[0] > 0)
+    shell = np.floor(bins["wavenumbers"].n + 0.5).astype(int)
+    inside = (shell > 0) & (shell <= len(ratio))  # the mean of a slice has no direction, and keeps its ratio
+    gr = gr.copy()
+    gr[inside] = newton[inside] * ratio[shell[inside] - 1]
+    return _likelihood_ratio("wavenumbers", bins, newton, gr)
 
 
 def _likelihood_ratio(

@@ -19,7 +19,11 @@ ALPHA = 0.05
 # ln P_GR/P_N of diagonals minus that of axes, relative to its mean over directions: from LATTICE on, its sign
 # depends on direction and it is called a lattice effect; up to ISOTROPIC it is called isotropic.
 LATTICE, ISOTROPIC = 1.0, 0.2
-SMALL_SCALES = ("axes", "between", "diagonals")
+DRIVERS = {
+    "mean": "the mean of the slices",
+    "large_scales": "modes with n <= 4 (large scales)",
+    "small_scales": "modes with n > 4",
+}
 
 
 def format_number(value: float) -> str:
@@ -111,13 +115,15 @@ def _driver(results: Results) -> str:
             "(omit --quick)."
         )
     parts = results["attribution"]
-    value = {key: parts[key]["value"] for key in ("mean", "large_scales", *SMALL_SCALES)}
-    share = {
-        "mean": value["mean"],
-        "large_scales": value["large_scales"],
-        "small_scales": sum(value[key] for key in SMALL_SCALES),
-    }
-    driver = max(share, key=lambda key: share[key])
+    share = {name: found["value"] for name, found in parts["drivers"].items()}
+    driver = max(share, key=lambda name: share[name])
+    remainder = parts["remainder"]["value"]
+    if not _excludes_zero(parts["lead"]) or parts["lead"]["value"] <= abs(remainder):
+        listed = ", ".join(f"to {100 * value:.0f} % from {DRIVERS[name]}" for name, value in share.items())
+        return (
+            "No single part of the modes drives the classification: the mean difference between twins comes "
+            f"{listed}, and to {100 * remainder:.0f} % from their interaction."
+        )
     part = f"{100 * share[driver]:.0f} % of the mean difference between twins"
     if driver == "mean":
         return (
@@ -125,8 +131,7 @@ def _driver(results: Results) -> str:
             "perpendicular to the slice and the mean of the cube, of which only the latter is an artefact: "
             "repeat with data packed with --remove-mean."
         )
-    modes = "modes with n <= 4 (large scales)" if driver == "large_scales" else "modes with n > 4"
-    text = f"The classification is driven by {modes}"
+    text = f"The classification is driven by {DRIVERS[driver]}"
     if driver == "small_scales":
         text += _strongest_band(results)
     text += f": {part} comes from them. "
@@ -137,13 +142,17 @@ def _driver(results: Results) -> str:
             "Linear theory attributes a difference there to radiation and gauge in the initial conditions, "
             "not to relativistic dynamics."
         )
-    found = results["direction_dependence"]
+    return _by_direction(results["direction_dependence"], part, text)
+
+
+def _by_direction(found: Mapping[str, Estimate] | None, part: str, text: str) -> str:
+    """The first finding if modes with n > 4 drive the classification: `text` and what the lattice does."""
     if not found:
         return text.strip()
     axes, diagonals = found["axes"]["value"], found["diagonals"]["value"]
     ratio = f"P_GR/P_N {axes:.4f} along the grid axes, {diagonals:.4f} along diagonals"
     contrast, isotropic = found["contrast"], found["isotropic"]
-    relative = abs(contrast["value"]) / max(abs(isotropic["value"]), 1e-12)
+    relative = abs(contrast["value"] or 0) / max(abs(isotropic["value"] or 0), 1e-12)
     if not _excludes_zero(contrast) or relative <= ISOTROPIC:
         return text + f"The twins differ there equally in all directions, unlike a lattice effect ({ratio})."
     if relative < LATTICE:
@@ -153,9 +162,9 @@ def _driver(results: Results) -> str:
             + f"({ratio})."
         )
     return (
-        f"The lattice drives the classification: {part} comes from {modes}, where the sign of the difference "
-        f"of the twins depends on the direction to the grid axes ({ratio}). Gravity is isotropic: this is an "
-        "effect of the grid, not physics."
+        f"The lattice drives the classification: {part} comes from {DRIVERS['small_scales']}, where the sign "
+        f"of the difference of the twins depends on the direction to the grid axes ({ratio}). Gravity is "
+        "isotropic: this is an effect of the grid, not physics."
     )
 
 
@@ -190,11 +199,23 @@ def _beside_baselines(results: Results) -> str:
     text = (
         f"Of the baselines on the power spectrum of slices, the network is {verdicts[0]} and {verdicts[1]}."
     )
-    return text + (
-        " It exceeds every power-spectrum classifier tested here; a control with the same spectra and random "
-        "phases would show whether it uses information beyond two-point statistics."
-        if beyond_two_point(results)
-        else _not_beyond(results)
+    return text + (_beyond(results) if beyond_two_point(results) else _not_beyond(results))
+
+
+def _beyond(results: Results) -> str:
+    text = " It exceeds every power-spectrum classifier tested here"
+    if "degradation" not in results:
+        return text + "; --degrade shows whether it needs more than the power spectrum of a slice."
+    change = results["degradation"]["random_phases"]["change"]
+    found = f"(difference {format_estimate(change)})"
+    if change["high"] is not None and change["high"] < 0:
+        return (
+            f"{text}, and its AUC is lower on slices with the same power spectra and random phases {found}: "
+            "it uses information beyond two-point statistics."
+        )
+    return (
+        f"{text}, but its AUC is not shown to be lower on slices with the same power spectra and random "
+        f"phases {found}: information beyond two-point statistics is not shown."
     )
 
 
@@ -239,18 +260,19 @@ def _beside_ceilings(results: Results) -> str:
     )
     tail = "the detectability d' of the directional one." if share else ""
     return (
-        "With these spectra, without the slice mean, the likelihood ratio of Gaussian fields reaches a slice "
-        f"AUC of {', '.join(parts)}.{share}{tail}"
+        "With these spectra the likelihood ratio of Gaussian fields reaches a slice AUC of "
+        f"{', '.join(parts)}.{share}{tail}"
     )
 
 
 def _transfer(results: Results) -> str:
     found = results["transfer"]
-    verdict = "transfers" if significant(results) else "does not transfer"
+    auc = results["slices"]["auc"]
+    above_chance = auc["low"] is not None and auc["low"] > 0.5
+    verdict = "transfers" if above_chance and significant(results) else "is not shown to transfer"
     return (
         f"The network was trained at z = {found['trained_redshift']:g} and {verdict} to z = "
-        f"{found['redshift']:g} "
-        f"(p = {format_number(results['significance']['p_value'])})."
+        f"{found['redshift']:g}: slice AUC {format_estimate(auc)} there."
     )
 
 
@@ -261,6 +283,7 @@ def _degraded(results: Results) -> str:
         "large_scales": "n <= N/4 only",
         "mean_removed": "no mean",
         "noisy": "shot noise",
+        "random_phases": "random phases",
     }
     parts = [f"{found[key]['auc']['value']:.4f} with {name}" for key, name in names.items() if key in found]
     return f"Degraded slices: AUC {', '.join(parts)}, against {found['none']['auc']['value']:.4f} unchanged."

@@ -268,10 +268,6 @@ def _information(results: Results) -> str:
             {**limit["test"]["slices"], **limit["test"]["cubes"]},
         )
         add(f"network minus {name} likelihood ratio", limit["gain"])
-    attained: list[list[Cell]] = [
-        [name, format_number(limit["attained"]) if limit["attained"] is not None else "undefined"]
-        for name, limit in results.get("ceilings", {}).items()
-    ]
     text = (
         "Baselines are logistic regressions on log P(k) of slices or cubes, fitted to the training seeds. "
         "Ceilings "
@@ -279,8 +275,7 @@ def _information(results: Results) -> str:
         "training "
         "twins. Of several channels the first counts."
     )
-    shares = _table(["share of the ceiling's d'", "network"], attained) if attained else ""
-    return f"<p>{text}</p>{_table(['', *(NAMES[key] for key in keys)], rows)}{shares}"
+    return f"<p>{text}</p>{_table(['', *(NAMES[key] for key in keys)], rows)}"
 
 
 def _degradation(results: Results) -> str:
@@ -294,6 +289,7 @@ def _degradation(results: Results) -> str:
         "large_scales": "only n <= N/4",
         "mean_removed": "mean removed",
         "noisy": f"shot noise, {found['noise']:g} standard deviations",
+        "random_phases": "random phases, the same power spectra",
     }
     keys = ("auc", "accuracy", "cube_auc", "change")
     head = ["", NAMES["auc"], NAMES["accuracy"], NAMES["cube_auc"], "change of AUC"]

@@ -137,13 +137,12 @@ class ModeBins:
         """`label` (N // 2 + 1, ..., N // 2 + 1) holds an integer for each |n_1|, ..., |n_d|.
 
         Modes of equal label form a bin, and bins are in ascending order of labels. Negative labels exclude
-        modes; the mean, n = 0, is always excluded.
+        modes.
         """
         self.box = box
         self.dimensions = dimensions
         vectors = _absolute_wave_vectors(box.size, dimensions)
-        label = label.flatten().clone()
-        label[0] = -1
+        label = label.flatten()
         included = (label >= 0).nonzero()[:, 0].numpy()
         names, index = label[included].unique(return_inverse=True)
         # scipy's sparse product adds in the order of the modes, so that the last bit never changes
@@ -193,7 +192,7 @@ class ModeBins:
 def shells(box: Box, dimensions: int) -> ModeBins:
     """Isotropic: shells of width one around n = 1, ..., N/2; the corners of Fourier space are left out."""
     shell = wavenumber(_absolute_wave_vectors(box.size, dimensions)).round().long()
-    return ModeBins(box, dimensions, torch.where(shell <= box.size // 2, shell, -1))
+    return ModeBins(box, dimensions, torch.where((shell > 0) & (shell <= box.size // 2), shell, -1))
 
 
 def directions(box: Box, dimensions: int) -> ModeBins:
@@ -205,7 +204,8 @@ def directions(box: Box, dimensions: int) -> ModeBins:
     vectors = _absolute_wave_vectors(box.size, dimensions)
     radial = torch.bucketize(wavenumber(vectors), torch.tensor(shell_edges(box.size, dimensions)).double())
     bounds = torch.tensor(_DIRECTIONS[dimensions]).double()
-    return ModeBins(box, dimensions, radial * (len(bounds) + 1) + torch.bucketize(mu4(vectors), bounds))
+    label = radial * (len(bounds) + 1) + torch.bucketize(mu4(vectors), bounds)
+    return ModeBins(box, dimensions, torch.where(radial > 0, label, -1))
 
 
 def shell_edges(size: int, dimensions: int) -> list[float]:
@@ -218,21 +218,28 @@ def shell_edges(size: int, dimensions: int) -> list[float]:
 
 
 def symmetry_classes(box: Box) -> ModeBins:
-    """Modes of slices that the 8 symmetries of the square map onto each other: the finest such partition."""
+    """Modes of slices that the 8 symmetries of the square map onto each other: the finest such partition.
+
+    The first bin is the mean of a slice, n = 0, which holds the waves of the cube perpendicular to it.
+    """
     vectors = _absolute_wave_vectors(box.size, 2).long()
     return ModeBins(box, 2, vectors.amax(0) * box.size + vectors.amin(0))
 
 
 def equal_wavenumbers(box: Box, dimensions: int) -> ModeBins:
-    """Modes of exactly equal n, corners included: the finest isotropic partition, for steep spectra."""
+    """Modes of exactly equal n, corners included: the finest isotropic partition.
+
+    The first bin of slices is their mean. The mean of a cube is left out: it identifies the gravity of a
+    gevolution run, but it is set by the code and not by the physics.
+    """
     squared = _absolute_wave_vectors(box.size, dimensions).square().sum(0).round().long()
-    return ModeBins(box, dimensions, squared)
+    return ModeBins(box, dimensions, squared if dimensions == 2 else torch.where(squared > 0, squared, -1))
 
 
 def slice_partitions(box: Box) -> dict[str, ModeBins]:
     """The partitions of a slice's modes that baselines and ceilings use, by name.
 
-    At N = 256 the last two have 8384 and 5923 bins: average them or apply a likelihood ratio batch by batch,
+    At N = 256 the last two have 8385 and 5924 bins: average them or apply a likelihood ratio batch by batch,
     instead of keeping them for every slice.
     """
     return {

@@ -1,4 +1,4 @@
-"""How the network does on degraded slices: smoothed, without small scales, without mean, with shot noise."""
+"""How the network does on degraded slices: smoothed, filtered, noisy, or with random phases."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def degradations(box: Box, smoothing: float, noise: float) -> dict[str, Degradat
 
     `smoothed`: Gaussian of width `smoothing` R, modes times exp(-k^2 R^2 / 2). `large_scales`: only n <= N/4.
     `mean_removed`: each slice without its mean. `noisy`: white noise of standard deviation `noise` in every
-    pixel, independent between twins.
+    pixel, independent between twins. `random_phases`: the modes of a slice keep their absolute values, and so
+    its power spectrum, and get the phases of white noise (surrogates, Theiler et al. 1992, Physica D 58, 77).
     """
     n = wavenumber(wave_vectors(box.size, 2)).float()
     side = box.length or box.size
@@ -72,11 +73,21 @@ def degradations(box: Box, smoothing: float, noise: float) -> dict[str, Degradat
         generator = torch.Generator().manual_seed(seed)
         return slices + noise * torch.randn(slices.shape, generator=generator).to(slices.device)
 
+    def random_phases(slices: Tensor, seed: int) -> Tensor:
+        # the same for all channels of a slice, whose correlations they keep
+        white = torch.randn(
+            len(slices), 1, *slices.shape[2:], generator=torch.Generator().manual_seed(seed)
+        ).to(slices.device)
+        phases = torch.fft.rfft2(white)
+        modes = torch.fft.rfft2(slices) * (phases / phases.abs())
+        return torch.fft.irfft2(modes, s=slices.shape[-2:])
+
     return {
         "smoothed": filtered(gaussian),
         "large_scales": filtered((n <= box.size / 4).float()),
         "mean_removed": filtered((n > 0).float()),
         "noisy": noisy,
+        "random_phases": random_phases,
     }
 
 

@@ -97,11 +97,9 @@ class MatchedFilter(torch.nn.Module):
         newton, gr = spectra.slice_means["symmetry"].mean(0)
         vectors = wave_vectors(SIZE, 2).abs().long()
         name = (vectors.amax(0) * SIZE + vectors.amin(0)).flatten()
-        order = torch.unique(name)[1:]  # the classes in the order of the bins, which leave out n = 0
-        index = torch.searchsorted(order, name).view(SIZE, -1)
+        index = torch.unique(name, return_inverse=True)[1].view(SIZE, -1)  # bins in the order of their names
         mirrored = torch.full((SIZE // 2 + 1,), 2.0)
         mirrored[0] = mirrored[-1] = 1
-        mirrored = mirrored * (wavenumber(wave_vectors(SIZE, 2)) > 0)
         scale = BOX.side**2 / SIZE**4 / 2
         self.weight = (torch.from_numpy(scale * (1 / newton - 1 / gr)).float()[index]) * mirrored
         self.offset = float(bins.modes @ np.log(gr / newton) / 2)

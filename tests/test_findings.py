@@ -56,14 +56,23 @@ DEPENDENCE = {
 }
 
 
+def attribution_of(remainder: float = 0.0, lead: float = 0.5, **drivers: float) -> dict[str, Any]:
+    """Shares of the drivers, and an interval of the lead that begins at `lead`."""
+    second, first = sorted(drivers.values())[-2:]
+    return {
+        "drivers": {name: estimate(value) for name, value in drivers.items()},
+        "lead": estimate(first - second, lead, 1),
+        "remainder": estimate(remainder),
+    }
+
+
 def results_with(**changes: Any) -> dict[str, Any]:
     """Results of a significant network, with some sections replaced."""
-    shares = {"mean": 0.0, "large_scales": 0.2, "axes": 0.4, "between": 0.1, "diagonals": 0.3}
     base = universe.DESCRIPTION | {
         "slices": {"auc": estimate(0.6, 0.55, 0.65)},
         "cubes": {"cube_auc": estimate(0.9, 0.8, 0.95), "cube_accuracy": estimate(0.8, 0.7, 0.9)},
         "significance": {"p_value": 0.004, "mcnemar_p_value": 0.01},
-        "attribution": {key: estimate(value) for key, value in shares.items()},
+        "attribution": attribution_of(mean=0.0, large_scales=0.2, small_scales=0.8),
         "direction_dependence": DEPENDENCE,
         "interventions": {
             "edges": [0, 1, 2],
@@ -98,9 +107,22 @@ def test_a_factor_on_newtonian_slices_is_not_called_physics_or_lattice() -> None
 
 
 def test_the_mean_as_driver() -> None:
-    shares = dict.fromkeys(("large_scales", "axes", "between", "diagonals"), estimate(0.1))
-    results = results_with(attribution=shares | {"mean": estimate(0.6)})
+    results = results_with(attribution=attribution_of(mean=0.6, large_scales=0.1, small_scales=0.3))
     assert findings.findings(results)[0].startswith("The mean of the slices drives the classification: 60 %")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        attribution_of(mean=0.0, large_scales=0.45, small_scales=0.55, lead=-0.1),
+        attribution_of(mean=0.0, large_scales=0.3, small_scales=0.5, lead=0.1, remainder=0.2),
+        attribution_of(mean=0.0, large_scales=0.5, small_scales=0.7, lead=0.1, remainder=-0.2),
+    ],
+)
+def test_no_driver_is_named_unless_its_lead_is_certain(parts: dict[str, Any]) -> None:
+    first = findings.findings(results_with(attribution=parts))[0]
+    assert first.startswith("No single part of the modes drives the classification")
+    assert f"{100 * parts['drivers']['small_scales']['value']:.0f} % from modes with n > 4" in first
 
 
 def test_without_significance_nothing_is_attributed() -> None:
@@ -151,6 +173,23 @@ def test_beyond_two_point_statistics_needs_baseline_and_likelihood_ratio(
     assert "attains 50 %" in text
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (estimate(-0.1, -0.15, -0.05), "it uses information beyond two-point statistics"),
+        (estimate(-0.1, -0.25, 0.05), "not shown to be lower on slices with the same power spectra"),
+    ],
+)
+def test_only_random_phases_show_information_beyond_two_point_statistics(
+    change: dict[str, Any], expected: str
+) -> None:
+    baseline = {"slices": {"auc": estimate(0.6)}, "gain": {"auc": GAINS["above"]}}
+    results = results_with(baselines={"isotropic": baseline, "directional": baseline})
+    assert "--degrade shows whether" in " ".join(findings.findings(results))
+    rows = {"none": {"auc": estimate(0.6)}, "random_phases": {"auc": estimate(0.5), "change": change}}
+    assert expected in " ".join(findings.findings(results | {"degradation": rows}))
+
+
 def test_warnings_name_training_seeds_selection_and_the_factor() -> None:
     assert findings.warnings(universe.DESCRIPTION) == []
     selection = {
@@ -177,7 +216,12 @@ def test_transfer_and_degradation_have_a_sentence() -> None:
     rows = {key: {"auc": estimate(0.55)} for key in ("none", "smoothed", "noisy")}
     results = results_with(transfer={"trained_redshift": 1.0, "redshift": 10.0}, degradation=rows)
     text = " ".join(findings.findings(results))
-    assert "trained at z = 1 and transfers to z = 10" in text
+    assert "trained at z = 1 and transfers to z = 10: slice AUC 0.6000 [0.5500, 0.6500] there" in text
+    for doubtful in (
+        {"slices": {"auc": estimate(0.52, 0.49, 0.55)}},
+        {"significance": {"p_value": 0.2, "mcnemar_p_value": 0.5}},
+    ):
+        assert "is not shown to transfer to z = 10" in " ".join(findings.findings(results | doubtful))
     assert "AUC 0.5500 with smoothing, 0.5500 with shot noise, against 0.5500 unchanged" in text
 
 

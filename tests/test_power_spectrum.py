@@ -32,12 +32,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def by_mode(field: np.ndarray, length: float) -> dict[tuple[int, ...], float]:
-    """P(k) of every single mode but the mean, from a complex transform."""
+    """P(k) of every single mode, from a complex transform."""
     size, dimensions = len(field), field.ndim
     power = np.abs(np.fft.fftn(field)) ** 2 * length**dimensions / size ** (2 * dimensions)
     signed = np.fft.fftfreq(size, 1 / size).round().astype(int)
     modes = product(range(size), repeat=dimensions)
-    return {tuple(int(abs(signed[i])) for i in mode) + mode: power[mode] for mode in modes if any(mode)}
+    return {tuple(int(abs(signed[i])) for i in mode) + mode: power[mode] for mode in modes}
 
 
 def oracle(field: np.ndarray, box: Box, name: str) -> list[tuple[float, float, float, float]]:
@@ -48,10 +48,13 @@ def oracle(field: np.ndarray, box: Box, name: str) -> list[tuple[float, float, f
         2: [(3 + np.cos(np.radians(4 * angle))) / 4 for angle in (36, 27, 18, 9)],
         3: [0.38, 0.45, 0.54, 0.63, 0.75, 0.9],
     }[dimensions]
+    with_mean = dimensions == 2 and name in ("symmetry", "wavenumbers")
     for mode, power in by_mode(field, box.side).items():
         vector = np.array(mode[:dimensions], float)
         squared = (vector**2).sum()
-        n, direction = np.sqrt(squared), (vector**4).sum() / squared**2
+        if squared == 0 and not with_mean:
+            continue
+        n, direction = np.sqrt(squared), (vector**4).sum() / squared**2 if squared else 1.0
         shell = int(np.floor(n + 0.5))
         key = {
             "isotropic": shell,
@@ -142,6 +145,20 @@ def test_equal_wavenumbers_resolve_the_first_modes() -> None:
     bins = equal_wavenumbers(Box(16, None), 3)
     np.testing.assert_array_equal(bins.modes[:4], [6, 12, 8, 6])
     np.testing.assert_allclose(bins.n[:4], np.sqrt([1, 2, 3, 4]))
+    slices = equal_wavenumbers(Box(16, None), 2)
+    np.testing.assert_array_equal(slices.modes[:4], [1, 4, 4, 4])
+    np.testing.assert_allclose(slices.n[:4], np.sqrt([0, 1, 2, 4]))
+
+
+def test_the_first_bin_of_the_finest_partitions_is_the_mean_of_a_slice() -> None:
+    slices, cubes = noise(3, 8, 8) + 2, noise(3, 8, 8, 8) + 2
+    for bins in (symmetry_classes(BOX), equal_wavenumbers(BOX, 2)):
+        expected = BOX.side**2 * slices.mean((1, 2)) ** 2
+        np.testing.assert_allclose(bins.power(slices)[:, 0], expected, rtol=1e-12)
+    for bins in (*cube_partitions(BOX).values(), directions(BOX, 2), shells(BOX, 2)):
+        assert bins.n[0] > 0
+    for bins in cube_partitions(BOX).values():
+        np.testing.assert_allclose(bins.power(cubes + 5), bins.power(cubes), rtol=1e-9)
 
 
 def test_gaussian_fields_have_the_spectrum_that_they_were_made_with() -> None:
@@ -163,7 +180,6 @@ def test_projection_is_the_mean_spectrum_of_a_cubes_slices() -> None:
     for name, bins in slice_partitions(BOX).items():
         projected = every_mode.project(every_mode.power(cube[None]), bins)
         direct = bins.power(cube.movedim(2, 0)).mean(0)
-        # the mode n_1 = n_2 = 0 of slices is no mode of `bins`; all others are sums over the cube's
         np.testing.assert_allclose(projected[0], direct, rtol=1e-12, err_msg=name)
 
 
@@ -173,7 +189,9 @@ def test_projection_of_an_isotropic_spectrum() -> None:
     cubes, slices = equal_wavenumbers(box, 3), equal_wavenumbers(box, 2)
     projected = cubes.project(cubes.n[None] ** -4.0, slices)[0]
     n3 = np.arange(-31, 33)
-    expected = ((slices.n[:, None] ** 2 + n3**2) ** -2.0).sum(1)
+    squared = slices.n[:, None] ** 2 + n3**2
+    squared[0, n3 == 0] = np.inf  # the mean of the cube is left out
+    expected = (squared**-2.0).sum(1)
     np.testing.assert_allclose(projected, expected, rtol=1e-12)
 
 

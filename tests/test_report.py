@@ -51,7 +51,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     maps = {key: np.eye(8) for key in report.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "axis": 0, "logit": 1.0}
     results = evaluated.results | {"saliency": [maps | about] * 4}
-    rows = {"smoothed": {"auc": 0.1}, "large_scales": {}, "mean_removed": {}, "noisy": {}}
+    rows = {
+        "smoothed": {"auc": 0.1},
+        "large_scales": {},
+        "mean_removed": {},
+        "noisy": {},
+        "random_phases": {},
+    }
     none = summary.headline(evaluated.predictions)
     results["degradation"] = {"smoothing": 160.0, "noise": 0.1} | dict.fromkeys(("none", *rows), none)
     results |= {"warnings": ["a warning"], "findings": findings.findings(results)}

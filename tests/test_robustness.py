@@ -38,6 +38,24 @@ def test_noise_has_its_level_and_depends_on_the_seed_alone() -> None:
     assert not torch.equal(noisy(clean, 1), noisy(clean, 2))
 
 
+def test_random_phases_keep_every_power_spectrum_and_nothing_else() -> None:
+    random_phases = robustness.degradations(BOX, 160.0, 0.1)["random_phases"]
+    slices = torch.randn(4, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).exp()
+    changed = random_phases(slices, 1)
+    before, after = torch.fft.rfft2(slices), torch.fft.rfft2(changed)
+    torch.testing.assert_close(after.abs(), before.abs(), atol=1e-2, rtol=1e-4)
+    cross = [modes[:, 0] * modes[:, 1].conj() for modes in (before, after)]
+    torch.testing.assert_close(*cross, atol=1, rtol=1e-3)
+    turned = (after / before)[:, 0, 1:5, 1:5].angle().flatten()
+    assert -3 < turned.mean() / (np.pi / np.sqrt(3 * len(turned))) < 3, "uniform"
+    assert turned.std() == pytest.approx(np.pi / np.sqrt(3), rel=0.15)
+    skewness = [((f - f.mean()) ** 3).mean() / f.std() ** 3 for f in (slices, changed)]
+    assert skewness[0] > 3
+    assert abs(skewness[1]) < 0.5
+    torch.testing.assert_close(random_phases(slices, 1), changed, atol=0, rtol=0)
+    assert not torch.equal(random_phases(slices, 2), changed)
+
+
 def test_settings_have_defaults_of_two_cells_and_a_tenth() -> None:
     assert robustness.parse([], BOX) == (160.0, 0.1)
     assert robustness.parse(["smoothing=50", "noise=0.5"], BOX) == (50.0, 0.5)
