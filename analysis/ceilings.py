@@ -21,7 +21,7 @@ short of its expectation, most of all where the corners of Fourier space are use
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -116,17 +116,26 @@ def fit(
         newton = slices["wavenumbers"][:, 0].mean(0)
         projected = np.divide(flat[1], flat[0], out=np.ones_like(newton), where=flat[0] > 0)
         ceilings["linear"] = Ceiling(
-            _likelihood_ratio("wavenumbers", slice_bins, newton, newton * projected),
-            _likelihood_ratio("wavenumbers", cube_bins, solid, solid * excess),
+            _likelihood_ratio("wavenumbers", slice_bins["wavenumbers"], newton, newton * projected),
+            _likelihood_ratio("wavenumbers", cube_bins["wavenumbers"], solid, solid * excess),
         )
-    ceilings["isotropic"] = Ceiling(_isotropic(slice_bins, slices), _isotropic(cube_bins, cubes))
+    ceilings["isotropic"] = Ceiling(
+        *(
+            _isotropic(
+                bins["isotropic"], power["isotropic"].mean(0), bins[finest], power[finest][:, 0].mean(0)
+            )
+            for bins, power, finest in ((slice_bins, slices, "symmetry"), (cube_bins, cubes, "wavenumbers"))
+        )
+    )
     ceilings["directional"] = Ceiling(
-        _likelihood_ratio("symmetry", slice_bins, *slices["symmetry"].mean(0)),
-        _likelihood_ratio("directional", cube_bins, *cubes["directional"].mean(0)),
+        _likelihood_ratio("symmetry", slice_bins["symmetry"], *slices["symmetry"].mean(0)),
+        _likelihood_ratio("directional", cube_bins["directional"], *cubes["directional"].mean(0)),
     )
     ceilings["corners"] = Ceiling(
-        _likelihood_ratio("symmetry", slice_bins, *slices["symmetry"].mean(0), corners=True),
-        _likelihood_ratio("directional", cube_bins, *cubes["directional"].mean(0), corners=True),
+        _likelihood_ratio("symmetry", slice_bins["symmetry"], *slices["symmetry"].mean(0), corners=True),
+        _likelihood_ratio(
+            "directional", cube_bins["directional"], *cubes["directional"].mean(0), corners=True
+        ),
     )
     return ceilings
 
@@ -142,29 +151,28 @@ def attained_share(auc: float, ceiling_auc: float) -> float:
     return detectability(auc) / attainable if attainable > 0 else float("nan")
 
 
-def _isotropic(bins: Mapping[str, ModeBins], power: Mapping[str, Floats]) -> LikelihoodRatio:
-    """The likelihood ratio that knows P_GR/P_N by shell.
+def _isotropic(shells: ModeBins, power: Floats, classes: ModeBins, newton: Floats) -> LikelihoodRatio:
+    """The likelihood ratio that knows P(k) (2, shells) of shells alone.
 
-    It is applied to modes of equal n, since P(k) is not constant within a shell. Ratios of these modes would
-    tell directions apart, because the modes of one n have few directions.
+    P(k) `newton` (classes,) varies within a shell, steeply at low n and with direction near the Nyquist
+    wavenumber. The mean power of a shell is therefore taken for a chi-squared variable with
+    (sum P)^2 / sum P^2 degrees of freedom instead of one per mode (Satterthwaite 1946, Biometrics Bulletin 2,
+    110). The `classes` of modes have the same n each.
     """
-    newton, gr = power["wavenumbers"].mean(0)
-    of_shells = power["isotropic"].mean(0)
-    ratio = np.divide(of_shells[1], of_shells[0], out=np.ones_like(of_shells[0]), where=of_shells[0] > 0)
-    shell = np.floor(bins["wavenumbers"].n + 0.5).astype(int)
-    inside = (shell > 0) & (shell <= len(ratio))  # the mean of a slice has no direction, and keeps its ratio
-    gr = gr.copy()
-    gr[inside] = newton[inside] * ratio[shell[inside] - 1]
-    return _likelihood_ratio("wavenumbers", bins, newton, gr)
+    shell = np.floor(classes.n + 0.5).astype(int)
+    first, second = (np.bincount(shell, classes.modes * newton**order) for order in (1, 2))
+    effective = np.divide(first**2, second, out=np.zeros_like(first), where=second > 0)
+    ratio = _likelihood_ratio("isotropic", shells, *power)
+    return replace(ratio, modes=effective[1 : len(shells) + 1][ratio.used])
 
 
 def _likelihood_ratio(
-    partition: str, bins: Mapping[str, ModeBins], newton: Floats, gr: Floats, *, corners: bool = False
+    partition: str, bins: ModeBins, newton: Floats, gr: Floats, *, corners: bool = False
 ) -> LikelihoodRatio:
-    modes = bins[partition].modes
+    modes = bins.modes
     used = measurable(newton[None], modes) & measurable(gr[None], modes)
     if not corners:
-        used &= bins[partition].inside_nyquist
+        used &= bins.inside_nyquist
     if not used.any():
         raise SpectrumError(NO_POWER)
     return LikelihoodRatio(partition, used, modes[used], newton[used], gr[used])

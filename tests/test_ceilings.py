@@ -13,6 +13,7 @@ from analysis.ceilings import (
     fit,
 )
 from analysis.power_spectrum import (
+    ALONG_AXIS,
     Box,
     Floats,
     SpectrumError,
@@ -126,10 +127,11 @@ def measured(ratio: torch.Tensor, seeds: int = 6, keep: float = 100) -> tuple[di
 def test_an_isotropic_ceiling_counts_scales_and_a_directional_one_both() -> None:
     vectors = wave_vectors(16, 3)
     isotropic = fit(SLICES, CUBES, *measured(torch.full_like(wavenumber(vectors), 1.1)))
-    for name in ("isotropic", "directional"):
-        expected = isotropic[name].expected()
-        modes = CUBES[name].modes[CUBES[name].inside_nyquist].sum()
-        assert expected["cube_d_prime"] == pytest.approx(np.sqrt(modes / 2) * np.log(1.1), rel=1e-6)
+    modes = CUBES["directional"].modes[CUBES["directional"].inside_nyquist].sum()
+    attainable = np.sqrt(modes / 2) * np.log(1.1)
+    assert isotropic["directional"].expected()["cube_d_prime"] == pytest.approx(attainable, rel=1e-6)
+    # the mean power of a shell holds less than its modes one by one
+    assert 0.97 * attainable < isotropic["isotropic"].expected()["cube_d_prime"] < attainable
     assert isotropic["corners"].expected()["cube_d_prime"] == pytest.approx(
         np.sqrt((16**3 - 1) / 2) * np.log(1.1), rel=1e-6
     )
@@ -156,6 +158,31 @@ def test_ceilings_of_slices_come_true_on_gaussian_slices() -> None:
     assert 0.6 < expected.auc < 0.9
     assert mannwhitneyu(test[1], test[0]).statistic / 800**2 == pytest.approx(expected.auc, abs=0.04)
     assert (np.mean(test[1] > 0) + np.mean(test[0] < 0)) / 2 == pytest.approx(expected.accuracy, abs=0.04)
+
+
+@pytest.mark.parametrize("slope", [0, 2, 6])
+def test_the_isotropic_ceiling_is_that_of_the_power_in_shells(slope: float) -> None:
+    """Draws of every mode, with P(n) = n^-slope and twice that along the axes, averaged in shells."""
+    classes, shells, draws = SLICES["symmetry"], SLICES["isotropic"], 20_000
+    newton = np.maximum(classes.n, 1) ** -slope * np.where(classes.mu4 > ALONG_AXIS, 2, 1)
+    ratio = np.where(classes.n < 5, 1.25, 1.0)
+    shell = np.floor(classes.n + 0.5).astype(int)
+
+    def average(power: Floats) -> Floats:
+        """P(k) (b, classes) -> (b, shells)."""
+        modes = np.eye(shell.max() + 1)[shell] * classes.modes[:, None]
+        return ((power @ modes) / modes.sum(0))[:, 1 : len(shells) + 1]
+
+    slices = {"symmetry": np.stack([newton, newton * ratio])}
+    slices["isotropic"] = average(slices["symmetry"])
+    slices["wavenumbers"] = np.ones((2, len(SLICES["wavenumbers"])))
+    slices = {name: power[None] for name, power in slices.items()}
+    limit = fit(SLICES, CUBES, slices, measured(torch.ones(16, 16, 9))[1])["isotropic"].slices
+    random = np.random.default_rng(0)
+    white = random.chisquare(classes.modes, (2, draws, len(classes))) / classes.modes
+    lambda_ratio = [limit(average(power)) for power in (white[0] * newton, white[1] * newton * ratio)]
+    found = mannwhitneyu(lambda_ratio[1], lambda_ratio[0]).statistic / draws**2
+    assert limit.expected().auc == pytest.approx(found, abs=0.01)
 
 
 def test_the_linear_ceiling_does_not_depend_on_the_measured_difference() -> None:
