@@ -230,9 +230,8 @@ def evaluate_phase(
     smoothing = run.config.train_params.label_smoothing
     values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
     if run.accelerator.is_main_process:
-        from analysis import (
-            figures,  # imports matplotlib, which takes a second that the first step need not wait
-        )
+        # Imported here: matplotlib takes a second, for which the first step need not wait.
+        from analysis import figures
 
         logger.log_figures(phase, predictions, figures.evaluation_figures(predictions), state.step)
     seconds = time.perf_counter() - started
