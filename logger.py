@@ -49,6 +49,9 @@ MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models",
 log = logging.getLogger(__name__)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class MetricsRecord(BaseModel):
     """A line of metrics.jsonl; further keys are allowed."""
 
@@ -57,16 +60,16 @@ class MetricsRecord(BaseModel):
     phase: Literal["train", "validation", "test"]
     epoch: Annotated[int, Field(ge=0, lt=2**63)]
     step: Annotated[int, Field(ge=0, lt=2**63)]
-    loss: float
-    accuracy: float
-    auc: float
+    loss: Annotated[float, Field(ge=0, lt=1e39)]  # logits are float32
+    accuracy: Share
+    auc: Share
 
 
 class EvaluationRecord(MetricsRecord):
     """A line of an evaluation."""
 
-    cube_accuracy: float
-    pair_accuracy: float
+    cube_accuracy: Share
+    pair_accuracy: Share
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
