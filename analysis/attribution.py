@@ -3,8 +3,8 @@
 Delta is the mean logit of GR slices minus that of their Newtonian twins. Exchanging the modes of a group
 between twins turns it into Delta'. A network whose logit is a sum over groups has Delta' = Delta - 2 Delta_b,
 where Delta_b is the part of the group, so Delta_b = (Delta - Delta') / 2. The shares Delta_b / Delta of
-groups that partition all modes then sum to one; for any other network the remainder measures how far they
-interact.
+groups that partition all modes then sum to one. An interaction of two groups counts half for each of them;
+the remainder comes from interactions of three or more.
 """
 
 from __future__ import annotations

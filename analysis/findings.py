@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from datasets.preparation.cosmology import linear_theory_ratio
+
 Results = Mapping[str, Any]
 Estimate = Mapping[str, float | None]
 
 ALPHA = 0.05
-# ln P_GR/P_N of diagonals minus that of axes, relative to its mean over directions: from LATTICE on, its sign
-# depends on direction and it is called a lattice effect; up to ISOTROPIC it is called isotropic.
-LATTICE, ISOTROPIC = 1.0, 0.2
+# Up to this difference of ln P_GR/P_N between diagonals and axes, in parts of its mean over directions, the
+# twins are said to differ equally in all directions.
+ISOTROPIC = 0.2
+SMALL_EXCESS = 0.5  # of P_GR/P_N in linear theory, in per cent
+LARGEST_SCALES = 4  # n up to this are large scales, as in the attribution
 DRIVERS = {
     "mean": "the mean of the slices",
     "large_scales": "modes with n <= 4 (large scales)",
@@ -122,7 +126,7 @@ def _driver(results: Results) -> str:
         listed = ", ".join(f"to {100 * value:.0f} % from {DRIVERS[name]}" for name, value in share.items())
         return (
             "No single part of the modes drives the classification: the mean difference between twins comes "
-            f"{listed}, and to {100 * remainder:.0f} % from their interaction."
+            f"{listed}; a remainder of {100 * remainder:.0f} % comes from interactions of several parts."
         )
     part = f"{100 * share[driver]:.0f} % of the mean difference between twins"
     if driver == "mean":
@@ -138,24 +142,39 @@ def _driver(results: Results) -> str:
     if data["newton_augmentation"] != 1:
         return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
     if driver == "large_scales":
-        return text + (
-            "Linear theory attributes a difference there to radiation and gauge in the initial conditions, "
-            "not to relativistic dynamics."
-        )
+        return text + _linear_theory(data)
     return _by_direction(results["direction_dependence"], part, text)
 
 
-def _by_direction(found: Mapping[str, Estimate] | None, part: str, text: str) -> str:
+def _linear_theory(data: Mapping[str, Any]) -> str:
+    """What linear theory says about n <= 4 in a box of this length."""
+    if not data["box_size"]:
+        return "Without the size of the box, linear theory predicts nothing for them."
+    n = np.array([1, LARGEST_SCALES])
+    largest, smallest = 100 * (linear_theory_ratio(n * 2 * np.pi / data["box_size"]) - 1)
+    if largest < SMALL_EXCESS:
+        return f"Linear theory predicts less than {SMALL_EXCESS} % there in this box."
+    return (
+        f"Linear theory predicts an excess of {largest:.1f} % at n = 1 and {smallest:.1f} % at n = 4 in "
+        "this box, from radiation and gauge in the initial conditions, not from relativistic dynamics."
+    )
+
+
+def _by_direction(found: Mapping[str, Any], part: str, text: str) -> str:
     """The first finding if modes with n > 4 drive the classification: `text` and what the lattice does."""
     if not found:
         return text.strip()
-    axes, diagonals = found["axes"]["value"], found["diagonals"]["value"]
-    ratio = f"P_GR/P_N {axes:.4f} along the grid axes, {diagonals:.4f} along diagonals"
-    contrast, isotropic = found["contrast"], found["isotropic"]
-    relative = abs(contrast["value"] or 0) / max(abs(isotropic["value"] or 0), 1e-12)
-    if not _excludes_zero(contrast) or relative <= ISOTROPIC:
+    axes, diagonals, contrast = found["axes"], found["diagonals"], found["contrast"]
+    ratio = (
+        f"P_GR/P_N {axes['value']:.4f} along the grid axes, {diagonals['value']:.4f} along diagonals, as the "
+        "network weighs scales"
+    )
+    if not _excludes_zero(contrast) or abs(contrast["value"]) <= ISOTROPIC * abs(found["isotropic"]["value"]):
         return text + f"The twins differ there equally in all directions, unlike a lattice effect ({ratio})."
-    if relative < LATTICE:
+    if abs(contrast["value"]) <= 2 * found["width_error"]:
+        return text + f"The twins' ratio changes too steeply there to compare directions ({ratio})."
+    low, high = sorted((axes, diagonals), key=lambda estimate: estimate["value"])
+    if low["high"] is None or low["high"] >= 1 or high["low"] <= 1:
         return (
             text
             + "The difference of the twins there depends in part on direction, an effect of the lattice "
@@ -174,11 +193,16 @@ def _excludes_zero(estimate: Estimate) -> bool:
 
 
 def _strongest_band(results: Results) -> str:
-    """The band of wavenumbers with the largest share, as part of a sentence."""
+    """The band of wavenumbers n > 4 with the largest share, as part of a sentence."""
     found = results["interventions"]
-    shares = [estimate["value"] for estimate in found["shares"]]
+    edges = np.array(found["edges"])
+    n = edges / (2 * edges[1])  # the first band, the mean, ends at n = 1/2
+    shares = [
+        estimate["value"] if low >= LARGEST_SCALES else -np.inf
+        for low, estimate in zip(n, found["shares"], strict=False)
+    ]
     band = int(np.argmax(shares))
-    low, high = found["edges"][band : band + 2]
+    low, high = edges[band : band + 2]
     return f", most of all by k = {low:.3g} to {high:.3g} {found['unit']} ({100 * shares[band]:.0f} %)"
 
 
@@ -199,19 +223,22 @@ def _beside_baselines(results: Results) -> str:
     text = (
         f"Of the baselines on the power spectrum of slices, the network is {verdicts[0]} and {verdicts[1]}."
     )
-    return text + (_beyond(results) if beyond_two_point(results) else _not_beyond(results))
+    if beyond_two_point(results):
+        return text + _beyond(results)
+    return text + " Information beyond two-point statistics is not shown."
 
 
 def _beyond(results: Results) -> str:
     text = " It exceeds every power-spectrum classifier tested here"
     if "degradation" not in results:
-        return text + "; --degrade shows whether it needs more than the power spectrum of a slice."
+        return text + "; --degrade shows whether it depends on the phases of the modes."
     change = results["degradation"]["random_phases"]["change"]
     found = f"(difference {format_estimate(change)})"
     if change["high"] is not None and change["high"] < 0:
         return (
             f"{text}, and its AUC is lower on slices with the same power spectra and random phases {found}: "
-            "it uses information beyond two-point statistics."
+            "information beyond two-point statistics is indicated. A network trained on slices with random "
+            "phases would prove it."
         )
     return (
         f"{text}, but its AUC is not shown to be lower on slices with the same power spectra and random "
@@ -222,25 +249,12 @@ def _beyond(results: Results) -> str:
 def beyond_two_point(results: Results) -> bool:
     """Whether the network exceeds all that the direction-resolved power spectrum attains on the same slices.
 
-    By the intervals of the paired difference in AUC to the directional baseline and, as that may be fitted to
-    too few seeds, to the Gaussian likelihood ratio.
+    By the intervals of the paired difference in AUC to the baselines and, as these may be fitted to too few
+    seeds, to the Gaussian likelihood ratios.
     """
-    gains = [results["baselines"]["directional"]["gain"]["auc"]]
+    gains = [baseline["gain"]["auc"] for baseline in results["baselines"].values()]
     gains += [limit["gain"]["auc"] for limit in results.get("ceilings", {}).values()]
     return significant(results) and all(gain["low"] is not None and gain["low"] > 0 for gain in gains)
-
-
-def _not_beyond(results: Results) -> str:
-    if _above(results["baselines"]["isotropic"]["gain"]["auc"]):
-        return (
-            " What it has over the isotropic one is direction; information beyond two-point statistics is "
-            "not shown."
-        )
-    return " Information beyond two-point statistics is not shown."
-
-
-def _above(gain: Estimate) -> bool:
-    return gain["low"] is not None and gain["low"] > 0
 
 
 def _compare(gain: Estimate) -> str:
@@ -252,16 +266,15 @@ def _compare(gain: Estimate) -> str:
 def _beside_ceilings(results: Results) -> str:
     found = results["ceilings"]
     parts = [f"{limit['slice_auc']['value']:.4f} {name}" for name, limit in found.items()]
+    spectra = "With these spectra"
+    if "transfer" in results:
+        spectra = f"With the spectra at z = {results['transfer']['trained_redshift']:g}"
+    text = f"{spectra} the likelihood ratio of Gaussian fields reaches a slice AUC of {', '.join(parts)}."
     attained = found["directional"]["attained"]
-    share = (
-        ""
-        if attained is None or not np.isfinite(attained)
-        else f" The network attains {100 * attained:.0f} % of "
-    )
-    tail = "the detectability d' of the directional one." if share else ""
+    if "transfer" in results or attained is None or not np.isfinite(attained):
+        return text
     return (
-        "With these spectra the likelihood ratio of Gaussian fields reaches a slice AUC of "
-        f"{', '.join(parts)}.{share}{tail}"
+        f"{text} The network attains {100 * attained:.0f} % of the detectability d' of the directional one."
     )
 
 
@@ -269,9 +282,11 @@ def _transfer(results: Results) -> str:
     found = results["transfer"]
     auc = results["slices"]["auc"]
     above_chance = auc["low"] is not None and auc["low"] > 0.5
-    verdict = "transfers" if above_chance and significant(results) else "is not shown to transfer"
+    verdict = (
+        "still distinguishes" if above_chance and significant(results) else "is not shown to distinguish"
+    )
     return (
-        f"The network was trained at z = {found['trained_redshift']:g} and {verdict} to z = "
+        f"The network was trained at z = {found['trained_redshift']:g} and {verdict} the gravities at z = "
         f"{found['redshift']:g}: slice AUC {format_estimate(auc)} there."
     )
 
@@ -282,7 +297,7 @@ def _degraded(results: Results) -> str:
         "smoothed": "smoothing",
         "large_scales": "n <= N/4 only",
         "mean_removed": "no mean",
-        "noisy": "shot noise",
+        "noisy": "white noise",
         "random_phases": "random phases",
     }
     parts = [f"{found[key]['auc']['value']:.4f} with {name}" for key, name in names.items() if key in found]

@@ -51,7 +51,9 @@ def analyse(predictions: Predictions, measured: Measurements) -> dict[str, Any]:
         "attribution": attribution.attribute(changed, unchanged, measured.table[:, places["groups"]]),
         "power_spectra": power_spectra(measured.partitions, measured.test),
         "grid": grid.report(),
-        "direction_dependence": grid.direction_dependence(),
+        "direction_dependence": grid.direction_dependence(
+            np.array([share["value"] for share in scan["shares"]]), np.array(bands.edges)
+        ),
     }
     if measured.train is not None:
         results["baselines"] = information.compare_baselines(
@@ -70,9 +72,16 @@ def lattice_of(measured: Measurements) -> Lattice:
     parts = [measured.test]
     if measured.same_file and measured.train is not None:
         parts.append(measured.train)
-    power = np.concatenate([part.cubes["directional"] for part in parts])
-    means = np.concatenate([part.cube_means for part in parts])
-    return Lattice(measured.partitions.cubes["directional"], power / factor[:, None] ** 2, means / factor)
+    power, plane_power = (
+        np.concatenate([part.cubes[name] for part in parts]) for name in ("directional", "planes")
+    )
+    return Lattice(
+        measured.partitions.cubes["directional"],
+        power / factor[:, None] ** 2,
+        measured.partitions.cubes["planes"],
+        plane_power,
+        np.concatenate([part.cube_means for part in parts]) / factor,
+    )
 
 
 def power_spectra(partitions: Partitions, spectra: SimulationSpectra) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def _attribution(results: Results) -> str:
         "axes": "n > 4, along grid axes",
         "between": "n > 4, between",
         "diagonals": "n > 4, along diagonals",
-        "remainder": "remainder: interactions between groups",
+        "remainder": "remainder: interactions of several groups",
     }
     rows: list[list[Cell]] = [[name, results["attribution"][key]] for key, name in names.items()]
     text = (
@@ -288,7 +288,7 @@ def _degradation(results: Results) -> str:
         "smoothed": f"Gaussian smoothing, R = {found['smoothing']:g} {unit}",
         "large_scales": "only n <= N/4",
         "mean_removed": "mean removed",
-        "noisy": f"shot noise, {found['noise']:g} standard deviations",
+        "noisy": f"white noise, {found['noise']:g} standard deviations",
         "random_phases": "random phases, the same power spectra",
     }
     keys = ("auc", "accuracy", "cube_auc", "change")

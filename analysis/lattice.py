@@ -5,6 +5,10 @@ the cubes differs between grid axes and diagonals, or where the means differ, a 
 gravity by the discretisation of the simulation. Twins share their phases, so a few seeds measure the ratio
 of their spectra to 1e-4.
 
+The three axes of a cube are statistically equivalent. If the power of the modes perpendicular to one axis
+differs from that of the others, the initial conditions are at fault, and slices along different axes have
+different spectra. This is no difference between the gravities.
+
 A direction is mu4 = sum_i n_i^4 / n^4 (see `power_spectrum`): above 0.9 along a grid axis, up to 0.45 along a
 diagonal, between otherwise.
 """
@@ -30,15 +34,18 @@ from analysis.power_spectrum import (
     Floats,
     ModeBins,
     directions,
+    fold_power,
     measurable,
+    planes,
     shell_edges,
 )
-from analysis.statistics import Estimate, mean_estimate
+from analysis.statistics import mean_estimate
 
 DIRECTIONS = ("axis", "between", "diagonal")
 SIGNIFICANT = 5.0  # standard errors
 RELEVANT = 0.2  # d' of a cube; linear theory gives 0.3
-DIRECTIONAL = 0.1  # d' by direction, in parts of the isotropic one
+UNEQUAL = 0.02  # relative difference in power between axes
+SINGLE_PRECISION = float(np.finfo(np.float32).eps)
 SMALL_SCALES = 4.5  # n above which linear theory predicts no excess
 
 # Bounds of the bands in n, up to N/2; the last band holds the corners of Fourier space.
@@ -46,15 +53,34 @@ _BANDS = (0.5, 1.5, 2.5, 3.5, 5.5, 8.5, 12.5, 17.5, 24.5, 32.5, 48.5, 64.5, 96.5
 
 
 @dataclass(frozen=True)
+class _Shells:
+    """Shells in n; arrays (shells,) or (seeds, shells)."""
+
+    n: Floats
+    weight: Floats
+    """Information in the contrast of axes and diagonals."""
+    mean: Floats
+    """ln P_GR/P_N over all directions."""
+    axes: Floats
+    """What axes have beyond the mean."""
+    diagonals: Floats
+    width_error: Floats
+    """Error of the contrast if the ratio has a step within the shell: that of axes and that of diagonals."""
+
+
+@dataclass(frozen=True)
 class Lattice:
     """Twins of several seeds by scale and direction.
 
-    `power` (seeds, 2, bins) is P(k) of the cubes in `bins`, the partition `power_spectrum.directions`, and
-    `means` (seeds, 2) are the means of the cubes in units of the field's standard deviation, Newton first.
+    `power` (seeds, 2, bins) is P(k) of the cubes in `bins`, the partition `power_spectrum.directions`;
+    `plane_power` (seeds, 2, bins) that in `plane_bins`, the partition `power_spectrum.planes`; `means`
+    (seeds, 2) are the means of the cubes in units of the field's standard deviation. Newton comes first.
     """
 
     bins: ModeBins
     power: Floats
+    plane_bins: ModeBins
+    plane_power: Floats
     means: Floats
 
     def __post_init__(self) -> None:
@@ -67,7 +93,8 @@ class Lattice:
 
         `ratio`: P_GR/P_N with a 95 % interval by direction and band of n, between `edges`: `value`, `low`
         and `high` are (directions, bands) with NaN where a band has no modes. `corners`: share of the modes
-        and of the variance beyond the Nyquist sphere. `cube_mean`: the means; `cube_mean_auc`: their AUC.
+        and of the variance beyond the Nyquist sphere. `axis_power`: the power of modes perpendicular to each
+        axis, relative to the other two, (axes,). `cube_mean`: the means; `cube_mean_auc`: their AUC.
         """
         mean, error = _summary(self._by_band())
         reach = error * stdtrit(len(self.power) - 1, 0.975)
@@ -87,6 +114,7 @@ class Lattice:
                 "newton": share[0],
                 "gr": share[1],
             },
+            "axis_power": self._axis_power_estimates(),
             "cube_mean": {"newton": self.means[:, 0].mean(), "gr": self.means[:, 1].mean()},
             "cube_mean_auc": {"value": self.mean_auc, "low": None, "high": None},
             "warnings": self.warnings(),
@@ -106,38 +134,69 @@ class Lattice:
         return float(mannwhitneyu(gr, newton).statistic / len(gr) ** 2)
 
     def warnings(self) -> list[str]:
-        """One sentence for each property of the grid that separates the gravities; none if none does.
+        """One sentence for each property of the grid that separates the gravities or the axes.
 
-        Direction separates them if axes and diagonals differ by 5 standard errors at n > 4, in any band or in
-        all of them, and if direction alone gives a cube d' > 0.2 and a tenth of that of the isotropic
-        difference, whose steps leave a residue in shells of finite width. The mean does if it differs by 5
-        standard errors and has a d' > 0.2, and if single precision resolves it.
+        Direction separates the gravities if axes and diagonals differ by 5 standard errors at n > 4, in any
+        band or in all of them, and if direction alone gives a cube d' > 0.2. The mean does if it differs by 5
+        standard errors and has a d' > 0.2, and if single precision resolves it. Axes differ if their power
+        does by 5 standard errors and 2 %.
         """
         found = []
         contrast, error = self.contrast
-        significant = (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT
-        if significant and self.d_prime > DIRECTIONAL * self.isotropic_d_prime:
+        if (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT:
             along = []
             for name, mask in (("grid axes", self._axis), ("diagonals", self._diagonal)):
                 ratio, error = _summary(self._average(self._log_ratio, mask & self._small_scales))
                 along.append(f"{np.exp(ratio):.4f} +- {error:.1g} along {name}")
             found.append(
-                f"P_GR/P_N depends on direction: {along[0]}, {along[1]} at n = 5 to "
-                f"{self.bins.box.size // 2}; gravity is isotropic, so the grid separates the labels "
-                f"(d' = {self.d_prime:.1f} per cube)."
+                f"P_GR/P_N depends on direction: {along[0]}, {along[1]}, the mean of all modes with n = 5 to "
+                f"{self.bins.box.size // 2} and its standard error; gravity is isotropic, so the grid "
+                f"separates the labels (d' = {self.d_prime:.1f} per cube)."
             )
         difference = self.means[:, 1] - self.means[:, 0]
         mean = difference.mean()
         significant = abs(mean) > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(len(difference))
         spread = np.sqrt(self.means.var(0, ddof=1).mean())
-        resolved = abs(mean) > np.finfo(np.float32).eps
+        resolved = abs(mean) > SINGLE_PRECISION
         if significant and resolved and abs(mean) > RELEVANT * spread:
             found.append(
                 f"The mean of a cube separates the labels (AUC {self.mean_auc:.3f}): Newton "
                 f"{self.means[:, 0].mean():.2g}, GR {self.means[:, 1].mean():.2g} standard deviations; "
                 "remove it with pack --remove-mean."
             )
+        logarithm, error = self.axis_power
+        axis = int(np.argmax(np.abs(logarithm)))
+        if abs(logarithm[axis]) > max(SIGNIFICANT * error[axis], UNEQUAL):
+            found.append(
+                f"The axes of the cubes are not equivalent: modes perpendicular to axis {axis} have "
+                f"{np.exp(logarithm[axis]):.2f} of the power of those perpendicular to the others. Slices of "
+                "different axes therefore have different spectra, in both gravities: check the initial "
+                "conditions."
+            )
         return found
+
+    @cached_property
+    def axis_power(self) -> tuple[Floats, Floats]:
+        """ln of the power of modes perpendicular to each axis over that of the other two axes: (3,).
+
+        And its standard error: the larger one of the spread over seeds and that of Gaussian modes. Zeros if
+        modes are missing.
+        """
+        power = self.plane_power.mean(1)  # twins share their phases
+        if not power.size or not power.all():
+            return np.zeros(3), np.zeros(3)
+        shape = (3, len(self.plane_bins) // 3)
+        power, modes = power.reshape(-1, *shape), self.plane_bins.modes.reshape(shape)
+        logarithm = np.average(np.log(power), axis=2, weights=modes[0])
+        ratio = 1.5 * (logarithm - logarithm.mean(1, keepdims=True))
+        mean, error = _summary(ratio)
+        gaussian = np.sqrt(1.5 * 2 / modes[0].sum() / len(ratio))
+        return mean, np.maximum(error, gaussian)
+
+    def _axis_power_estimates(self) -> dict[str, Floats]:
+        mean, error = self.axis_power
+        reach = error * stdtrit(len(self.power) - 1, 0.975)
+        return {"value": np.exp(mean), "low": np.exp(mean - reach), "high": np.exp(mean + reach)}
 
     @cached_property
     def contrast(self) -> tuple[Floats, Floats]:
@@ -146,70 +205,98 @@ class Lattice:
         First of all shells between n = 4.5 and N/2 together, then of each band of them; a shell counts in
         proportion to the information in its contrast. Empty where N is too small for such shells.
 
-        The error is the larger one of two: from the spread over seeds, and from the spread over seeds and
-        shells around the shells' means. With few seeds the former alone can be small by chance.
+        The statistical error is the larger one of two: from the spread over seeds, and from the spread over
+        seeds and shells around the shells' means. With few seeds the former alone can be small by chance. The
+        error of the shells' width is added in quadrature.
         """
-        differences, weights, n = [], [], []
-        for shell in np.unique(self._shell[self._small_scales]):
-            axis, diagonal = (self._shell == shell) & self._axis, (self._shell == shell) & self._diagonal
-            modes = self.bins.modes[axis].sum(), self.bins.modes[diagonal].sum()
-            if all(modes):
-                differences.append(
-                    self._average(self._residual, axis) - self._average(self._residual, diagonal)
-                )
-                weights.append(modes[0] * modes[1] / (modes[0] + modes[1]))
-                n.append(self.bins.n[axis].mean())
-        if not differences:
+        shells = self._shells
+        if not len(shells.n):
             return np.zeros(0), np.zeros(0)
-        difference, weight = np.stack(differences, axis=1), np.array(weights)
-        seeds, shells = difference.shape
-        scatter = ((difference - difference.mean(0)) ** 2 * weight).sum() / ((seeds - 1) * shells)
-        band = np.digitize(n, self.edges)
+        difference = shells.axes - shells.diagonals
+        scatter = ((difference - difference.mean(0)) ** 2 * shells.weight).sum()
+        scatter /= (difference.shape[0] - 1) * difference.shape[1]
+        band = np.digitize(shells.n, self.edges)
         values, errors = [], []
-        for group in (np.ones(shells, bool), *(band == index for index in np.unique(band))):
-            total = weight[group].sum()
-            by_seed = difference[:, group] @ weight[group] / total
+        for group in (np.ones(len(band), bool), *(band == index for index in np.unique(band))):
+            weight = shells.weight * group / (shells.weight * group).sum()
+            by_seed = difference @ weight
+            variance = max(by_seed.var(ddof=1), scatter / shells.weight[group].sum()) / len(difference)
             values.append(by_seed.mean())
-            errors.append(np.sqrt(max(by_seed.var(ddof=1), scatter / total) / seeds))
+            errors.append(np.sqrt(variance + (shells.width_error @ weight) ** 2 + SINGLE_PRECISION**2))
         return np.array(values), np.array(errors)
 
     @cached_property
     def d_prime(self) -> float:
         """d' per cube from direction alone: the Gaussian information in what an isotropic ratio leaves.
 
-        Counts 4.5 < n <= N/2. The noise of the measured ratio is subtracted.
+        Counts 4.5 < n <= N/2. The noise of the measured ratio and the effect of the width of the shells are
+        subtracted.
         """
         mean, error = _summary(self._residual)
-        information = self.bins.modes * (mean**2 - error**2) / 2
+        information = self.bins.modes * (mean**2 - error**2 - self._step**2) / 2
         return float(np.sqrt(max(0.0, information[self._small_scales].sum())))
 
-    @cached_property
-    def isotropic_d_prime(self) -> float:
-        """d' per cube from the mean of ln P_GR/P_N over directions, for the modes of `d_prime`."""
-        mean = (self._log_ratio - self._residual).mean(0)
-        return float(np.sqrt((self.bins.modes * mean**2 / 2)[self._small_scales].sum()))
+    def direction_dependence(self, shares: Floats, edges: Floats) -> dict[str, Any]:
+        """P_GR/P_N by direction at 4.5 < n <= N/2, where a network uses it.
 
-    def direction_dependence(self) -> dict[str, Estimate]:
-        """ln P_GR/P_N at 4.5 < n <= N/2, averaged with weights P(k); empty without such modes.
-
-        `isotropic`: its mean over directions. `contrast`: what diagonals exceed axes by. `axes` and
-        `diagonals`: P_GR/P_N itself. All with intervals over seeds. On larger scales a shell has too few
-        modes to compare directions at one wavenumber, and the slope of the ratio would look like a contrast.
+        A shell counts as the band of n that contains it: `shares` (bands,) of the mean twin difference,
+        bounds `edges` (bands + 1,); a negative share counts as none. `axes` and `diagonals` are P_GR/P_N,
+        `isotropic` the mean of its logarithm over directions, `contrast` what diagonals exceed axes by in
+        logarithm, all with intervals over seeds. `width_error` is the error of the contrast from the width of
+        the shells. Empty without shells, or without a share in them. On larger scales a shell has too few
+        modes to compare directions.
         """
-        mask, weights = self._small_scales, self.power.mean((0, 1))
-        if not (mask & self._axis).any() or not (mask & self._diagonal).any():
+        shells = self._shells
+        band = np.digitize(shells.n, edges) - 1
+        weight = np.maximum(shares, 0)[band] / np.bincount(band, minlength=1)[band]
+        if not weight.sum():
             return {}
-        mean = self._average(self._log_ratio, mask, weights)
-        axes, diagonals = (
-            self._average(self._residual, mask & direction, weights)
-            for direction in (self._axis, self._diagonal)
-        )
+        weight /= weight.sum()
+        mean, axes, diagonals = (part @ weight for part in (shells.mean, shells.axes, shells.diagonals))
         return {
             "isotropic": mean_estimate(mean),
             "contrast": mean_estimate(diagonals - axes),
             "axes": mean_estimate(np.exp(mean + axes)),
             "diagonals": mean_estimate(np.exp(mean + diagonals)),
+            "width_error": float(shells.width_error @ weight),
         }
+
+    @cached_property
+    def _step(self) -> Floats:
+        """Error of ln P_GR/P_N of a bin, (bins,), if the ratio has a step within its shell.
+
+        The change of the ratio over the neighbouring shells, as the width of a uniform distribution.
+        """
+        mean = {
+            shell: self._average(self._log_ratio, self._used & (self._shell == shell)).mean()
+            for shell in np.unique(self._shell[self._used])
+        }
+        step = {shell: mean.get(shell + 1, mean[shell]) - mean.get(shell - 1, mean[shell]) for shell in mean}
+        return np.array([abs(step.get(shell, 0.0)) for shell in self._shell]) / np.sqrt(12)
+
+    @cached_property
+    def _shells(self) -> _Shells:
+        """The shells with 4.5 < n <= N/2 that have modes along axes and along diagonals."""
+        n, weight, width_error = [], [], []
+        columns: list[tuple[Floats, Floats, Floats]] = []
+        for shell in np.unique(self._shell[self._small_scales]):
+            axis, diagonal = (self._shell == shell) & self._axis, (self._shell == shell) & self._diagonal
+            modes = self.bins.modes[axis].sum(), self.bins.modes[diagonal].sum()
+            if not all(modes):
+                continue
+            columns.append(
+                (
+                    self._average(self._log_ratio, self._used & (self._shell == shell)),
+                    self._average(self._residual, axis),
+                    self._average(self._residual, diagonal),
+                )
+            )
+            weight.append(modes[0] * modes[1] / (modes[0] + modes[1]))
+            n.append(self.bins.n[axis].mean())
+            width_error.append(2 * self._step[axis][0])
+        parts = np.array(columns).reshape(-1, 3, len(self.power)).transpose(1, 2, 0)
+        mean, axes, diagonals = parts
+        return _Shells(np.array(n), np.array(weight), mean, axes, diagonals, np.array(width_error))
 
     @cached_property
     def _used(self) -> Bools:
@@ -274,14 +361,16 @@ class Lattice:
 
 def measure(twins: Iterable[NDArray[np.float32]], box: Box) -> Lattice:
     """Lattice diagnostics of twins (2, N, N, N), Newton first, one pair per seed."""
-    bins = directions(box, 3)
-    power, means, stds = [], [], []
+    bins, plane_bins = directions(box, 3), planes(box)
+    power, plane_power, means, stds = [], [], [], []
     for pair in twins:
         cubes = torch.from_numpy(pair)
-        power.append(bins.power(cubes))
+        folded = fold_power(cubes, 3)
+        power.append(bins.average(folded))
+        plane_power.append(plane_bins.average(folded))
         means.append(cubes.double().mean((1, 2, 3)).numpy())
         stds.append(float(cubes.double().std()))
-    return Lattice(bins, np.stack(power), np.stack(means) / np.mean(stds))
+    return Lattice(bins, np.stack(power), plane_bins, np.stack(plane_power), np.stack(means) / np.mean(stds))
 
 
 def describe(lattice: Lattice) -> str:

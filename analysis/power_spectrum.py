@@ -236,6 +236,18 @@ def equal_wavenumbers(box: Box, dimensions: int) -> ModeBins:
     return ModeBins(box, dimensions, squared if dimensions == 2 else torch.where(squared > 0, squared, -1))
 
 
+def planes(box: Box) -> ModeBins:
+    """Modes of cubes with n_i = 0 for one axis i alone, in shells of width one from n = 5 to N/2.
+
+    The bins of axis 0 come first, then those of axes 1 and 2, which hold the same modes with permuted axes.
+    """
+    vectors = _absolute_wave_vectors(box.size, 3)
+    shell = wavenumber(vectors).round().long()
+    perpendicular = (vectors == 0).long()
+    chosen = (perpendicular.sum(0) == 1) & (shell >= 5) & (shell <= box.size // 2)
+    return ModeBins(box, 3, torch.where(chosen, perpendicular.argmax(0) * box.size + shell, -1))
+
+
 def slice_partitions(box: Box) -> dict[str, ModeBins]:
     """The partitions of a slice's modes that baselines and ceilings use, by name.
 
@@ -256,6 +268,7 @@ def cube_partitions(box: Box) -> dict[str, ModeBins]:
         "isotropic": shells(box, 3),
         "directional": directions(box, 3),
         "wavenumbers": equal_wavenumbers(box, 3),
+        "planes": planes(box),
     }
 
 

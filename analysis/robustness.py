@@ -22,7 +22,7 @@ Degradation = Callable[[Tensor, int], Tensor]
 """Slices (b, C, N, N) and a seed -> degraded slices."""
 
 CELLS = 2.0  # default width of the smoothing, in cells
-NOISE = 0.1  # default shot noise, in standard deviations of the field
+NOISE = 0.1  # default white noise, in standard deviations of the field
 
 
 class DegradationError(ValueError):
@@ -57,7 +57,8 @@ def degradations(box: Box, smoothing: float, noise: float) -> dict[str, Degradat
     `smoothed`: Gaussian of width `smoothing` R, modes times exp(-k^2 R^2 / 2). `large_scales`: only n <= N/4.
     `mean_removed`: each slice without its mean. `noisy`: white noise of standard deviation `noise` in every
     pixel, independent between twins. `random_phases`: the modes of a slice keep their absolute values, and so
-    its power spectrum, and get the phases of white noise (surrogates, Theiler et al. 1992, Physica D 58, 77).
+    its power spectrum and mean, and get the phases of white noise (surrogates, Theiler et al. 1992, Physica
+    D 58, 77).
     """
     n = wavenumber(wave_vectors(box.size, 2)).float()
     side = box.length or box.size
@@ -79,6 +80,7 @@ def degradations(box: Box, smoothing: float, noise: float) -> dict[str, Degradat
             len(slices), 1, *slices.shape[2:], generator=torch.Generator().manual_seed(seed)
         ).to(slices.device)
         phases = torch.fft.rfft2(white)
+        phases[..., 0, 0] = 1  # the mean of a slice is no two-point statistic
         modes = torch.fft.rfft2(slices) * (phases / phases.abs())
         return torch.fft.irfft2(modes, s=slices.shape[-2:])
 

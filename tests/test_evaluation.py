@@ -422,7 +422,7 @@ def test_degraded_slices_have_a_table(run: Path, tmp_path: Path) -> None:
     assert found["noisy"]["auc"]["value"] < found["none"]["auc"]["value"]
     assert found["mean_removed"]["change"]["value"] == pytest.approx(0, abs=0.02)
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "shot noise, 3 standard deviations" in html
+    assert "white noise, 3 standard deviations" in html
 
 
 def test_another_redshift_may_have_another_standardization(run: Path, tmp_path: Path, capsys: Any) -> None:

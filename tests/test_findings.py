@@ -51,8 +51,9 @@ def estimate(value: float, low: float | None = None, high: float | None = None) 
 DEPENDENCE = {
     "isotropic": estimate(0.006, 0.005, 0.007),
     "contrast": estimate(0.03, 0.029, 0.031),
-    "axes": estimate(0.99),
-    "diagonals": estimate(1.02),
+    "axes": estimate(0.99, 0.989, 0.991),
+    "diagonals": estimate(1.02, 1.019, 1.021),
+    "width_error": 0.001,
 }
 
 
@@ -75,29 +76,53 @@ def results_with(**changes: Any) -> dict[str, Any]:
         "attribution": attribution_of(mean=0.0, large_scales=0.2, small_scales=0.8),
         "direction_dependence": DEPENDENCE,
         "interventions": {
-            "edges": [0, 1, 2],
+            "edges": [0, 0.5, 5.5, 40],
             "unit": "h/Mpc",
-            "shares": [estimate(0.1), estimate(0.9)],
+            "shares": [estimate(0.0), estimate(0.1), estimate(0.9)],
         },
     }
     return base | changes
 
 
+ABOVE = estimate(1.003, 1.002, 1.004)
+
+
 @pytest.mark.parametrize(
-    ("isotropic", "contrast", "expected"),
+    ("changes", "expected"),
     [
-        (0.006, estimate(0.03, 0.029, 0.031), "The lattice drives the classification: 80 %"),
-        (0.06, estimate(0.03, 0.029, 0.031), "depends in part on direction, an effect of the lattice"),
-        (0.2, estimate(0.03, 0.029, 0.031), "equally in all directions, unlike a lattice effect"),
-        (0.006, estimate(0.03, -0.02, 0.08), "equally in all directions, unlike a lattice effect"),
+        ({}, "The lattice drives the classification: 80 %"),
+        ({"axes": ABOVE}, "depends in part on direction, an effect of the lattice"),
+        ({"axes": estimate(0.999, 0.997, 1.001)}, "depends in part on direction, an effect of the lattice"),
+        ({"isotropic": estimate(0.2)}, "equally in all directions, unlike a lattice effect"),
+        ({"contrast": estimate(0.03, -0.02, 0.08)}, "equally in all directions, unlike a lattice effect"),
+        ({"width_error": 0.016}, "changes too steeply there to compare directions"),
     ],
 )
-def test_the_contrast_of_directions_decides_between_lattice_and_gravity(
-    isotropic: float, contrast: dict[str, Any], expected: str
-) -> None:
-    part = DEPENDENCE | {"isotropic": estimate(isotropic), "contrast": contrast}
-    results = results_with(direction_dependence=part)
+def test_directions_decide_between_lattice_and_gravity(changes: dict[str, Any], expected: str) -> None:
+    results = results_with(direction_dependence=DEPENDENCE | changes)
     assert expected in findings.findings(results)[0]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (5120.0, "an excess of 7.2 % at n = 1 and 0.6 % at n = 4"),
+        (20480.0, "and 7.2 % at n = 4"),
+        (320.0, "less than 0.5 % there in this box"),
+        (None, "Without the size of the box"),
+    ],
+)
+def test_linear_theory_depends_on_the_box(length: float | None, expected: str) -> None:
+    data = universe.DESCRIPTION["data"] | {"box_size": length}
+    parts = attribution_of(mean=0.0, large_scales=0.9, small_scales=0.1)
+    assert expected in findings.findings(results_with(attribution=parts, data=data))[0]
+
+
+def test_the_strongest_band_lies_beyond_n_of_4() -> None:
+    bands = {"edges": [0, 0.5, 3.5, 5.5, 9.5, 40], "unit": "waves per box"}
+    bands["shares"] = [estimate(share) for share in (0.0, 0.1, 0.5, 0.3, 0.1)]
+    first = findings.findings(results_with(interventions=bands, direction_dependence={}))[0]
+    assert "most of all by k = 5.5 to 9.5 waves per box (30 %)" in first
 
 
 def test_a_factor_on_newtonian_slices_is_not_called_physics_or_lattice() -> None:
@@ -150,6 +175,7 @@ GAINS = {
     ("isotropic", "directional", "ratio", "beyond"),
     [
         ("above", "above", "above", True),
+        ("level", "above", "above", False),
         ("above", "above", "level", False),
         ("above", "level", "above", False),
         ("below", "below", "below", False),
@@ -168,15 +194,18 @@ def test_beyond_two_point_statistics_needs_baseline_and_likelihood_ratio(
     )
     text = " ".join(findings.findings(results))
     assert ("exceeds every power-spectrum classifier" in text) == beyond
-    if isotropic == "above" and not beyond:
-        assert "What it has over the isotropic one is direction" in text
+    assert ("two-point statistics is not shown" in text) != beyond
     assert "attains 50 %" in text
+    moved = results | {"transfer": {"trained_redshift": 1.0, "redshift": 10.0}}
+    text = " ".join(findings.findings(moved))
+    assert "With the spectra at z = 1 the likelihood ratio" in text
+    assert "attains" not in text
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (estimate(-0.1, -0.15, -0.05), "it uses information beyond two-point statistics"),
+        (estimate(-0.1, -0.15, -0.05), "information beyond two-point statistics is indicated"),
         (estimate(-0.1, -0.25, 0.05), "not shown to be lower on slices with the same power spectra"),
     ],
 )
@@ -216,13 +245,15 @@ def test_transfer_and_degradation_have_a_sentence() -> None:
     rows = {key: {"auc": estimate(0.55)} for key in ("none", "smoothed", "noisy")}
     results = results_with(transfer={"trained_redshift": 1.0, "redshift": 10.0}, degradation=rows)
     text = " ".join(findings.findings(results))
-    assert "trained at z = 1 and transfers to z = 10: slice AUC 0.6000 [0.5500, 0.6500] there" in text
+    assert "trained at z = 1 and still distinguishes the gravities at z = 10: slice AUC 0.6000 [0.55" in text
     for doubtful in (
         {"slices": {"auc": estimate(0.52, 0.49, 0.55)}},
         {"significance": {"p_value": 0.2, "mcnemar_p_value": 0.5}},
     ):
-        assert "is not shown to transfer to z = 10" in " ".join(findings.findings(results | doubtful))
-    assert "AUC 0.5500 with smoothing, 0.5500 with shot noise, against 0.5500 unchanged" in text
+        assert "is not shown to distinguish the gravities at z = 10" in " ".join(
+            findings.findings(results | doubtful)
+        )
+    assert "AUC 0.5500 with smoothing, 0.5500 with white noise, against 0.5500 unchanged" in text
 
 
 def test_numbers_and_estimates() -> None:

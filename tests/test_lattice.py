@@ -16,6 +16,7 @@ from analysis.power_spectrum import (
     ModeBins,
     directions,
     mu4,
+    planes,
     wave_vectors,
     wavenumber,
 )
@@ -26,6 +27,11 @@ TWIN_NOISE = 0.02  # of the power of single modes, relative; P_GR/P_N of all mod
 @cache
 def partition(size: int) -> ModeBins:
     return directions(Box(size, None), 3)
+
+
+@cache
+def plane_partition(size: int) -> ModeBins:
+    return planes(Box(size, None))
 
 
 def universe(size: int, ratio: Floats, seeds: int, seed: int = 0, noise: float = TWIN_NOISE) -> Floats:
@@ -43,7 +49,9 @@ def lattice_term(mu4: Floats) -> Floats:
 
 
 def lattice(size: int, power: Floats, means: Floats | None = None) -> Lattice:
-    return Lattice(partition(size), power, np.zeros((len(power), 2)) if means is None else means)
+    means = np.zeros((len(power), 2)) if means is None else means
+    bins = plane_partition(size)
+    return Lattice(partition(size), power, bins, np.ones((len(power), 2, len(bins))), means)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 24])
@@ -160,6 +168,66 @@ def test_intervals_contain_the_true_ratio() -> None:
         low, high = ratio["low"][:, 3:-1], ratio["high"][:, 3:-1]
         inside.append((low <= 1.01) & (high >= 1.01))
     assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("edges", [(11.5, 15.5), (12, 16), (12.25, 16.25), (4, 6), (20, 24)])
+def test_steps_of_an_isotropic_ratio_are_no_lattice(edges: tuple[float, float]) -> None:
+    """A step within a shell moves axes and diagonals apart, since their n differ."""
+    vectors = wave_vectors(64, 3)
+    n = wavenumber(vectors)
+    every = partition(64)
+    cubes = torch.fft.irfftn(
+        torch.fft.rfftn(torch.randn(64, 64, 64, generator=torch.Generator())) * n.clamp(min=1) ** -1.5
+    )
+    excess = torch.where((n >= edges[0]) & (n < edges[1]), 1.06, 1.0).sqrt()
+    gr = torch.fft.irfftn(torch.fft.rfftn(cubes) * excess)
+    power = every.power(torch.stack([cubes, gr]))
+    found = lattice(64, np.stack([power, power * 1.0001, power * 0.9999]))
+    assert found.warnings() == []
+    bands = np.array([0, 4.5, *edges, 46.0]) if edges[0] > 4.5 else np.array([0, *edges, 46.0])
+    shares = np.zeros(len(bands) - 1)
+    shares[-2] = 1
+    by_direction = found.direction_dependence(shares, bands)
+    contrast = abs(by_direction["contrast"]["value"])
+    assert contrast < max(0.2 * abs(by_direction["isotropic"]["value"]), 2 * by_direction["width_error"])
+
+
+def test_directions_are_compared_where_the_network_uses_them() -> None:
+    """The lattice at n >= 16 and an isotropic excess below: each is found by a network that uses it."""
+    bins = partition(64)
+    ratio = np.where(bins.n > 15.5, lattice_term(bins.mu4), 1.01)
+    found = lattice(64, universe(64, ratio, 8, noise=1e-3))
+    edges = np.array([0, 4.5, 12.5, 17.5, 46.0])
+    small = found.direction_dependence(np.array([0, 0, 0, 1.0]), edges)
+    assert small["axes"]["value"] == pytest.approx(lattice_term(np.array(0.96)), abs=2e-3)
+    assert small["diagonals"]["value"] == pytest.approx(lattice_term(np.array(0.39)), abs=2e-3)
+    assert small["contrast"]["value"] > 10 * small["width_error"]
+    large = found.direction_dependence(np.array([0, 1.0, -0.2, 0]), edges)
+    for direction in ("axes", "diagonals"):
+        assert large[direction]["value"] == pytest.approx(1.01, abs=1e-3)
+    assert found.direction_dependence(np.array([1.0, 0, 0, 0]), edges) == {}
+
+
+@pytest.mark.parametrize("seeds", [2, 8])
+def test_axes_of_unequal_power(seeds: int) -> None:
+    """Half the power where n_2 = 0 is found and sized right; equal axes are not warned about."""
+    bins, random = plane_partition(64), np.random.default_rng(0)
+    axis = np.repeat([0, 1, 2], len(bins) // 3)
+    for power, expected in ((np.ones(len(bins)), None), (np.where(axis == 2, 0.5, 1.0), 2)):
+        for _ in range(50):
+            planes_power = (
+                power * bins.n**-4.0 * random.chisquare(bins.modes, (seeds, 1, len(bins))) / bins.modes
+            )
+            equal = universe(64, np.ones(len(partition(64))), seeds)
+            found = Lattice(
+                partition(64), equal, bins, np.repeat(planes_power, 2, axis=1), np.zeros((seeds, 2))
+            )
+            if expected is None:
+                assert found.warnings() == []
+            else:
+                (warning,) = found.warnings()
+                assert "perpendicular to axis 2 have 0." in warning
+                np.testing.assert_allclose(found.report()["axis_power"]["value"][2], 0.5, rtol=0.15)
 
 
 def test_means_that_separate_the_gravities() -> None:
