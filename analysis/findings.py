@@ -193,15 +193,14 @@ def _excludes_zero(estimate: Estimate) -> bool:
 
 
 def _strongest_band(results: Results) -> str:
-    """The band of wavenumbers n > 4 with the largest share, as part of a sentence."""
+    """The band of wavenumbers with the largest share, as part of a sentence, if it lies at n > 4."""
     found = results["interventions"]
     edges = np.array(found["edges"])
     n = edges / (2 * edges[1])  # the first band, the mean, ends at n = 1/2
-    shares = [
-        estimate["value"] if low >= LARGEST_SCALES else -np.inf
-        for low, estimate in zip(n, found["shares"], strict=False)
-    ]
+    shares = [share["value"] for share in found["shares"]]
     band = int(np.argmax(shares))
+    if n[band] < LARGEST_SCALES:
+        return ""
     low, high = edges[band : band + 2]
     return f", most of all by k = {low:.3g} to {high:.3g} {found['unit']} ({100 * shares[band]:.0f} %)"
 
