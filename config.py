@@ -57,9 +57,9 @@ class ModelParams(Section):
     name: Annotated[str, Field(max_length=200)]
     """name of the run and of its folder under log_dir; letters, digits, `.`, `_`, `-`"""
     activation: str = "relu"
-    """activation of the hidden layers: `relu`, `leaky_relu`, `elu`, `gelu`, `silu`; LYNX has none"""
+    """activation of the hidden layers: `relu`, `leaky_relu`, `elu`, `gelu`, `silu`; no effect on LYNX"""
     padding: Literal["zeros", "circular"] = "zeros"
-    """padding of the convolutions; `circular` for the periodic box; RACOON has none"""
+    """padding of the convolutions; `circular` for the periodic box; no effect on RACOON"""
 
     @field_validator("name")
     @classmethod
@@ -96,13 +96,15 @@ class DataParams(Section):
     test_seeds: Seeds
     """the next `test_seeds` seeds test"""
     validation_seeds: Annotated[int, Field(ge=0, le=10**6)] = 0
-    """training seeds, the last ones, held out for every selection; test seeds are then evaluated once"""
+    """training seeds, the last ones, held out for every selection; test seeds are then evaluated once, at the
+    end of the training"""
     newton_augmentation: Annotated[float, Field(gt=0, le=1e6)]
     """factor on the Newtonian slices after standardization; other than 1 only to test the pipeline"""
     standardize: Literal["none", "train"] = "none"
     """`none`: the file is standardized; `train`: by mean and standard deviation of the training cubes"""
     whiten: Literal["none", "isotropic"] = "none"
-    """`isotropic`: divide slices by the square root of the training slices' power spectrum, up to n = N/2"""
+    """`isotropic`: divide slices by the square root of the training slices' power spectrum; modes beyond the
+    Nyquist wavenumber are removed"""
     cache: Literal["auto", "disk", "memory", "device"] = "auto"
     """where cubes are held during training; the result is the same"""
     channels: Count = 1
@@ -159,7 +161,8 @@ class TrainParams(Section):
     """The training."""
 
     epochs: Count
-    """epochs to train; a finished run trains this many more, an interrupted run the remaining ones"""
+    """epochs to train; an interrupted run trains the remaining ones, a finished run as many again, with its
+    schedule from the start"""
     lr: Positive
     """learning rate of Adam"""
     log_dir: PathText

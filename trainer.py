@@ -84,6 +84,7 @@ def train(config: Config, *, preflight_only: bool) -> None:
         accelerator.print(distributed.preflight(accelerator, config.to_dict()))
     if preflight_only:
         check_setup(config)
+        accelerator.print("preflight: network, data file and launch are in order")
         return
     checkpoints = checkpoint.CheckpointManager(config.run_dir, accelerator, keep=params.keep_checkpoints)
     with distributed.StopSignals(minutes=params.max_minutes) as stop, closing(checkpoints):
@@ -121,6 +122,9 @@ def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
             f"stopped at step {state.step} ({run.stop.reason or 'requested by another rank'}); "
             "the same command resumes from there"
         )
+    else:
+        run_dir = run.config.run_dir
+        logger.print(f"network: {run_dir / 'model'}; next: accelerate launch evaluation.py {run_dir}")
 
 
 def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:

@@ -14,8 +14,8 @@ freedom, whose distribution is known under both hypotheses. The detectability in
 Spectra are measured from the training twins. Twins share their phases, so the ratio of their spectra is known
 far better (to 1e-4 at 64^3) than the spectra themselves, and its noise does not inflate d'.
 
-A ceiling holds for Gaussian fields. The measured field is not quite Gaussian: the test on real data falls
-short of its expectation, most of all where the corners of Fourier space are used.
+A ceiling holds for Gaussian fields whose axes are statistically equivalent: spectra are averaged over the
+axes of the slices. Where axes differ (`Lattice.axis_power`), the test on real data falls short of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def verify(run_dir: Path) -> bool:
         print(f"{run_dir}: no such folder, allowed: LOG_DIR/NAME of a run", file=sys.stderr)
         return False
     complete = damaged = newer = 0
-    print(f"{'checkpoint':<24}{'epoch':>6}{'MiB':>8}{'test loss':>11}  state")
+    print(f"{'checkpoint':<24}{'epoch':>6}{'MiB':>8}{'loss':>11}  state")
     for path in sorted((run_dir / "checkpoints").glob("step_[0-9]*")):
         checkpoint, counts = Checkpoint(path), not path.suffix  # others are incomplete or quarantined
         epoch = size = loss = "-"

@@ -277,10 +277,17 @@ def choose_cache(seed_bytes: int, seeds: int, device: torch.device, ranks: int, 
     if hasattr(torch.get_device_module(device), "mem_get_info"):
         free = FREE_SHARE * torch.get_device_module(device).mem_get_info(device)[0]
         if share <= free:
-            log.info("cache: device (%.1f GiB of cubes, %.1f GiB free for them)", share / 2**30, free / 2**30)
+            _log_choice("device", seeds, share, free)
             return "device"
     share *= 2 if rotated else 1
     free = FREE_SHARE * system.available_memory() / system.local_world_size()
     choice = "memory" if share <= free else "disk"
-    log.info("cache: %s (%.1f GiB of cubes, %.1f GiB free for them)", choice, share / 2**30, free / 2**30)
+    _log_choice(choice, seeds, share, free)
     return choice
+
+
+def _log_choice(choice: str, seeds: int, share: float, free: float) -> None:
+    log.info(
+        "cache: %s for %d seeds (%.1f GiB, of %.1f GiB free for cubes)",
+        *(choice, seeds, share / 2**30, free / 2**30),
+    )

@@ -116,9 +116,10 @@ def repeat(config: experiment.Config, options: argparse.Namespace) -> None:
         return
     summary = summarize(repetitions)
     files.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    files.write_atomically(folder / "summary.md", table(summary))
+    text = table(summary, config.data_params.validation_seeds)
+    files.write_atomically(folder / "summary.md", text)
     draw(summary, folder)
-    print(table(summary), f"written to {folder}", sep="\n")
+    print(text, f"written to {folder}", sep="\n")
 
 
 def check_seeds(config: experiment.Config, cubes: datasets.CubeFile, options: argparse.Namespace) -> None:
@@ -294,10 +295,11 @@ def evaluate(predictions: metrics.Predictions, threshold: float) -> dict[str, fl
     }
 
 
-def table(summary: list[dict[str, Any]]) -> str:
-    """The summary as a Markdown table."""
+def table(summary: list[dict[str, Any]], validation_seeds: int) -> str:
+    """The summary as a Markdown table, with its conventions below."""
+    threshold = f"calibrated on {validation_seeds} of the train_seeds" if validation_seeds else "0"
     lines = [
-        "| training seeds | metric | mean | spread over trainings | spread over folds | ensemble |",
+        "| train_seeds | metric | mean | spread over trainings | spread over folds | ensemble |",
         "|--:|---|--:|--:|--:|--:|",
     ]
     for row in summary:
@@ -305,7 +307,8 @@ def table(summary: list[dict[str, Any]]) -> str:
             values = (row["metrics"][key][name] for name in ("mean", "trainings", "folds", "ensemble"))
             cells = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
             lines.append(f"| {row['train_seeds']} | {title} | {cells} |")
-    return "\n".join(lines) + "\n"
+    note = f"Accuracies at the logit threshold {threshold}. Spreads are standard deviations."
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def draw(summary: list[dict[str, Any]], folder: Path) -> None:

@@ -161,7 +161,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(config, allow_nan=False)  # Python reads NaN and infinity, which are not JSON
     except OSError as error:
-        raise models.ModelError(f"{path}: no trained network is here: {error.strerror}") from error
+        raise models.ModelError(
+            f"{path}: no trained network is here ({error.strerror}). Give LOG_DIR/NAME/model of a "
+            "finished run."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise models.ModelError(f"{path}: damaged, not valid JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config or "layer_param" not in config:

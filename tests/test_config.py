@@ -333,7 +333,7 @@ def key_table() -> str:
         if section == "synthetic":
             continue
         for key, field in model.model_fields.items():
-            meaning = docstrings(model)[key]
+            meaning = " ".join(docstrings(model)[key].split())
             default = "required" if field.is_required() else f"`{yaml_value(field.get_default())}`"
             rows.append(f"| `{section}.{key}` | {meaning} | {default} |")
     return "\n".join(rows) + "\n"
