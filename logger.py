@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from config import TrainParams
     from metrics import Predictions, RunningMetrics
-    from run import TrainState
     from trackers import Trackers
 
 
@@ -164,19 +163,23 @@ class RunLogger:
             f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s{share})"
         )
 
-    def start_epoch(self, state: TrainState, steps: int, params: TrainParams) -> None:
-        """Prepare for the epoch of `steps` steps in which `state` is."""
+    def start_epoch(
+        self, epoch: int, target_epoch: int, *, first_step: int, step: int, steps: int, params: TrainParams
+    ) -> None:
+        """Prepare for an epoch of `steps` steps that began after `first_step`; training resumes at `step`.
+
+        `epoch` epochs of `target_epoch` are completed.
+        """
         self._every = params.log_every_steps or math.ceil(steps / POINTS_PER_EPOCH)
         self._line_seconds = 0.0 if params.log_every_steps else LINE_SECONDS
-        self._epoch = f"epoch {state.epoch + 1:>3}/{state.target_epoch}"
-        self._first_step = state.step - state.step_in_epoch
-        self._steps, self._steps_left = steps, (state.target_epoch - state.epoch) * steps
+        self._epoch = f"epoch {epoch + 1:>3}/{target_epoch}"
+        self._first_step, self._started_from = first_step, step
+        self._steps, self._steps_left = steps, (target_epoch - epoch) * steps
         self._batch_size = params.batch_size
         self._started_at = self._line_at = time.perf_counter()
-        self._started_from = state.step
         if self._main and sys.stderr.isatty():
             self._bar = tqdm(
-                total=steps, initial=state.step_in_epoch, desc=self._epoch, unit="step", leave=False
+                total=steps, initial=step - first_step, desc=self._epoch, unit="step", leave=False
             )
 
     def log_step(self, running: RunningMetrics, step: int, lr: float) -> None:

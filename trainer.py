@@ -133,7 +133,14 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     started = time.perf_counter() - state.seconds
     running = metrics.RunningMetrics(state.running_sums)
     run.network.train()
-    logger.start_epoch(state, train_set.steps, params)
+    logger.start_epoch(
+        state.epoch,
+        state.target_epoch,
+        first_step=state.step - state.step_in_epoch,
+        step=state.step,
+        steps=train_set.steps,
+        params=params,
+    )
     for batch in state.measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch)):
         if state.step == 0:
             logger.log_images(batch.images[:4, 0], batch.labels[:4])
