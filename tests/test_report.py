@@ -107,6 +107,34 @@ def test_an_estimate_without_an_interval_has_no_error_bar_and_an_open_symbol() -
     assert [bar.lines[0].get_markerfacecolor() for bar in bars] == [style.GR["color"], "white"]
 
 
+def test_the_band_of_the_roc_curve_has_no_spikes_at_its_ends() -> None:
+    ends = {"fpr": np.linspace(0, 1, 5), "tpr": np.array([0, 0.3, 0.6, 0.9, 1])}
+    band = {"low": np.array([0, 0.2, 0.5, 0.8, 0.5]), "high": np.array([0.5, 0.4, 0.7, 1, 1])}
+    rest = {"recall": [0, 1], "precision": [1, 0.5], "auc": 0.6, "average_precision": 0.6, "balance": 0.5}
+    axes = figures.roc_and_precision(ends | band | rest).axes[0]
+    (outline,) = axes.collections[0].get_paths()
+    assert np.asarray(outline.vertices)[:, 0].min() == 0.25
+    assert np.asarray(outline.vertices)[:, 0].max() == 0.75
+
+
+def test_spectra_of_twins_are_both_visible_and_rounding_does_not_stretch_the_axis() -> None:
+    flat = [{"value": 1.0, "low": 0.9, "high": 1.1}] * 4
+    spectra = {"k": [1, 2, 3, 4], "newton": np.ones(4), "gr": np.ones(4), "ratio": flat, "cube_ratio": flat}
+    power, _, slope = spectral_figures.power_spectra(spectra, [1e-5, 0.1, 0.9, 1e-16], Box(8, None)).axes
+    below, above = power.lines
+    assert below.get_linewidth() > 1.5 * above.get_linewidth()
+    assert above.get_linestyle() == "--"
+    assert 1e-6 < slope.get_ylim()[0] < 1e-5
+
+
+def test_epochs_are_integers_and_legends_cover_no_curve() -> None:
+    figure = figures.training_curves(HISTORY)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+        assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+
+
 def test_saliency_maps_name_the_directions_of_each_slice() -> None:
     maps = {key: np.eye(4) for key in report.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "logit": 1.0}
