@@ -205,10 +205,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], smallest: float 
 
 
 def _inches(png: bytes) -> float:
-    """Width of a PNG file that has a resolution, from its header and its chunk pHYs."""
-    place = png.index(b"pHYs") + 4
-    per_meter = int.from_bytes(png[place : place + 4], "big")
-    return int.from_bytes(png[16:20], "big") / per_meter / 0.0254
+    """Width of a PNG file, from its header and its chunk pHYs; that of a column if it has no resolution."""
+    resolution = png.partition(b"pHYs")[2]
+    per_meter = int.from_bytes(resolution[:4], "big")
+    return int.from_bytes(png[16:20], "big") / per_meter / 0.0254 if per_meter else WIDTH
 
 
 def _figures(images: Mapping[str, bytes], *names: str, note: str = "") -> str:
