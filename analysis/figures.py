@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from analysis.style import GR, GRAY, NEWTON, WIDTH, styled, subplots
@@ -33,10 +34,13 @@ def roc_and_precision(curves: Mapping[str, Any]) -> Figure:
     `balance`.
     """
     figure, (roc, pr) = subplots(2 * WIDTH, 2.9, columns=2)
+    fpr, tpr = np.asarray(curves["fpr"]), np.asarray(curves["tpr"])
+    # At the ends the rate is 0 or 1 by definition, which a score interval takes for a count.
+    inside = (tpr > 0) & (tpr < 1)
     roc.fill_between(
-        curves["fpr"], curves["low"], curves["high"], color="0.85", lw=0, label="95 % over seeds"
+        fpr, curves["low"], curves["high"], where=inside, color="0.85", lw=0, label="95 % over seeds"
     )
-    roc.plot(curves["fpr"], curves["tpr"], color=GR["color"], label=f"AUC = {curves['auc']:.3f}")
+    roc.plot(fpr, tpr, color=GR["color"], label=f"AUC = {curves['auc']:.3f}")
     roc.plot([0, 1], [0, 1], ":", color=GRAY, label="chance")
     roc.set(
         xlabel="false positive rate", ylabel="true positive rate", title="ROC, GR positive", aspect="equal"
@@ -59,7 +63,7 @@ def confusion_matrix(counts: Mapping[str, int]) -> Figure:
     axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
     for row in range(2):
         for column in range(2):
-            color = "white" if shares[row, column] > 0.5 else "black"
+            color = "white" if shares[row, column] > 0.62 else "black"  # whichever has more contrast
             text = f"{int(table[row, column]):,}\n{100 * shares[row, column]:.1f} %"
             axes.text(column, row, text, ha="center", va="center", color=color)
     axes.set(xticks=[0, 1], yticks=[0, 1], xlabel="predicted", ylabel="simulated with")
@@ -139,7 +143,7 @@ def logit_histogram(newton: Floats, gr: Floats) -> Figure:
 @styled
 def training_curves(lines: History) -> Figure:
     """Loss, accuracy and AUC of slices and metrics of simulations by epoch, from `metrics.jsonl`."""
-    figure, (loss, share, whole) = subplots(2 * WIDTH, 2.6, columns=3)
+    figure, (loss, share, whole) = subplots(2 * WIDTH, 3.0, columns=3)
     phases = {
         "train": {**NEWTON, "marker": ""},
         "validation": {"color": GRAY, "linestyle": "-.", "marker": "D"},
@@ -164,8 +168,9 @@ def training_curves(lines: History) -> Figure:
     loss.set(xlabel="epoch", ylabel="binary cross-entropy per slice [nat]")
     share.set(xlabel="epoch", ylabel="share of slices, or area")
     whole.set(xlabel="epoch", ylabel=f"share of {phase} simulations", ylim=(-0.02, 1.02))
-    for axes, place in ((loss, "best"), (share, "best"), (whole, "center right")):
-        axes.legend(loc=place)
+    for axes in (loss, share, whole):
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))  # above, where there are no curves
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return figure
 
 

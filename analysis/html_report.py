@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from analysis.findings import format_estimate, format_number
+from analysis.findings import format_number
+from analysis.style import WIDTH
 
 Estimate = Mapping[str, float | None]
 Results = Mapping[str, Any]
@@ -53,7 +55,7 @@ FIGURES = {
     "logits": ("Logits", "Distribution of the logits of slices; the outermost bins include what is beyond."),
     "training": (
         "Training",
-        "From metrics.jsonl, over all starts of the run. The training loss includes dropout.",
+        "From metrics.jsonl, over all starts of the run.",
     ),
     "attribution": (
         "Attribution",
@@ -100,39 +102,53 @@ FIGURES = {
         "to the logit minus that of an empty slice.",
     ),
 }
-DOTS_PER_PIXEL = 2  # figures have the resolution of print, twice that of a screen
+# Widths of figures are in inches, so that all have lettering of one size: in print that of a journal, on
+# screens that which lets the widest one, of two columns, fill the page. Narrow windows scroll it.
+# Print has no flexible boxes: Chromium leaves a heading before one alone at the end of a page.
 STYLE = """
 body { font: 16px/1.5 Georgia, serif; color: #111; background: #fff; max-width: 60rem; margin: 2rem auto;
-padding: 0 1rem } h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #999 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } td, th { padding: .2rem .6rem;
-text-align: right; vertical-align: top } th { border-bottom: 1px solid #111 } td:first-child, th:first-child {
-text-align: left; overflow-wrap: anywhere } tr:nth-child(even) td { background: #f3f3f3 } .interval { display:
-block; font-size: .8rem; color: #444 } figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto }
-figcaption, .small { font-size: .9rem; color: #444 } .small td { text-align: left; overflow-wrap: anywhere }
-.warning { font-weight: bold; border-left: .3rem solid #111; padding-left: .7rem } @media (max-width: 700px) {
-body { font-size: 14px; padding: 0 .5rem } table { font-size: .75rem } td, th { padding: .15rem .25rem }
-.interval { font-size: .65rem } } @page { size: A4; margin: 15mm } @media print { body { font-size: 10pt;
-max-width: none; margin: 0; padding: 0 } table, figure { break-inside: avoid } h2, h3 { break-after: avoid }
-img { max-height: 220mm } }
-"""
+padding: 0 1rem }
+h1, h2, h3 { line-height: 1.2; break-after: avoid } h1 { overflow-wrap: anywhere }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #999 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9em }
+td, th { padding: .2rem .6rem; text-align: right; vertical-align: top } th { border-bottom: 1px solid #111 }
+td:first-child, th:first-child { text-align: left }
+tbody tr:nth-child(even) td { background: #f3f3f3 }
+.interval { display: block; font-size: .9em; color: #444; white-space: nowrap }
+.figures { display: flex; flex-wrap: wrap }
+figure { width: calc(var(--inches) / WIDEST * 100%); margin: 1rem 0 }
+figcaption { padding-right: 1rem } .scroll { overflow-x: auto } img { display: block; width: 100% }
+figcaption, .small { font-size: .9em; color: #444 }
+.small { line-height: 1.3 } .small td { text-align: left; padding: .05rem .6rem }
+.small td:first-child { white-space: nowrap } .small td:last-child { overflow-wrap: anywhere }
+.warning { font-weight: bold; border-left: .3rem solid #111; padding-left: .7rem }
+@media screen and (max-width: 800px) { .interval { white-space: normal } }
+@media screen and (max-width: 700px) { body { font-size: 14px; padding: 0 .5rem } table { font-size: .85em }
+td, th { padding: .15rem .25rem } figure { width: 100% } img { width: calc(var(--inches) * 1in) } }
+@page { size: A4; margin: 15mm }
+@media print { body { font-size: 10pt; max-width: none; margin: 0; padding: 0 }
+p, li, tr, figure { break-inside: avoid } table, figure { margin: .6rem 0 } .figures { display: block }
+figure { display: inline-block; vertical-align: top; width: calc(var(--inches) * 1in) } }
+""".replace("WIDEST", f"{2 * WIDTH:g}")
 
 
 def page(results: Results, images: Mapping[str, bytes]) -> str:
     """The report as one page without external files; `images` are PNG files by name."""
+    dropout = " The training loss includes dropout." if results["model"].get("dropout") else ""
     sections = [
         ("Findings", _warnings(results["warnings"]) + _list(results["findings"])),
         (
             "Attribution",
             _attribution(results) + _figures(images, "attribution", "interventions", "directions"),
         ),
-        ("Baselines and ceilings", _information(results) + _figures(images, "information", "power_spectra")),
+        ("Baselines and ceilings", _information(results) + _figures(images, "power_spectra", "information")),
         (
             "Predictions",
-            _predictions(results) + _figures(images, "twins", "roc", "confusion", "reliability", "logits"),
+            _predictions(results) + _figures(images, "roc", "twins", "confusion", "reliability", "logits"),
         ),
         ("Robustness", _degradation(results)),
         ("Saliency", _figures(images, "saliency")),
-        ("Training", _figures(images, "training")),
+        ("Training", _figures(images, "training", note=dropout)),
         ("Provenance", _provenance(results)),
     ]
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections if content)
@@ -155,33 +171,60 @@ def _warnings(lines: Iterable[str]) -> str:
 Cell = str | Estimate | None
 
 
-def _cell(cell: Cell) -> str:
+def _numbers(values: Sequence[float], smallest: float) -> list[str]:
+    """Numbers with the same decimals: four, or those of four digits of the first if it is above 1.
+
+    They are in powers of ten if all are below `smallest`, or one is 10 000 or more.
+    """
+    largest, first = max(map(abs, values)), abs(values[0])
+    if largest >= 1e4 or 0 < largest < smallest:
+        return [f"{value:.2e}" for value in values]
+    decimals = 4 if first < 1.00005 else 3 - math.floor(math.log10(first))
+    return [f"{round(value, decimals) + 0.0:.{decimals}f}" for value in values]  # + 0.0: no minus zero
+
+
+def _cell(cell: Cell, smallest: float) -> str:
     """A text, or an estimate with its interval on a line of its own."""
     if cell is None or isinstance(cell, str):
         return escape(cell or "")
-    value, _, interval = format_estimate(cell).partition(" ")
-    return escape(value) + (f' <span class="interval">{escape(interval)}</span>' if interval else "")
+    ends = [cell["value"], cell.get("low"), cell.get("high")]
+    if ends[0] is None:
+        return "undefined"
+    value, *interval = _numbers([end for end in ends if end is not None], smallest)
+    return value + (f' <span class="interval">[{", ".join(interval)}]</span>' if None not in ends else "")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], smallest: float = 1e-3) -> str:
+    """A table whose head print repeats on each page. Estimates below `smallest` are in powers of ten."""
+
     def line(tag: str, cells: Sequence[Cell]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{_cell(cell, smallest)}</{tag}>" for cell in cells) + "</tr>"
 
-    lines = (line("th", head) if any(head) else "") + "".join(line("td", row) for row in rows)
-    return f"<table>{lines}</table>"
+    top = f"<thead>{line('th', head)}</thead>" if any(head) else ""
+    return f"<table>{top}<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
 
 
-def _figures(images: Mapping[str, bytes], *names: str) -> str:
+def _inches(png: bytes) -> float:
+    """Width of a PNG file, from its header and its chunk pHYs; that of a column if it has no resolution."""
+    resolution = png.partition(b"pHYs")[2]
+    per_meter = int.from_bytes(resolution[:4], "big")
+    return int.from_bytes(png[16:20], "big") / per_meter / 0.0254 if per_meter else WIDTH
+
+
+def _figures(images: Mapping[str, bytes], *names: str, note: str = "") -> str:
+    """Figures with their captions, each followed by `note`. Two of one column stand side by side."""
     parts = []
     for name in names:
         if name in images:
             title, caption = FIGURES[name]
             data = base64.b64encode(images[name]).decode()
-            width = int.from_bytes(images[name][16:20], "big") // DOTS_PER_PIXEL  # from the header of the PNG
-            picture = f'<img src="data:image/png;base64,{data}" width="{width}" alt="{escape(title)}">'
-            words = f"<b>{escape(title)}.</b> {escape(caption)} ({name}.png, {name}.pdf)"
-            parts.append(f"<figure>{picture}<figcaption>{words}</figcaption></figure>")
-    return "\n".join(parts)
+            picture = f'<img src="data:image/png;base64,{data}" alt="{escape(title)}">'
+            words = f"<b>{escape(title)}.</b> {escape(caption + note)} ({name}.png, {name}.pdf)"
+            parts.append(
+                f'<figure style="--inches: {_inches(images[name]):.2f}"><div class="scroll">{picture}</div>'
+                f"<figcaption>{words}</figcaption></figure>"
+            )
+    return '<div class="figures">' + "\n".join(parts) + "</div>" if parts else ""
 
 
 def _predictions(results: Results) -> str:
@@ -217,7 +260,7 @@ def _predictions(results: Results) -> str:
     )
     return (
         f"<p>{escape(intro)}</p><h3>Slices</h3>{_table(['', 'chance', *columns], rows)}"
-        f"<h3>Cubes and pairs of twins, by mean logit</h3>{_table(['', 'chance', ''], cubes)}"
+        f"<h3>Cubes and pairs of twins, by mean logit</h3>{_table(['', 'chance', 'value'], cubes)}"
         f"<h3>One-sided p-values</h3>{_table(['', 'p'], tests)}"
         "<p>Pair accuracy is no evidence: a few modes at the largest scales rank all twins correctly.</p>"
     )
@@ -240,7 +283,7 @@ def _attribution(results: Results) -> str:
         "of modes "
         "between twins. n is the wavenumber in units of the fundamental mode."
     )
-    return f"<p>{text}</p>{_table(['', 'share'], rows)}"
+    return f"<p>{text}</p>{_table(['', 'share'], rows, smallest=0)}"
 
 
 def _information(results: Results) -> str:
@@ -297,13 +340,21 @@ def _degradation(results: Results) -> str:
     return _table(head, rows)
 
 
+def _setting(key: str, value: Any) -> str:
+    """What a setting is: seeds as a range with its last one, numbers with the digits that matter."""
+    if key == "seeds" and value:
+        return f"{value[0]} to {value[1] - 1}"
+    if key == "seconds":
+        return ", ".join(f"{part} {seconds:.1f}" for part, seconds in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _provenance(results: Results) -> str:
     rows: list[list[Cell]] = [
-        [f"{part}: {key}", value if isinstance(value, str) else json.dumps(value)]
+        [f"{part}: {key}", _setting(key, value)]
         for part in ("model", "data", "selection", "environment")
         for key, value in results[part].items()
-        if (part, key) != ("data", "seeds")
     ]
-    first, end = results["data"]["seeds"]
-    rows.append(["data: seeds", f"{first} to {end - 1}"])
     return f'<div class="small">{_table(["", ""], rows)}</div>'

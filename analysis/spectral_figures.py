@@ -116,8 +116,9 @@ def power_spectra(spectra: Mapping[str, Any], saliency: Sequence[float], box: Bo
     """
     figure, (power, ratio, slope) = subplots(2 * WIDTH, 2.8, columns=3)
     k = np.array(spectra["k"])
+    # The spectra differ by less than a line: light dashes on a wide dark line show both.
+    power.loglog(k, spectra["gr"], **{**GR, "marker": ""}, lw=2.4, label="GR")
     power.loglog(k, spectra["newton"], **{**NEWTON, "marker": ""}, label="Newton")
-    power.loglog(k, spectra["gr"], **{**GR, "marker": ""}, label="GR")
     power.set_ylabel("P(k) of slices [(Mpc/h)$^2$]" if box.length else "P(k) of slices")
     power.legend()
     _line(ratio, k, spectra["ratio"], "slices", {**GR, "marker": ""})
@@ -126,6 +127,10 @@ def power_spectra(spectra: Mapping[str, Any], saliency: Sequence[float], box: Bo
     ratio.set_ylabel("P(k) of GR / P(k) of Newton")
     ratio.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     slope.loglog(k, saliency, color=GR["color"])
+    shares = np.array(saliency)
+    if (shares > 0).any():
+        # A filter may remove a wavenumber up to the rounding of float32, about 1e-7 squared.
+        slope.set_ylim(bottom=shares[shares > 1e-12 * shares.max()].min() / 2)
     slope.set_ylabel("share of the power of d logit / d pixel")
     for place in (power, ratio, slope):
         _wavenumber_axis(place, box)

@@ -25,6 +25,7 @@ STYLE: Any = {
     "legend.handlelength": 3.2,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "figure.constrained_layout.w_pad": 0.08,  # inches, so that labels of one panel do not touch the next
     "figure.dpi": 110,
     "savefig.dpi": 300,
     "image.cmap": "gray",

@@ -16,7 +16,17 @@ import simulated_universe as universe
 from PIL import Image
 
 import metrics
-from analysis import comparison, ensemble, figures, findings, report, spectral_figures, style, summary
+from analysis import (
+    comparison,
+    ensemble,
+    figures,
+    findings,
+    html_report,
+    report,
+    spectral_figures,
+    style,
+    summary,
+)
 from analysis.ensemble import EnsembleError
 from analysis.html_report import FIGURES, NAMES
 from analysis.power_spectrum import Box
@@ -107,6 +117,34 @@ def test_an_estimate_without_an_interval_has_no_error_bar_and_an_open_symbol() -
     assert [bar.lines[0].get_markerfacecolor() for bar in bars] == [style.GR["color"], "white"]
 
 
+def test_the_band_of_the_roc_curve_has_no_spikes_at_its_ends() -> None:
+    ends = {"fpr": np.linspace(0, 1, 5), "tpr": np.array([0, 0.3, 0.6, 0.9, 1])}
+    band = {"low": np.array([0, 0.2, 0.5, 0.8, 0.5]), "high": np.array([0.5, 0.4, 0.7, 1, 1])}
+    rest = {"recall": [0, 1], "precision": [1, 0.5], "auc": 0.6, "average_precision": 0.6, "balance": 0.5}
+    axes = figures.roc_and_precision(ends | band | rest).axes[0]
+    (outline,) = axes.collections[0].get_paths()
+    assert np.asarray(outline.vertices)[:, 0].min() == 0.25
+    assert np.asarray(outline.vertices)[:, 0].max() == 0.75
+
+
+def test_spectra_of_twins_are_both_visible_and_rounding_does_not_stretch_the_axis() -> None:
+    flat = [{"value": 1.0, "low": 0.9, "high": 1.1}] * 4
+    spectra = {"k": [1, 2, 3, 4], "newton": np.ones(4), "gr": np.ones(4), "ratio": flat, "cube_ratio": flat}
+    power, _, slope = spectral_figures.power_spectra(spectra, [1e-5, 0.1, 0.9, 1e-16], Box(8, None)).axes
+    below, above = power.lines
+    assert below.get_linewidth() > 1.5 * above.get_linewidth()
+    assert above.get_linestyle() == "--"
+    assert 1e-6 < slope.get_ylim()[0] < 1e-5
+
+
+def test_epochs_are_integers_and_legends_cover_no_curve() -> None:
+    figure = figures.training_curves(HISTORY)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+        assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+
+
 def test_saliency_maps_name_the_directions_of_each_slice() -> None:
     maps = {key: np.eye(4) for key in report.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "logit": 1.0}
@@ -169,6 +207,42 @@ def test_the_report_has_every_number_and_no_external_files(written: tuple[Path, 
     assert html.index("a warning") < html.index("The lattice drives the classification")
     for key in found["slices"]:
         assert NAMES[key] in html
+
+
+def test_tables_have_heads_and_numbers_of_few_digits(written: tuple[Path, dict[str, Any]]) -> None:
+    results = json.loads((written[0] / "evaluation" / "report.json").read_text())
+    results["attribution"]["mean"] = {"value": 2.3e-8, "low": -1.2e-7, "high": 1.7e-7}
+    results["pairs"]["separation"] = {"value": 538.4822, "low": 249.14, "high": 827.8243}
+    results["pairs"]["contrast"] = {"value": 3.11194, "low": -0.00001, "high": 4.3175}
+    results["slices"]["log_loss"] = {"value": 1.234e-7, "low": None, "high": None}
+    results["environment"] = {
+        "seconds": {"forward pass": 2.8387169819998235, "metrics": 0.014886595999996644}
+    }
+    results["selection"]["seeds"], results["data"]["seeds"] = [20, 24], [24, 32]
+    images = {"training": (written[0] / "evaluation" / "training.png").read_bytes()}
+    html = html_report.page(results, {})
+    assert html.count("<thead><tr><th>") == html.count("<table>") - 1  # that of provenance has no head
+    assert html.count("<tbody><tr><td>") == html.count("<table>")
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    for row in (
+        "mean of the slice 0.0000 [0.0000, 0.0000]",
+        "mean difference / its standard deviation 538.5 [249.1, 827.8]",
+        "mean difference / standard deviation between cubes 3.112 [0.000, 4.317]",
+        "log loss [nat] 0.6931 1.23e-07",
+        "environment: seconds forward pass 2.8, metrics 0.0",
+        "data: seeds 24 to 31",
+        "selection: seeds 20 to 23",
+    ):
+        assert row in words
+    assert "includes dropout" not in html_report.page(results | {"model": {"dropout": 0.0}}, images)
+    assert "includes dropout" in html_report.page(results | {"model": {"dropout": 0.2}}, images)
+
+
+def test_figures_state_their_width_in_print(written: tuple[Path, dict[str, Any]]) -> None:
+    html = (written[0] / "evaluation" / "report.html").read_text()
+    widths = {name: inches for inches, name in re.findall(r"--inches: ([\d.]+).*?\((\w+)\.png,", html)}
+    assert widths["reliability"] == "3.40"
+    assert widths["roc"] == "6.80"
 
 
 def test_the_keys_of_the_contract(written: tuple[Path, dict[str, Any]]) -> None:
@@ -345,18 +419,25 @@ def test_runs_that_are_no_ensemble_are_rejected(runs: dict[str, Path], tmp_path:
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Images may be wider than a narrow window: they scroll inside their figure, not the page.
 PROBE = """<script>addEventListener("load", () => {
-  const shown = [...document.images].filter(p => p.complete && p.naturalWidth > 0 && p.offsetWidth > 50);
+  const all = what => [...document.querySelectorAll(what)];
+  const shown = [...document.images].filter(p => p.complete && p.naturalWidth > 0);
   const requests = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
-  const wide = [...document.querySelectorAll("table, img, p, li")].filter(
+  const wide = all("table, figure, .scroll, p, li").filter(
     item => item.getBoundingClientRect().right > document.documentElement.clientWidth + 1);
-  const scrolls = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-  document.title = JSON.stringify([shown.length, requests.length, wide.length, scrolls]);
+  const broken = all(".interval").filter(
+    item => item.offsetHeight > 2 * parseFloat(getComputedStyle(item).fontSize));
+  document.title = JSON.stringify({
+    shown: shown.length, requests: requests.length, wide: wide.length, broken: broken.length,
+    scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+    scale: shown.map(p => p.offsetWidth / parseFloat(p.closest("figure").style.getPropertyValue("--inches")))
+  });
 })</script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-@pytest.mark.parametrize("width", [400, 1000, 1400])
+@pytest.mark.parametrize("width", [400, 820, 1000, 1400])
 def test_a_browser_shows_the_whole_report(
     width: int, written: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -379,4 +460,10 @@ def test_a_browser_shows_the_whole_report(
     ).stdout
     title = re.search(r"<title>(.*?)</title>", shown)
     assert title is not None
-    assert json.loads(title[1]) == [len(FIGURES), 0, 0, False]
+    found = json.loads(title[1])
+    scale = found.pop("scale")  # pixels per inch of the figures: that of their lettering of 8 points
+    assert min(scale) > 0.98 * max(scale)
+    assert min(scale) * 8 / 72 > 10
+    broken = found.pop("broken")
+    assert broken == 0 or width < 800
+    assert found == {"shown": len(FIGURES), "requests": 0, "wide": 0, "scrolls": False}
