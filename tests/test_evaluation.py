@@ -430,7 +430,7 @@ def test_another_redshift_may_have_another_standardization(run: Path, tmp_path: 
     with h5py.File(tmp_path / "z10.h5", "a") as file:
         file.attrs["redshift"] = 10.0
     text = first_lines(run, tmp_path, capsys, "--datafile", str(tmp_path / "z10.h5"))
-    assert "trained at z = 1 and transfers to z = 10" in text
+    assert "trained at z = 1 and still distinguishes the gravities at z = 10" in text
 
 
 def test_unlabelled_cubes_are_predicted(home: Path, tmp_path: Path, capsys: Any) -> None:
