@@ -59,8 +59,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, in order; empty if there is no such file.
 
     Skips lines that are not JSON objects, such as the last line of a process that was killed, with a warning.
+    Raises OSError if it is not a regular file: opening a pipe would block.
     """
     records = []
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not a regular file. Remove it.")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:

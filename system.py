@@ -45,7 +45,8 @@ def setup_ranks() -> None:
                 f"WORLD_SIZE is {world_size()}, but {name} is not set. "
                 "Set it, or start the ranks with accelerate launch or torchrun."
             )
-    read_int("MASTER_PORT", 29500)
+    if (port := read_int("MASTER_PORT", 29500)) > 65535:
+        raise ValueError(f"MASTER_PORT: found {port}, allowed: up to 65535")
     for number, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if size in os.environ and read_int(number, 0) >= read_int(size, 1, minimum=1):
             raise ValueError(

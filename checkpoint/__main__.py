@@ -25,6 +25,9 @@ def verify(run_dir: Path) -> bool:
         except NewerFormatError as error:
             problem = str(error).removeprefix(f"{path}: ")
             newer += 1
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+            damaged += counts
         else:
             if problem is None:
                 epoch = str(checkpoint.train_state["epoch"])

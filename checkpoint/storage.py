@@ -74,13 +74,14 @@ class Checkpoint:
             if size is not None and found != size:
                 raise CheckpointError(f"{self.folder}: {name} has {found} of {size} bytes")
             return path.read_bytes()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            # Any other error (permissions, a storage that fails) does not make the checkpoint a damaged one.
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
 
     def find_problem(self) -> str | None:
         """Read and check everything on disk now; returns what is wrong, None for a complete checkpoint.
 
-        Raises NewerFormatError for the checkpoint of a newer version.
+        Raises NewerFormatError for the checkpoint of a newer version, OSError if the storage fails.
         """
         fresh = Checkpoint(self.folder)
         try:

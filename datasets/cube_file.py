@@ -79,13 +79,13 @@ Cubes = dict[tuple[int, str], Cube]  # (seed, gravity) -> cube
 
 def _packed(file: h5py.File) -> Iterator[tuple[int, str, str]]:
     for name in file:
-        if match := re.fullmatch(r"(gr|newton)_seed(\d+)", name):
+        if match := re.fullmatch(r"(gr|newton)_seed(\d{1,9})", str(name)):
             yield int(match[2]), match[1], name
 
 
 def _nested(file: h5py.File) -> Iterator[tuple[int, str, str]]:
     for name in file:
-        if not re.fullmatch(r"\d+", name):
+        if not re.fullmatch(r"\d{1,9}", str(name)):  # names that are not UTF-8 are bytes
             continue
         _check_links(file, name)
         if isinstance(group := file.get(name), h5py.Group):

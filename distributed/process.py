@@ -36,6 +36,7 @@ def setup_process() -> None:
         system.setup_ranks()
         system.launch_seconds()
         share_cores()
+        tasks = system.read_int("SLURM_STEP_NUM_TASKS", 1)
     except ValueError as error:
         raise LaunchError(str(error), on_all_ranks=False) from None
     if system.rank() == 0:
@@ -46,7 +47,7 @@ def setup_process() -> None:
         # Otherwise Accelerate takes n CPU ranks for n independent processes, each of which trains the run.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     elif system.world_size() == 1:
-        warn_if_alone()
+        warn_if_alone(tasks)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ:
         end_with_launcher()
 
@@ -85,17 +86,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
-def warn_if_alone() -> None:
-    """Warn if the user asked for several ranks but this process is the only one of its launch."""
+def warn_if_alone(tasks: int) -> None:
+    """Warn if the user asked for several ranks but this process is the only one of its launch.
+
+    `tasks` is the number of processes that srun started.
+    """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         warnings.warn(
             "accelerate launch was to start several processes but started one: distributed_type MULTI_CPU "
             "needs mpirun. Use accelerate_configs/cpu_multi.yaml, which does not.",
             stacklevel=3,
         )
-    if system.read_int("SLURM_STEP_NUM_TASKS", 1) > 1:
+    if tasks > 1:
         warnings.warn(
-            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} independent processes. To start them as the "
+            f"srun started {tasks} independent processes. To start them as the "
             "ranks of one launch, see accelerate_configs/slurm.sbatch.",
             stacklevel=3,
         )

@@ -42,7 +42,7 @@ def tolerate_closed_streams() -> None:
         replacement = io.TextIOWrapper(
             io.BufferedWriter(LossyFile(descriptor, "w", closefd=False)),  # type: ignore[type-var]
             encoding=getattr(stream, "encoding", "utf-8"),
-            errors=getattr(stream, "errors", "backslashreplace"),
+            errors="backslashreplace",  # a name that the terminal's encoding lacks must not end a run
             line_buffering=getattr(stream, "line_buffering", True),
         )
         setattr(sys, name, replacement)

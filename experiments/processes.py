@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def parse_launcher(text: str) -> list[str]:
+    """The words of --launcher. Raises OSError unless the first is a program."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise OSError(f"--launcher: found {text!r}: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise OSError(f"--launcher: found {text!r}, which is no program that can be started")
+    return words
 
 
 def start(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:

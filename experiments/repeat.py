@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from processes import ROOT, deferred_interrupt, start
+from processes import ROOT, deferred_interrupt, parse_launcher, start
 
 sys.path.insert(0, str(ROOT))
 
@@ -90,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     try:
+        options.launcher = parse_launcher(options.launcher)
         repeat(experiment.load_config(options.experiment, options.overrides), options)
     except (RepeatError, experiment.ConfigError, datasets.DataError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -106,10 +106,13 @@ def repeat(config: experiment.Config, options: argparse.Namespace) -> None:
     folder = Path(config.train_params.log_dir) / f"{config.model_params.name}-repeat"
     folder.mkdir(parents=True, exist_ok=True)
     repetitions = list(plan(config, cubes, folder, options))
-    task, tasks = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", d)) for name, d in (("ID", 0), ("COUNT", 1))
-    )
-    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+    for one in repetitions:
+        check_settings(one, options)
+    try:
+        task, first = (system.read_int(f"SLURM_ARRAY_TASK_{name}", 0) for name in ("ID", "MIN"))
+        tasks = system.read_int("SLURM_ARRAY_TASK_COUNT", 1, minimum=1)
+    except ValueError as error:
+        raise RepeatError(str(error)) from None
     execute(repetitions[(task - first) % tasks :: tasks], options)
     if remaining := [one.run_dir.name for one in repetitions if not one.complete]:
         print(f"{len(repetitions) - len(remaining)} of {len(repetitions)} runs are complete")
@@ -151,6 +154,11 @@ def plan(
         datafile = folder / f"fold{fold}-seeds{train_seeds}.h5"
         if not datafile.exists():
             link_cubes(cubes, [*train, *test], datafile)
+        elif read_links(datafile) != (str(cubes.path.absolute()), [*train, *test]):
+            raise RepeatError(
+                f"{datafile}: made from another data file or other seeds. Choose another model_params.name, "
+                f"or remove {folder}."
+            )
         for training in range(options.trainings):
             run = f"{name}-fold{fold}-seeds{train_seeds}-training{training}"
             yield Repetition(folder / run, datafile, train_seeds, fold, training)
@@ -167,6 +175,33 @@ def link_cubes(cubes: datasets.CubeFile, seeds: Sequence[int], path: Path) -> No
             file[f"{gravity}_seed{index // 2:04d}"] = target
         file.attrs["original_seeds"] = np.array(seeds)
     temporary.replace(path)
+
+
+def read_links(path: Path) -> tuple[str, list[int]]:
+    """The data file and the seeds that `link_cubes` linked."""
+    with h5py.File(path, "r", locking=False) as file:
+        link = next((file.get(name, getlink=True) for name in file), None)
+        return getattr(link, "filename", ""), [int(seed) for seed in file.attrs.get("original_seeds", ())]
+
+
+def check_settings(one: Repetition, options: argparse.Namespace) -> None:
+    """Raise ConfigError or RepeatError if a run that exists was trained with other settings."""
+    path = one.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    wanted = experiment.load_config(options.experiment, [*options.overrides, *changes(one)]).to_dict()
+    saved = experiment.load_config(path, []).to_dict()
+    for section, keys in wanted.items():
+        for key, value in keys.items() if keys else ():
+            if value is None:  # the launch decided
+                keys[key] = saved[section][key]
+    experiment.check_same_settings(one.run_dir, saved, wanted)
+    epochs = saved["train_params"]["epochs"], wanted["train_params"]["epochs"]
+    if epochs[0] != epochs[1]:
+        raise RepeatError(
+            f"{one.run_dir}: train_params.epochs: the run has {epochs[0]}, this experiment {epochs[1]}. Use "
+            "the same settings, or another model_params.name."
+        )
 
 
 def execute(repetitions: Sequence[Repetition], options: argparse.Namespace) -> None:
@@ -204,10 +239,20 @@ def execute(repetitions: Sequence[Repetition], options: argparse.Namespace) -> N
 
 def command(one: Repetition, options: argparse.Namespace) -> list[str]:
     """The command that trains or, if the run is trained, evaluates a repetition."""
-    launcher = shlex.split(options.launcher)
     if one.trained:
-        return [*launcher, str(ROOT / "evaluation.py"), str(one.run_dir), "--quick"]
-    changes = {
+        return [*options.launcher, str(ROOT / "evaluation.py"), str(one.run_dir), "--quick"]
+    return [
+        *options.launcher,
+        str(ROOT / "trainer.py"),
+        options.experiment,
+        *options.overrides,
+        *changes(one),
+    ]
+
+
+def changes(one: Repetition) -> list[str]:
+    """The overrides that make the experiment this repetition."""
+    settings = {
         "model_params.name": one.run_dir.name,
         "data_params.datafile": one.datafile,
         "data_params.train_seeds": one.train_seeds,
@@ -215,8 +260,7 @@ def command(one: Repetition, options: argparse.Namespace) -> list[str]:
         "train_params.log_dir": one.run_dir.parent,
         "train_params.seed": one.training,
     }
-    program = [*launcher, str(ROOT / "trainer.py"), options.experiment, *options.overrides]
-    return [*program, *(f"{key}={value}" for key, value in changes.items())]
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def share(slot: int, jobs: int) -> dict[str, str]:
@@ -274,10 +318,20 @@ def spread(values: np.ndarray, ensembles: np.ndarray) -> dict[str, float | None]
 
 def read_predictions(one: Repetition) -> tuple[metrics.Predictions, float]:
     """Predictions on the test seeds, and the calibrated threshold (0 without validation seeds)."""
-    with h5py.File(one.run_dir / "evaluation" / "predictions.h5", "r") as file:
-        columns = [file[key][:] for key in ("seed", "label", "axis", "position", "logit")]
-    model = json.loads((one.run_dir / "model" / "config.json").read_text(encoding="utf-8"))
-    threshold = float((model.get("calibration") or {}).get("threshold", 0.0))
+    path = one.run_dir / "evaluation" / "predictions.h5"
+    try:
+        with h5py.File(path, "r") as file:
+            columns = [file[key][:] for key in ("seed", "label", "axis", "position", "logit")]
+    except (OSError, KeyError, TypeError) as error:
+        raise RepeatError(
+            f"{path}: {error}. Remove {path.parent}, then run the same command again."
+        ) from None
+    path = one.run_dir / "model" / "config.json"
+    try:
+        calibration = json.loads(path.read_text(encoding="utf-8")).get("calibration") or {}
+        threshold = float(calibration.get("threshold", 0.0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RepeatError(f"{path}: damaged: {error}. Remove {one.run_dir} to train it again.") from None
     return metrics.Predictions(np.arange(len(columns[0])), *columns), threshold
 
 

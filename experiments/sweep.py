@@ -18,7 +18,6 @@ import argparse
 import fcntl
 import os
 import secrets
-import shlex
 import signal
 import socket
 import sys
@@ -27,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from processes import ROOT, deferred_interrupt, start
+from processes import ROOT, deferred_interrupt, parse_launcher, start
 
 sys.path.insert(0, str(ROOT))
 
@@ -78,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     try:
+        options.launcher = parse_launcher(options.launcher)
         config = experiment.load_config(options.experiment, options.overrides)
         data = config.data_params
         if data.synthetic is None or Path(data.datafile).exists():
@@ -104,6 +104,7 @@ def search(config: experiment.Config, options: argparse.Namespace) -> None:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
         load_if_exists=True,
     )
+    check_experiment(study, config)
     with Worker(folder / f"{name}-sweep-workers") as worker:
         worker.requeue_orphans(study)
         while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
@@ -167,6 +168,29 @@ def parse_range(key: str, text: str) -> tuple[float, float]:
     return low, high
 
 
+def check_experiment(study: optuna.Study, config: experiment.Config) -> None:
+    """Record the experiment of a new study; raise ConfigError if a resumed one was started with another.
+
+    Losses of different data, seeds or epochs cannot be compared. The searched keys may differ.
+    """
+    current = config.to_dict()
+    saved = study.user_attrs.get("experiment")
+    if saved is None:
+        study.set_user_attr("experiment", current)
+        return
+    for key in (*RANGES, *CHOICES):
+        section = SECTION.get(key, "model_params")
+        current[section][key] = saved[section][key]
+    experiment.check_same_settings(Path(f"the sweep {study.study_name}"), saved, current)
+    for section, key in (("data_params", "datafile"), ("train_params", "epochs")):
+        if saved[section][key] != current[section][key]:
+            raise SweepError(
+                f"the sweep {study.study_name} was started with {section}.{key} {saved[section][key]!r}, "
+                f"this experiment has {current[section][key]!r}. Use the same value, or another "
+                "model_params.name."
+            )
+
+
 def count_trials(study: optuna.Study) -> int:
     """Trials that ended or run; one that was requeued has the run of the interrupted one."""
     started = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -221,7 +245,7 @@ def run_trial(
     """Train one trial, from its start or its last checkpoint; returns how it ended and its lowest loss."""
     overrides = {"model_params.name": run_dir.name}
     overrides |= {f"{SECTION.get(key, 'model_params')}.{key}": value for key, value in settings.items()}
-    command = [*shlex.split(options.launcher), str(ROOT / "trainer.py"), options.experiment]
+    command = [*options.launcher, str(ROOT / "trainer.py"), options.experiment]
     command += [*options.overrides, *(f"{key}={value}" for key, value in overrides.items())]
     finished, reported = run_dir / "model" / "config.json", dict[int, float]()
     if not finished.exists():  # otherwise only the study missed its end

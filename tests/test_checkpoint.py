@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -468,6 +469,22 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
 @pytest.fixture
 def run_dir(two_checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_checkpoints[0], tmp_path / "run"))
+
+
+def test_a_storage_that_fails_does_not_make_checkpoints_damaged(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(run_dir)
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        Training(run_dir).checkpoints.latest_complete()
+    assert names(run_dir) == before
+    assert program.main(["verify", str(run_dir)]) == 2
+    assert "cannot be read: Input/output error" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("owner", "function"), [(storage, "write_checkpoint"), (Checkpoint, "find_problem")])

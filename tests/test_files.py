@@ -59,5 +59,11 @@ def test_damaged_lines_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert [f"line {n}" in caplog.text for n in range(1, 7)] == [False, True, True, True, False, True]
 
 
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lines")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.read_json_lines(tmp_path / "lines")
+
+
 def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
     assert files.read_json_lines(tmp_path / "absent.jsonl") == []

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+import config
 import datasets
 
 REPEAT = Path(__file__).parent.parent / "experiments" / "repeat.py"
@@ -130,6 +132,66 @@ def test_the_tasks_of_an_array_share_the_runs(
         assert start("--trainings", "3") == 0
         assert len(runs(tmp_path)) == (2 if task == "1" else 3)
     assert (tmp_path / "runs" / "run-repeat" / "summary.json").exists()
+
+
+def test_other_settings_or_data_than_those_of_the_runs_are_refused(
+    repeat: ModuleType,
+    start: Callable[..., int],
+    experiment: Experiment,
+    universe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert start("--trainings", "1") == 0
+    (one,) = runs(tmp_path)
+    folder = tmp_path / "runs" / "run-repeat"
+    repetition = repeat.Repetition(folder / one, folder / "fold0-seeds2.h5", 2, 0, 0)
+    path = experiment(train_seeds=2, validation_seeds=1)
+    config.load_config(path, repeat.changes(repetition)).save()
+    summary = (folder / "summary.json").read_bytes()
+    assert start("--trainings", "1") == 0
+    other = tmp_path / "other.h5"
+    shutil.copy(universe, other)
+    for change, message in (
+        ("train_params.lr=0.5", "train_params.lr: the run has"),
+        ("train_params.epochs=9", "train_params.epochs: the run has"),
+        (f"data_params.datafile={other}", "made from another data file or other seeds"),
+    ):
+        assert start("--trainings", "1", change) == 2
+        assert message in capsys.readouterr().err
+    assert (folder / "summary.json").read_bytes() == summary
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "model" / "config.json").write_text("{"), "config.json: damaged"),
+        (lambda run: (run / "evaluation" / "predictions.h5").write_bytes(b"x"), "predictions.h5: "),
+    ],
+)
+def test_a_damaged_run_is_named(
+    start: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    assert start("--trainings", "1") == 0
+    damage(tmp_path / "runs" / "run-repeat" / runs(tmp_path)[0])
+    assert start("--trainings", "1") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ID", "COUNT", "MIN"])
+def test_numbers_of_an_array_that_are_none(
+    start: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", "x")
+    assert start("--trainings", "1") == 2
+    assert f"SLURM_ARRAY_TASK_{name}" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_after_the_others(

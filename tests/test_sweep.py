@@ -101,6 +101,25 @@ def test_trials_are_runs_and_the_lowest_loss_wins(
     assert tuple(sorted(trials(tmp_path)[-1].params.items())) not in settings
 
 
+def test_a_sweep_is_not_resumed_with_another_experiment(
+    search: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search("--trials", "1") == 0
+    for change in ("train_params.epochs=9", "train_params.batch_size=32"):
+        assert search("--trials", "2", change) == 2
+        assert change.split("=")[0] in capsys.readouterr().err
+    assert len(trials(tmp_path)) == 1
+    assert search("--trials", "2", "train_params.lr=0.5", "model_params.layer_param=9") == 0, "are searched"
+
+
+@pytest.mark.parametrize("launcher", ["'", "no-such-program", ""])
+def test_a_launcher_that_cannot_start(
+    sweep: ModuleType, experiment: Experiment, capsys: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    assert sweep.main([str(experiment()), "--launcher", launcher]) == 2
+    assert "--launcher" in capsys.readouterr().err
+
+
 def test_a_trial_worse_than_the_median_is_stopped(search: Callable[..., int], tmp_path: Path) -> None:
     assert search("--trials", "12", pause=0.15) == 0
     pruned = [trial for trial in trials(tmp_path) if trial.state.name == "PRUNED"]

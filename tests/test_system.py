@@ -146,6 +146,7 @@ COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: found '0', allowed: an integer of at least 1"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE: found '9{40}', allowed"),
         ({"LOCAL_WORLD_SIZE": "all"}, "environment variable LOCAL_WORLD_SIZE: found 'all'"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: found 70000, allowed: up to 65535"),
         ({"MASTER_PORT": "any"}, "environment variable MASTER_PORT: found 'any'"),
     ],
 )
