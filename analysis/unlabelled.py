@@ -38,6 +38,15 @@ class Calibration:
         return np.exp(-np.logaddexp(0, -(mean_logit - self.threshold) / self.temperature))
 
 
+def is_prediction(path: Path) -> bool:
+    """Whether `predict` wrote the file `path`."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return {"calibrated", "source"} <= set(file.attrs) and "cubes/probability" in file
+    except (OSError, RuntimeError):
+        return False
+
+
 def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> list[str]:
     """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
 
@@ -145,6 +154,7 @@ def predict(
         "calibrated": calibration is not None,
         "source": str(path),
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_hdf5(output, found, attributes)
     rows = zip(logits, found["cubes/mean_logit"], found["cubes/probability"], strict=True)
     return "\n".join(f"/{name}  mean logit {logit:.4f}  P(GR) {share:.4f}" for name, logit, share in rows)
