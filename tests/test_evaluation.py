@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from sklearn import metrics as sk
 
@@ -412,6 +413,48 @@ def test_selection_by_evaluated_test_seeds_is_the_first_line(run: Path, tmp_path
     (run.parent / "study-sweep.journal").write_text("")
     text = first_lines(trial, tmp_path, capsys)
     assert text.startswith("Early stopping after 3 evaluations without improvement and a sweep of 1 trials")
+
+
+def test_a_checkpoint_chosen_by_hand_is_no_network_of_a_fixed_number_of_epochs(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    first, *_, newest = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    text = first_lines(run, tmp_path, capsys, "--checkpoint", str(int(first[5:])))
+    assert text.startswith(
+        f"A choice of the checkpoint of step {int(first[5:])} by hand selected this network"
+    )
+    assert "the results may be biased upwards" in text
+    assert "with the results on test seeds 6 to 10 known." in text
+    assert "fixed number of epochs" not in text
+    for options in ([], ["--checkpoint", "last"], ["--checkpoint", str(int(newest[5:]))]):
+        text = first_lines(run, tmp_path, capsys, *options)
+        assert "after the last epoch of a fixed number of epochs" in text
+        assert "selected this network" not in text
+    for later in sorted((run / "checkpoints").glob("step_*"))[1:]:  # as of a training that was stopped
+        gone(later)
+    gone(run / "model")
+    assert "has not reached its last epoch" in first_lines(run, tmp_path, capsys, "--checkpoint", "last")
+
+
+def test_an_extension_after_the_test_is_a_selection_by_it(home: Path, tmp_path: Path, capsys: Any) -> None:
+    experiment = yaml.safe_load((home / "experiment.yaml").read_text())
+    experiment["train_params"] |= {"epochs": 1, "log_dir": str(tmp_path / "runs"), "keep_checkpoints": 1}
+    experiment["data_params"] |= {"validation_seeds": 2}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    run = tmp_path / "runs" / "run"
+    for epoch in (1, 2):
+        assert trainer.main([str(tmp_path / "experiment.yaml")]) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+        text = first_lines(run, tmp_path, capsys)
+        found = json.loads((tmp_path / "out" / "report.json").read_text())["selection"]
+        assert found["evaluated"] == (epoch == 2)
+        assert ("fixed number of epochs" in text) == (epoch == 1)
+    expected = "An extension of the training after its end at epoch 1 selected this network with the results"
+    assert text.startswith(f"{expected} on seeds 4 to 10 known, which are evaluated here")
+    assert "validation_seeds" not in text
+    assert found["set"] == "validation and test"
+    shutil.rmtree(run / "checkpoints")  # metrics.jsonl tells it too
+    assert first_lines(run, tmp_path, capsys).startswith(expected)
 
 
 def test_degraded_slices_have_a_table(run: Path, tmp_path: Path) -> None:
