@@ -318,6 +318,9 @@ def predict(options: argparse.Namespace) -> None:
     if accelerator.num_processes > 1:
         raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
     units, std = training_units(config, trained)
+    # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.
+    of_cubes = trained.calibration.cubes
+    calibration = of_cubes or trained.calibration
     table = unlabelled.predict(
         trained.to(accelerator.device).eval(),
         options.predict,
@@ -328,10 +331,11 @@ def predict(options: argparse.Namespace) -> None:
         device=accelerator.device,
         std=std,
         units=units,
-        calibration=unlabelled.Calibration(trained.calibration.threshold, trained.calibration.temperature)
-        if trained.is_calibrated
-        else None,
+        calibration=unlabelled.Calibration(calibration.threshold, calibration.temperature),
+        calibrated=of_cubes is not None,
     )
+    if of_cubes is None:
+        table += "\nP(GR) is not calibrated: this network has no calibration of cubes on validation seeds."
     print(table, f"written to {options.output}", sep="\n")
 
 

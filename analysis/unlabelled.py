@@ -137,21 +137,23 @@ def predict(
     device: torch.device,
     std: float,
     units: Mapping[str, float | None],
-    calibration: Calibration | None,
+    calibration: Calibration,
+    calibrated: bool,
 ) -> str:
     """Write the predictions of all cubes in `path` to the HDF5 file `output`; returns a table of them.
 
-    `network` takes slices in the units of the file. `calibration` None is the sigmoid of the mean logit.
+    `network` takes slices in the units of the file. `calibrated`: `calibration` was fitted to mean logits of
+    cubes.
     """
     logits = {
         name: classify(network, field, axes=axes, channels=channels, device=device)
         for name, field in read_fields(path, find_fields(path, size, units=units), std=std)
     }
-    found = columns(logits, calibration or Calibration())
+    found = columns(logits, calibration)
     attributes = {
         "about": "positive logits: General Relativity; probability: of General Relativity, of each cube",
         "axes": list(axes),
-        "calibrated": calibration is not None,
+        "calibrated": calibrated,
         "source": str(path),
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -436,15 +436,28 @@ def test_a_checkpoint_chosen_by_hand_is_no_network_of_a_fixed_number_of_epochs(
     assert "has not reached its last epoch" in first_lines(run, tmp_path, capsys, "--checkpoint", "last")
 
 
-def test_an_extension_after_the_test_is_a_selection_by_it(home: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.fixture
+def validated(home: Path, tmp_path: Path) -> Path:
+    """The experiment of a run with validation seeds, of one epoch."""
     experiment = yaml.safe_load((home / "experiment.yaml").read_text())
     experiment["train_params"] |= {"epochs": 1, "log_dir": str(tmp_path / "runs"), "keep_checkpoints": 1}
     experiment["data_params"] |= {"validation_seeds": 2}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
-    run = tmp_path / "runs" / "run"
+    return tmp_path / "experiment.yaml"
+
+
+def train(experiment: Path) -> Path:
+    """Train, or extend the training; returns the folder of the run."""
+    assert trainer.main([str(experiment)]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return experiment.parent / "runs" / "run"
+
+
+def test_an_extension_after_the_test_is_a_selection_by_it(
+    validated: Path, tmp_path: Path, capsys: Any
+) -> None:
     for epoch in (1, 2):
-        assert trainer.main([str(tmp_path / "experiment.yaml")]) == 0
-        AcceleratorState._reset_state(reset_partial_state=True)
+        run = train(validated)
         text = first_lines(run, tmp_path, capsys)
         found = json.loads((tmp_path / "out" / "report.json").read_text())["selection"]
         assert found["evaluated"] == (epoch == 2)
@@ -455,6 +468,36 @@ def test_an_extension_after_the_test_is_a_selection_by_it(home: Path, tmp_path: 
     assert found["set"] == "validation and test"
     shutil.rmtree(run / "checkpoints")  # metrics.jsonl tells it too
     assert first_lines(run, tmp_path, capsys).startswith(expected)
+
+
+def test_probabilities_of_cubes_have_a_calibration_of_their_own(
+    validated: Path, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = train(validated)
+    config = run / "model" / "config.json"
+    content = json.loads(config.read_text())
+    slices, cubes = content["calibration"], content["calibration"]["cubes"]
+    state = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())["train_state"]
+    assert state["calibration"] == slices
+
+    def predict() -> tuple[bool, np.ndarray, np.ndarray]:
+        command = [str(run), "--predict", str(home / "universe.h5"), "--output", str(tmp_path / "out.h5")]
+        assert evaluation.main(command) == 0
+        with h5py.File(tmp_path / "out.h5") as file:
+            return file.attrs["calibrated"], file["cubes/mean_logit"][:], file["cubes/probability"][:]
+
+    calibrated, means, probability = predict()
+    assert calibrated
+    odds = (means - cubes["threshold"]) / cubes["temperature"]
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-odds)), rtol=1e-6)
+    assert "not calibrated" not in capsys.readouterr().out
+    del content["calibration"]["cubes"]  # as an earlier version wrote it
+    config.write_text(json.dumps(content))
+    calibrated, means, probability = predict()
+    assert not calibrated
+    odds = (means - slices["threshold"]) / slices["temperature"]
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-odds)), rtol=1e-6)
+    assert "not calibrated" in capsys.readouterr().out
 
 
 def test_degraded_slices_have_a_table(run: Path, tmp_path: Path) -> None:
