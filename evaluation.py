@@ -18,6 +18,7 @@ import openmp  # noqa: F401  before torch
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from accelerate import Accelerator
 import checkpoint
 import datasets
 import distributed
-import files
 import logger
 import models
 from config import ConfigError
@@ -113,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give the folder of one run, or --compare or --ensemble with several")
     if options.predict and not (options.run and options.output):
         parser.error("--predict FILE needs the folder of a run and --output OUT.h5")
+    if unread := unread_options(options):
+        parser.error(unread)
 
     def program() -> None:
         if runs := options.compare or options.ensemble:
@@ -125,6 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
             (predict if options.predict else evaluate)(options)
 
     return distributed.run_program(program, USER_ERRORS)
+
+
+def unread_options(options: argparse.Namespace) -> str | None:
+    """Which of the options given --predict, --compare or --ensemble would ignore; None without any."""
+    chosen = next((name for name in ("predict", "compare", "ensemble") if getattr(options, name)), None)
+    read = {"run", "output", chosen} | ({"checkpoint"} if chosen == "predict" else set())
+    given = [name for name, value in vars(options).items() if value not in (None, False)]
+    unread = [f"--{name.replace('_', '-')}" for name in given if name not in read]
+    return f"--{chosen} does not use {', '.join(unread)}. Omit them." if chosen and unread else None
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -261,12 +272,33 @@ def update_model_card(
         print(f"{folder / 'model.onnx'}: logits within {difference:.0e} of torch's")
 
 
-def require_writable(path: Path) -> None:
-    """Raise EvaluationError unless a folder `path` exists or can be made."""
-    parent = files.existing_parent(path)
-    if path.is_file() or not os.access(parent, os.W_OK):
-        problem = "this is a file" if path.is_file() else f"{parent} is not writable"
-        raise EvaluationError(f"--output {path}: {problem}. Choose another folder.")
+def require_writable(output: Path, folder: Path | None = None) -> None:
+    """Raise EvaluationError unless `folder`, by default `output` itself, exists or can be made."""
+    folder = (folder or output).absolute()
+    found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not found.is_dir() or not os.access(found, os.W_OK):
+        problem = "is not writable" if found.is_dir() else "is not a folder"
+        raise EvaluationError(f"--output {output}: {found} {problem}. Choose another folder.")
+
+
+def require_output_file(output: Path, inputs: Sequence[Path]) -> None:
+    """Raise EvaluationError unless predictions can be written to `output` and replace nothing else.
+
+    `inputs` are files that must not be replaced, under any of their names.
+    """
+    for path in inputs:
+        # write_hdf5 removes a file OUT.part that is there
+        for name in (output, output.with_name(f"{output.name}.part")):
+            if name.exists() and path.exists() and name.samefile(path):
+                raise EvaluationError(
+                    f"--output {output}: this would replace the cubes in {path}. Choose another file."
+                )
+    if output.exists() and not unlabelled.is_prediction(output):
+        raise EvaluationError(
+            f"--output {output}: this exists and was not written by --predict, so it is not replaced. Choose "
+            "another file."
+        )
+    require_writable(output, output.parent)
 
 
 def unique_names(runs: list[Path]) -> dict[str, Path]:
@@ -278,13 +310,17 @@ def unique_names(runs: list[Path]) -> dict[str, Path]:
 def predict(options: argparse.Namespace) -> None:
     """Write logits and probabilities of cubes without labels."""
     run: Path = options.run
-    require_writable(options.output.parent)
     config = load_run_config(run)
+    cubes = (options.predict, config.data_params.datafile, config.data_params.local_copy)
+    require_output_file(options.output, [Path(path) for path in cubes if path is not None])
     trained = load_network(run, config, options.checkpoint)
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
     if accelerator.num_processes > 1:
         raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
     units, std = training_units(config, trained)
+    # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.
+    of_cubes = trained.calibration.cubes
+    calibration = of_cubes or trained.calibration
     table = unlabelled.predict(
         trained.to(accelerator.device).eval(),
         options.predict,
@@ -295,10 +331,11 @@ def predict(options: argparse.Namespace) -> None:
         device=accelerator.device,
         std=std,
         units=units,
-        calibration=unlabelled.Calibration(trained.calibration.threshold, trained.calibration.temperature)
-        if trained.is_calibrated
-        else None,
+        calibration=unlabelled.Calibration(calibration.threshold, calibration.temperature),
+        calibrated=of_cubes is not None,
     )
+    if of_cubes is None:
+        table += "\nP(GR) is not calibrated: this network has no calibration of cubes on validation seeds."
     print(table, f"written to {options.output}", sep="\n")
 
 

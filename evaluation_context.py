@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import checkpoint
 import datasets
+import logger
 import metrics
 import models
 from analysis.power_spectrum import Box
@@ -34,6 +35,18 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True)
+class TrainingHistory:
+    """Where a network lies in its training; epochs and steps since the first one."""
+
+    first_epoch: int
+    """Epoch at which the training had ended before it was extended; 0 if it was not extended before."""
+    finished: bool
+    """Whether a training ended with it; it may have been extended since."""
+    newest: bool
+    """Whether no later checkpoint exists."""
+
+
+@dataclass(frozen=True)
 class EvaluationContext:
     """A trained network, the data it is evaluated on, and the data it was trained on."""
 
@@ -49,6 +62,8 @@ class EvaluationContext:
     seeds: range
     training_file: datasets.CubeFile | None
     """The file of the training, if it still exists."""
+    history: TrainingHistory
+    """Where the network lies in its training."""
 
     @property
     def train_seeds(self) -> range:
@@ -151,24 +166,37 @@ class EvaluationContext:
         } | ({"transfer": transfer} if differ else {})
 
     def describe_selection(self) -> dict[str, Any]:
-        """What selected this network and on which seeds; `evaluated`: some of these seeds are evaluated."""
+        """What selected this network and on which seeds.
+
+        `by_hand`: the part of `criteria` that a person chose by, who knew the results on `seeds`.
+        `evaluated`: some of `seeds` are evaluated. `finished`: the network is that at the end of a training.
+        """
         data, params = self.config.data_params, self.config.train_params
-        seeds = data.validation_range or data.test_range
-        criteria = []
+        automatic, by_hand = [], []
         if params.early_stopping is not None:
-            criteria.append(f"early stopping after {params.early_stopping} evaluations without improvement")
+            automatic.append(f"early stopping after {params.early_stopping} evaluations without improvement")
         if self.checkpoint == "best":
-            criteria.append("the lowest loss of all checkpoints")
+            automatic.append("the lowest loss of all checkpoints")
         if study := find_sweep(self.run):
             trials = len(list(self.run.parent.glob(f"{study}-[0-9][0-9][0-9]")))
-            criteria.append(f"a sweep of {trials} trials ({study})")
-        overlap = set(seeds) & set(self.seeds)
+            automatic.append(f"a sweep of {trials} trials ({study})")
+        if self.checkpoint.isdigit() and not self.history.newest:
+            by_hand.append(f"a choice of the checkpoint of step {self.checkpoint} by hand")
+        if self.history.first_epoch:
+            by_hand.append(f"an extension of the training after its end at epoch {self.history.first_epoch}")
+        sets = {"validation" if data.validation_range else "test": data.validation_range or data.test_range}
+        if by_hand and (self.history.first_epoch or (self.run / "model").is_dir()):
+            sets["test"] = data.test_range  # evaluated where a training ends
+        seeds = range(next(iter(sets.values())).start, list(sets.values())[-1].stop)
         same_data = self.training_file is None or self.training_file.path == self.cubes.path
         return {
-            "criteria": criteria,
-            "set": "validation" if data.validation_range else "test",
+            "criteria": automatic + by_hand,
+            "by_hand": by_hand,
+            "set": " and ".join(sets),
             "seeds": [seeds.start, seeds.stop],
-            "evaluated": bool(criteria and overlap and same_data),
+            "evaluated": bool((automatic or by_hand) and set(seeds) & set(self.seeds) and same_data),
+            "validation_seeds": data.validation_seeds,
+            "finished": self.history.finished,
         }
 
 
@@ -225,7 +253,36 @@ def load_run(
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     name = checkpoint_name or "final"
-    return EvaluationContext(run, config, accelerator, trained, network, name, cubes, selected, training_file)
+    history = find_history(run, config, trained.training_record, saved, finished=name == "final")
+    return EvaluationContext(
+        run, config, accelerator, trained, network, name, cubes, selected, training_file, history
+    )
+
+
+def find_history(
+    run: Path,
+    config: Config,
+    record: Mapping[str, Any],
+    saved: Sequence[checkpoint.Checkpoint],
+    *,
+    finished: bool,
+) -> TrainingHistory:
+    """Where the network of training `record` (`step`, `epoch`) lies among the checkpoints `saved` of its run.
+
+    `finished`: the network is known to be that of a finished training.
+    """
+    step, epoch = record.get("step"), record.get("epoch", 0)
+    same = next((one for one in saved if one.step == step and one.find_problem() is None), None)
+    newest = not any(step is not None and one.step > step for one in saved)
+    if same is not None:
+        state = same.train_state
+        ended = state["epoch"] >= state["target_epoch"] or state["stopped_early"]
+        ended = ended and not state["evaluation_pending"] and state["step_in_epoch"] == 0
+        return TrainingHistory(state["first_epoch"], finished or ended, newest)
+    # Its checkpoint was deleted. With validation seeds, test seeds are evaluated only where a training ends.
+    records = logger.read_records(run / logger.METRICS_FILE) if config.data_params.validation_range else []
+    ends = [line["epoch"] for line in records if line["phase"] == "test" and line["epoch"] < epoch]
+    return TrainingHistory(max(ends, default=0), finished, newest)
 
 
 def load_run_config(run: Path) -> Config:

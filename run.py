@@ -65,7 +65,7 @@ class TrainState:
     """The cubes are standardized by these."""
     power: list[float] | None = None
     """Isotropic power spectrum that whitens the slices: P(n), n = 0, ..., N/2 - 1."""
-    calibration: dict[str, float] | None = None
+    calibration: dict[str, Any] | None = None
     """Temperature and threshold, fitted on the validation seeds at the end of the training."""
     epoch: int = 0
     """Epochs completed."""

@@ -23,6 +23,8 @@ COLUMNS = {
     "cube_auc": "cube AUC",
 }
 
+P_VALUE = "p against chance, adjusted for the number of runs"
+
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
@@ -41,16 +43,17 @@ def p_values(predictions: Mapping[str, Predictions]) -> dict[str, float] | None:
 def write(folder: Path, runs: Mapping[str, Path]) -> str:
     """Write `comparison.json`, `.md`, `.png` and `.pdf` of evaluated runs by name; returns the table.
 
-    `p` tests the slice AUC of each run against chance by exchanging the labels of twins, with the maximum
-    over the runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to the
-    first run. Raises ReportError for runs without evaluation.
+    The p-value tests the slice AUC of each run against chance by exchanging the labels of twins, with the
+    maximum over the runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to
+    the first run; a line below the table says why values are blank. Raises ReportError for runs without
+    evaluation.
     """
     reports = {name: report.read(run) for name, run in runs.items()}
     predictions = {name: report.read_predictions(run) for name, run in runs.items()}
-    first = next(iter(predictions.values()))
+    first_name, first = next(iter(predictions.items()))
     adjusted = p_values(predictions)
     results: dict[str, dict[str, Any]] = {}
-    lines = []
+    lines: list[list[str]] = []
     for name, found in reports.items():
         row = {**found["slices"], **found["cubes"]}
         if np.array_equal(predictions[name].id, first.id):
@@ -64,13 +67,19 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
                 f"{model['architecture']} {model['layer_param']}",
                 f"{Path(data['file']).name}, {start} to {end - 1}, {data['newton_augmentation']:g}",
                 *(format_estimate(row[key]) for key in COLUMNS),
-                format_estimate(row["difference"]) if "difference" in row else "",
+                format_estimate(row["difference"]) if "difference" in row and name != first_name else "",
                 format_number(adjusted[name]) if adjusted else "",
             ]
         )
     table = markdown(
-        ["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", "p"], lines
+        ["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", P_VALUE], lines
     )
+    if blank := [name for name in runs if "difference" not in results[name]]:
+        values = "difference" if adjusted else "difference and no p-value"
+        table += (
+            f"\nNo {values} where blank: {', '.join(blank)} and {first_name} were evaluated on other seeds or "
+            "axes. Evaluate all runs on the same seeds (--seeds A:B).\n"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(folder / "comparison.md", table)
     files.write_atomically(

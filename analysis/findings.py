@@ -53,12 +53,15 @@ def warnings(results: Results) -> list[str]:
             "The network was trained on some of these seeds. The results say nothing about new ones."
         )
     if selection["evaluated"]:
+        (first, end), by_hand = selection["seeds"], selection["by_hand"]
+        where = f"on seeds {_seeds(selection['seeds'])}"
+        basis = f"with the results {where} known" if by_hand else where
+        inside = first <= data["seeds"][0] and data["seeds"][1] <= end
         lines.append(
-            f"{_join(selection['criteria'])} selected this network on seeds {_seeds(selection['seeds'])}, "
-            "which are "
-            "evaluated here: the results are biased upwards. Evaluate on other seeds (--seeds A:B), or train "
-            "with "
-            "data_params.validation_seeds."
+            f"{_join(selection['criteria'])} selected this network {basis}, "
+            f"{'which' if inside else 'some of which'} are evaluated here: the results "
+            f"{'may be' if by_hand else 'are'} biased upwards. Evaluate on other seeds (--seeds A:B)"
+            + ("." if selection["validation_seeds"] else ", or train with data_params.validation_seeds.")
         )
     if data["newton_augmentation"] != 1:
         lines.append(
@@ -305,9 +308,13 @@ def _degraded(results: Results) -> str:
 
 def _selection(results: Results) -> str:
     selection = results["selection"]
+    if not selection["criteria"] and not selection["finished"]:
+        return "Selection: none. This is the network of a training that has not reached its last epoch."
     if not selection["criteria"]:
         return "Selection: none. This is the network after the last epoch of a fixed number of epochs."
     where = f"{selection['set']} seeds {_seeds(selection['seeds'])}"
+    if selection["by_hand"]:
+        return f"Selection: {_join(selection['criteria'])}, with the results on {where} known."
     return f"Selection: {_join(selection['criteria'])}, on {where}."
 
 

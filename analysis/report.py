@@ -103,12 +103,16 @@ class Stopwatch:
 def write(folder: Path, results: Mapping[str, Any], figures: Iterable[str]) -> dict[str, Any]:
     """Write `report.json` and `report.html`; returns the results as JSON holds them.
 
-    `figures` are names of PNG files in `folder` to show.
+    `figures` are names of PNG files in `folder` to show. Other figures of an earlier report are removed.
     """
+    figures = list(figures)
     clean: dict[str, Any] = to_json(results)
     files.write_atomically(folder / REPORT, json.dumps(clean, indent=1, allow_nan=False) + "\n")
     images = {name: (folder / f"{name}.png").read_bytes() for name in figures}
     files.write_atomically(folder / "report.html", html_report.page(clean, images))
+    for name in set(html_report.FIGURES).difference(figures):
+        for suffix in ("png", "pdf"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     return clean
 
 

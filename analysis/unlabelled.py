@@ -38,6 +38,15 @@ class Calibration:
         return np.exp(-np.logaddexp(0, -(mean_logit - self.threshold) / self.temperature))
 
 
+def is_prediction(path: Path) -> bool:
+    """Whether `predict` wrote the file `path`."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return {"calibrated", "source"} <= set(file.attrs) and "cubes/probability" in file
+    except (OSError, RuntimeError):
+        return False
+
+
 def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> list[str]:
     """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
 
@@ -128,23 +137,26 @@ def predict(
     device: torch.device,
     std: float,
     units: Mapping[str, float | None],
-    calibration: Calibration | None,
+    calibration: Calibration,
+    calibrated: bool,
 ) -> str:
     """Write the predictions of all cubes in `path` to the HDF5 file `output`; returns a table of them.
 
-    `network` takes slices in the units of the file. `calibration` None is the sigmoid of the mean logit.
+    `network` takes slices in the units of the file. `calibrated`: `calibration` was fitted to mean logits of
+    cubes.
     """
     logits = {
         name: classify(network, field, axes=axes, channels=channels, device=device)
         for name, field in read_fields(path, find_fields(path, size, units=units), std=std)
     }
-    found = columns(logits, calibration or Calibration())
+    found = columns(logits, calibration)
     attributes = {
         "about": "positive logits: General Relativity; probability: of General Relativity, of each cube",
         "axes": list(axes),
-        "calibrated": calibration is not None,
+        "calibrated": calibrated,
         "source": str(path),
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_hdf5(output, found, attributes)
     rows = zip(logits, found["cubes/mean_logit"], found["cubes/probability"], strict=True)
     return "\n".join(f"/{name}  mean logit {logit:.4f}  P(GR) {share:.4f}" for name, logit, share in rows)

@@ -38,6 +38,7 @@ class Calibration(Section):
 
     temperature: Positive
     threshold: float
+    cubes: Calibration | None = None
 
 
 class SavedTrainState(Section):

@@ -36,7 +36,8 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
 
     `mean` and `std` standardize the slices ((0, 1) if the file is standardized). `power`, the isotropic power
     spectrum P(n) of the training slices at n = 0, ..., N/2 - 1, whitens them (`Whitening`). `calibration`
-    holds `temperature` and `threshold`. `training` and `evaluation` are records that change no result.
+    holds `temperature` and `threshold` of slices and, under `cubes`, those of the mean logits of cubes.
+    `training` and `evaluation` are records that change no result.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
         mean: float = 0.0,
         std: float = 1.0,
         power: list[float] | None = None,
-        calibration: dict[str, float] | None = None,
+        calibration: dict[str, Any] | None = None,
         training: dict[str, Any] | None = None,
         evaluation: dict[str, Any] | None = None,
     ) -> None:
@@ -67,7 +68,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
             "size": size,
         }
         self.mean, self.std, self.power = float(mean), float(std), power
-        self.calibration = Calibration(**calibration) if calibration else Calibration(1.0, 0.0)
+        self.calibration = Calibration.from_dict(calibration) if calibration else Calibration(1.0, 0.0)
         self.is_calibrated = calibration is not None
         self.training_record, self.evaluation_record = training or {}, evaluation or {}
         self.whitening = Whitening(power) if power is not None else nn.Identity()
@@ -118,7 +119,7 @@ def save(
     mean: float,
     std: float,
     power: list[float] | None = None,
-    calibration: dict[str, float] | None = None,
+    calibration: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
 ) -> None:
     """Write a network to `folder`; each file appears complete or not at all.

@@ -62,7 +62,13 @@ def _card_text(
     steps = [f"subtracts {config['mean']:.6g} and divides by {config['std']:.6g}"]
     if config.get("power"):
         steps.append("whitens the slices by the isotropic power spectrum of its training slices")
-    calibrated = "calibrated on validation seeds" if config.get("calibration") else "not calibrated"
+    calibration = config.get("calibration") or {}
+    calibrated = "calibrated on validation seeds." if calibration else "not calibrated."
+    if calibration.get("cubes"):
+        calibrated += (
+            "\n\nThe probability of a whole cube comes from the mean logit of all its slices:\n"
+            "`network.calibration.cubes.probability(logits.mean())`, from validation cubes."
+        )
     return f"""# {name}
 
 A {_text(config["architecture"])} of width {_text(config["layer_param"])} that classifies 2D slices of a
@@ -70,7 +76,7 @@ cosmological simulation by its gravity: General Relativity (positive logit) or N
 logit).
 
 Input: slices (b, {channels}, {size}, {size}) with the values of the data file that it was trained on. The
-network {" and ".join(steps)} itself. Output: one logit per slice; `probability` is {calibrated}.
+network {" and ".join(steps)} itself. Output: one logit per slice; its `probability` is {calibrated}
 
 It needs a checkout of gravity-cnn, torch, safetensors and huggingface_hub, in any folder:
 

@@ -160,6 +160,14 @@ DESCRIPTION: dict[str, Any] = {
         "box_size": 5120.0,
         "newton_augmentation": 1.0,
     },
-    "selection": {"criteria": [], "set": "test", "seeds": [4, 10], "evaluated": False},
+    "selection": {
+        "criteria": [],
+        "by_hand": [],
+        "set": "test",
+        "seeds": [4, 10],
+        "evaluated": False,
+        "validation_seeds": 0,
+        "finished": True,
+    },
     "environment": {"torch": "2"},
 }

@@ -1,6 +1,8 @@
 """Temperature and threshold, on simulated logits whose true probabilities are known."""
 
+import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -46,6 +48,78 @@ def test_logits_that_rank_labels_the_wrong_way_give_no_calibration() -> None:
     logits, labels = simulate(1000, 1.0, 0.0)
     assert fit_calibration(-logits, labels) is None
     assert fit_calibration(np.ones(1000), labels) is None
+
+
+DIFFERENCE, SCATTER, NOISE, SLICES = 1.0, 0.25, 3.0, 192
+
+
+def simulate_cubes(seeds: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits and labels of slices (seeds * 2 * SLICES,), and mean logits of cubes (seeds, 2), Newton first.
+
+    Cubes of the two gravities are normal about +-DIFFERENCE / 2, so their log odds are linear in the mean.
+    """
+    means = DIFFERENCE * (np.array([0, 1]) - 0.5) + generator.normal(0, SCATTER, (seeds, 2))
+    noise = generator.normal(0, NOISE, (seeds, 2, SLICES))
+    noise -= noise.mean(axis=2, keepdims=True)
+    return (means[..., None] + noise).ravel(), np.tile([0, 1], seeds).repeat(SLICES), means
+
+
+def log_loss(calibration: Calibration, means: np.ndarray) -> float:
+    """Mean log loss of cubes (seeds, 2), in nats."""
+    probability = calibration.probability(torch.from_numpy(means)).numpy()
+    return float(-np.log(np.where([False, True], probability, 1 - probability)).mean())
+
+
+def test_many_cubes_give_their_true_temperature_and_threshold() -> None:
+    means = simulate_cubes(30_000, np.random.default_rng(0))[2] + 0.3
+    calibration = fit_calibration([0.0, 1.0, 0.5, 0.4], [0, 1, 0, 1], means)
+    assert calibration is not None
+    assert calibration.cubes is not None
+    assert calibration.cubes.temperature == pytest.approx(SCATTER**2 / DIFFERENCE, rel=0.05)
+    assert calibration.cubes.threshold == pytest.approx(0.3, abs=0.01)
+
+
+def test_few_separable_cubes_give_finite_probabilities_better_than_those_of_slices() -> None:
+    generator = np.random.default_rng(0)
+    unseen = simulate_cubes(2000, generator)[2]
+    losses = []
+    for _ in range(40):
+        calibration = fit_calibration(*simulate_cubes(4, generator))
+        assert calibration is not None
+        assert calibration.cubes is not None
+        losses.append([log_loss(calibration.cubes, unseen), log_loss(calibration, unseen)])
+    few, slices = np.array(losses).T
+    assert few.max() < 0.4  # none is certain and wrong
+    assert slices.min() > 0.6  # nearly ln 2: knows nothing
+    truth = log_loss(Calibration(SCATTER**2 / DIFFERENCE, 0.0), unseen)
+    assert truth < few.mean() < 0.25
+
+
+def test_the_targets_are_platts() -> None:
+    """Two cubes are two points, through which the logistic curve passes."""
+    calibration = fit_calibration([-2.0, 1.0, -1.0, 2.0], [0, 0, 1, 1], [[-3.0, 5.0]])
+    assert calibration is not None
+    assert calibration.cubes is not None
+    probability = calibration.cubes.probability(torch.tensor([-3.0, 5.0]))
+    torch.testing.assert_close(probability, torch.tensor([1 / 3, 2 / 3]), rtol=1e-4, atol=0)
+    four = fit_calibration([-2.0, 1.0, -1.0, 2.0], [0, 0, 1, 1], [[-1.0, 1.0]] * 4)
+    assert four is not None
+    assert four.cubes is not None
+    probability = four.cubes.probability(torch.tensor([-1.0, 1.0]))
+    torch.testing.assert_close(probability, torch.tensor([1 / 6, 5 / 6]), rtol=1e-4, atol=0)
+
+
+def test_cubes_that_rank_the_wrong_way_are_not_calibrated() -> None:
+    logits, labels = simulate(1000, 1.0, 0.0)
+    calibration = fit_calibration(logits, labels, [[1.0, 0.0], [0.9, 0.1]])
+    assert calibration is not None
+    assert calibration.cubes is None
+
+
+def test_a_calibration_survives_a_file_and_older_files_have_no_cubes() -> None:
+    calibration = Calibration(2.0, 0.5, Calibration(0.1, 0.4))
+    assert Calibration.from_dict(json.loads(json.dumps(asdict(calibration)))) == calibration
+    assert Calibration.from_dict({"temperature": 2.0, "threshold": 0.5}) == Calibration(2.0, 0.5)
 
 
 def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

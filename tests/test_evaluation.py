@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from sklearn import metrics as sk
 
@@ -414,6 +415,91 @@ def test_selection_by_evaluated_test_seeds_is_the_first_line(run: Path, tmp_path
     assert text.startswith("Early stopping after 3 evaluations without improvement and a sweep of 1 trials")
 
 
+def test_a_checkpoint_chosen_by_hand_is_no_network_of_a_fixed_number_of_epochs(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    first, *_, newest = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    text = first_lines(run, tmp_path, capsys, "--checkpoint", str(int(first[5:])))
+    assert text.startswith(
+        f"A choice of the checkpoint of step {int(first[5:])} by hand selected this network"
+    )
+    assert "the results may be biased upwards" in text
+    assert "with the results on test seeds 6 to 10 known." in text
+    assert "fixed number of epochs" not in text
+    for options in ([], ["--checkpoint", "last"], ["--checkpoint", str(int(newest[5:]))]):
+        text = first_lines(run, tmp_path, capsys, *options)
+        assert "after the last epoch of a fixed number of epochs" in text
+        assert "selected this network" not in text
+    for later in sorted((run / "checkpoints").glob("step_*"))[1:]:  # as of a training that was stopped
+        gone(later)
+    gone(run / "model")
+    assert "has not reached its last epoch" in first_lines(run, tmp_path, capsys, "--checkpoint", "last")
+
+
+@pytest.fixture
+def validated(home: Path, tmp_path: Path) -> Path:
+    """The experiment of a run with validation seeds, of one epoch."""
+    experiment = yaml.safe_load((home / "experiment.yaml").read_text())
+    experiment["train_params"] |= {"epochs": 1, "log_dir": str(tmp_path / "runs"), "keep_checkpoints": 1}
+    experiment["data_params"] |= {"validation_seeds": 2}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    return tmp_path / "experiment.yaml"
+
+
+def train(experiment: Path) -> Path:
+    """Train, or extend the training; returns the folder of the run."""
+    assert trainer.main([str(experiment)]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return experiment.parent / "runs" / "run"
+
+
+def test_an_extension_after_the_test_is_a_selection_by_it(
+    validated: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for epoch in (1, 2):
+        run = train(validated)
+        text = first_lines(run, tmp_path, capsys)
+        found = json.loads((tmp_path / "out" / "report.json").read_text())["selection"]
+        assert found["evaluated"] == (epoch == 2)
+        assert ("fixed number of epochs" in text) == (epoch == 1)
+    expected = "An extension of the training after its end at epoch 1 selected this network with the results"
+    assert text.startswith(f"{expected} on seeds 4 to 10 known, which are evaluated here")
+    assert "validation_seeds" not in text
+    assert found["set"] == "validation and test"
+    shutil.rmtree(run / "checkpoints")  # metrics.jsonl tells it too
+    assert first_lines(run, tmp_path, capsys).startswith(expected)
+
+
+def test_probabilities_of_cubes_have_a_calibration_of_their_own(
+    validated: Path, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = train(validated)
+    config = run / "model" / "config.json"
+    content = json.loads(config.read_text())
+    slices, cubes = content["calibration"], content["calibration"]["cubes"]
+    state = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())["train_state"]
+    assert state["calibration"] == slices
+
+    def predict() -> tuple[bool, np.ndarray, np.ndarray]:
+        command = [str(run), "--predict", str(home / "universe.h5"), "--output", str(tmp_path / "out.h5")]
+        assert evaluation.main(command) == 0
+        with h5py.File(tmp_path / "out.h5") as file:
+            return file.attrs["calibrated"], file["cubes/mean_logit"][:], file["cubes/probability"][:]
+
+    calibrated, means, probability = predict()
+    assert calibrated
+    odds = (means - cubes["threshold"]) / cubes["temperature"]
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-odds)), rtol=1e-6)
+    assert "not calibrated" not in capsys.readouterr().out
+    del content["calibration"]["cubes"]  # as an earlier version wrote it
+    config.write_text(json.dumps(content))
+    calibrated, means, probability = predict()
+    assert not calibrated
+    odds = (means - slices["threshold"]) / slices["temperature"]
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-odds)), rtol=1e-6)
+    assert "not calibrated" in capsys.readouterr().out
+
+
 def test_degraded_slices_have_a_table(run: Path, tmp_path: Path) -> None:
     options = ["--quick", "--output", str(tmp_path / "out"), "--degrade", "noise=3"]
     assert evaluation.main([str(run), *options]) == 0
@@ -448,6 +534,73 @@ def test_unlabelled_cubes_are_predicted(home: Path, tmp_path: Path, capsys: Any)
     assert evaluation.main([str(run), *options]) == 2
     assert "64^3" in capsys.readouterr().err
     assert not (tmp_path / "none.h5").exists()
+
+
+def test_predictions_replace_only_predictions(run: Path, home: Path, tmp_path: Path, capsys: Any) -> None:
+    cubes, data = tmp_path / "cubes.h5", tmp_path / "data.h5"
+    shutil.copy(home / "universe.h5", cubes)
+    shutil.copy(home / "universe.h5", data)
+    edit_config(run, "data_params", "datafile", str(data))
+    (tmp_path / "link.h5").symlink_to(cubes)
+    (tmp_path / "hard.h5").hardlink_to(cubes)
+    (tmp_path / "link_to_data.h5").symlink_to(data)
+    (tmp_path / "part.h5.part").hardlink_to(cubes)
+    (tmp_path / "notes.h5").write_text("mine")
+    evaluated = run / "evaluation" / "predictions.h5"
+    before = {path: path.read_bytes() for path in (cubes, data, evaluated)}
+
+    def predict(output: Path) -> tuple[int, str]:
+        capsys.readouterr()
+        status = evaluation.main([str(run), "--predict", str(cubes), "--output", str(output)])
+        return status, capsys.readouterr().err
+
+    names = ("cubes.h5", "link.h5", "hard.h5", "part.h5", "data.h5", "link_to_data.h5")
+    for output in (tmp_path / name for name in names):
+        status, message = predict(output)
+        assert (status, "would replace the cubes in" in message) == (2, True), output
+    for output in (tmp_path / "notes.h5", evaluated, tmp_path):
+        status, message = predict(output)
+        assert (status, "not written by --predict" in message) == (2, True), output
+    status, message = predict(tmp_path / "notes.h5" / "deep" / "out.h5")
+    assert (status, "notes.h5 is not a folder. Choose" in message, "--output" in message) == (2, True, True)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (tmp_path / "link.h5").is_symlink()
+    for _ in range(2):  # an earlier prediction is replaced
+        assert predict(tmp_path / "new" / "folder" / "out.h5") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unread"),
+    [
+        (
+            ["run", "--predict", "cubes.h5", "--output", "out.h5", "--seeds", "6:9"],
+            "--predict does not use --seeds",
+        ),
+        (
+            ["run", "--predict", "cubes.h5", "--output", "out.h5", "--degrade"],
+            "--predict does not use --degrade",
+        ),
+        (
+            ["run", "--predict", "cubes.h5", "--output", "out.h5", "--datafile", "a"],
+            "does not use --datafile",
+        ),
+        (["--compare", "a", "b", "--quick"], "--compare does not use --quick"),
+        (["--compare", "a", "b", "--checkpoint", "best"], "--compare does not use --checkpoint"),
+        (
+            ["--ensemble", "a", "b", "--export", "onnx", "--quick"],
+            "--ensemble does not use --quick, --export",
+        ),
+        (
+            ["--ensemble", "a", "b", "--allow-training-seeds"],
+            "--ensemble does not use --allow-training-seeds",
+        ),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(arguments: list[str], unread: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(arguments)
+    assert end.value.code == 2
+    assert unread in capsys.readouterr().err
 
 
 def test_an_ensemble_needs_different_training_seeds(

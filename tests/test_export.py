@@ -144,7 +144,7 @@ def test_whitening_and_calibration_are_part_of_the_network(tmp_path: Path) -> No
     settings = settings_of("LYNX")
     network = models.build_model(**settings).eval()
     power = [1.0 + n for n in range(32)]
-    calibration = {"temperature": 0.5, "threshold": 0.25}
+    calibration: dict[str, Any] = {"temperature": 0.5, "threshold": 0.25}
     export.save(
         tmp_path, network.state_dict(), settings=settings, mean=3, std=2, power=power, calibration=calibration
     )
@@ -154,6 +154,18 @@ def test_whitening_and_calibration_are_part_of_the_network(tmp_path: Path) -> No
     torch.testing.assert_close(
         loaded.probability(3 + 2 * slices), torch.sigmoid((logits - 0.25) / 0.5), rtol=1e-4, atol=1e-4
     )
+    assert loaded.calibration.cubes is None  # as saved by earlier versions
+    assert "network.calibration.cubes" not in (tmp_path / "README.md").read_text()
+    cubes = {"temperature": 0.1, "threshold": 0.5, "cubes": None}
+    calibration |= {"cubes": cubes}
+    export.save(
+        tmp_path, network.state_dict(), settings=settings, mean=3, std=2, power=power, calibration=calibration
+    )
+    loaded = models.load(tmp_path)
+    torch.testing.assert_close(
+        loaded.calibration.cubes.probability(torch.tensor(0.6)), torch.sigmoid(torch.tensor(1.0))
+    )
+    assert "network.calibration.cubes" in (tmp_path / "README.md").read_text()
     loaded.save_pretrained(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["calibration"] == calibration
 

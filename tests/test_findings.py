@@ -225,24 +225,38 @@ def test_only_random_phases_show_information_beyond_two_point_statistics(
 
 def test_warnings_name_training_seeds_selection_and_the_factor() -> None:
     assert findings.warnings(universe.DESCRIPTION) == []
-    selection = {
+    selection = universe.DESCRIPTION["selection"] | {
         "criteria": ["early stopping", "a sweep"],
-        "set": "test",
-        "seeds": [4, 10],
         "evaluated": True,
     }
     data = universe.DESCRIPTION["data"] | {"seeds": [0, 10], "newton_augmentation": 0.9}
     training, selected, factor = findings.warnings({"data": data, "selection": selection})
     assert "trained on some of these seeds" in training
-    assert selected.startswith("Early stopping and a sweep selected this network on seeds 4 to 9")
+    assert selected == (
+        "Early stopping and a sweep selected this network on seeds 4 to 9, some of which are evaluated here: "
+        "the results are biased upwards. Evaluate on other seeds (--seeds A:B), or train with "
+        "data_params.validation_seeds."
+    )
     assert "multiplied by 0.9" in factor
+    selection |= {"by_hand": ["a sweep"], "validation_seeds": 2}
+    (selected,) = findings.warnings(universe.DESCRIPTION | {"selection": selection})
+    assert "with the results on seeds 4 to 9 known, which are evaluated here: the results may be" in selected
+    assert selected.endswith("Evaluate on other seeds (--seeds A:B).")
 
 
 def test_selection_is_stated_in_every_report() -> None:
     assert findings.findings(results_with())[-1].startswith("Selection: none")
-    selection = {"criteria": ["early stopping"], "set": "validation", "seeds": [2, 4], "evaluated": False}
-    last = findings.findings(results_with(selection=selection))[-1]
-    assert last == "Selection: Early stopping, on validation seeds 2 to 3."
+    selection = universe.DESCRIPTION["selection"] | {"set": "validation", "seeds": [2, 4]}
+
+    def last(**changes: Any) -> str:
+        return findings.findings(results_with(selection=selection | changes))[-1]
+
+    assert last(criteria=["early stopping"]) == "Selection: Early stopping, on validation seeds 2 to 3."
+    assert "has not reached its last epoch" in last(finished=False)
+    hand = ["a choice by hand"]
+    assert last(criteria=hand, by_hand=hand, finished=False) == (
+        "Selection: A choice by hand, with the results on validation seeds 2 to 3 known."
+    )
 
 
 def test_transfer_and_degradation_have_a_sentence() -> None:

@@ -83,6 +83,17 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return run, results
 
 
+def test_figures_of_an_earlier_report_are_removed(
+    written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, results = written
+    folder = Path(shutil.copytree(run / "evaluation", tmp_path / "evaluation"))
+    (folder / "mine.png").touch()
+    report.write(folder, results, ["roc", "twins"])
+    names = {path.name for path in folder.iterdir() if path.suffix in (".png", ".pdf")}
+    assert names == {"roc.png", "roc.pdf", "twins.png", "twins.pdf", "mine.png"}
+
+
 def test_every_figure_is_written_as_png_and_pdf(written: tuple[Path, dict[str, Any]]) -> None:
     folder = written[0] / "evaluation"
     for name in FIGURES:
@@ -378,6 +389,18 @@ def test_runs_are_compared_in_one_table(runs: dict[str, Path], tmp_path: Path) -
     # looking at three runs makes each less significant than by itself
     alone = summary.summarize(report.read_predictions(runs["b"]))["significance"]["p_value"]
     assert found["b"]["p_value"] >= alone
+
+
+def test_a_comparison_explains_its_p_values_and_blanks(runs: dict[str, Path], tmp_path: Path) -> None:
+    head, _, *rows = comparison.write(tmp_path / "out", runs).splitlines()
+    assert head.endswith("| AUC - first | p against chance, adjusted for the number of runs |")
+    assert [row.split("|")[-3].strip() == "" for row in rows] == [True, False, False]
+    report.write_predictions(runs["c"] / "evaluation" / "predictions.h5", predictions_of(seeds=5))
+    _, _, *rows, empty, note = comparison.write(tmp_path / "out", runs).splitlines()
+    assert [row.split("|")[-3].strip() == "" for row in rows] == [True, False, True]
+    assert all(row.split("|")[-2].strip() == "" for row in rows)
+    assert empty == ""
+    assert "c and a were evaluated on other seeds or axes" in note
 
 
 def test_an_ensemble_has_the_mean_the_spreads_and_the_mean_logits(

@@ -41,6 +41,7 @@ def predict(path: Path, **changes: Any) -> str:
         "std": 1.0,
         "units": UNITS,
         "calibration": Calibration(threshold=0.5, temperature=2.0),
+        "calibrated": True,
     }
     return unlabelled.predict(network, path, path.with_name("out.h5"), **(options | changes))
 
@@ -62,8 +63,8 @@ def test_logits_of_slices_and_probabilities_of_cubes(tmp_path: Path) -> None:
     assert [line.split()[0] for line in table.splitlines()] == ["/a", "/deep/b"]
 
 
-def test_without_calibration_the_probability_is_the_sigmoid(tmp_path: Path) -> None:
-    predict(cubes(tmp_path / "in.h5"), calibration=None)
+def test_a_probability_without_calibration_of_cubes_is_marked(tmp_path: Path) -> None:
+    predict(cubes(tmp_path / "in.h5"), calibration=Calibration(), calibrated=False)
     with h5py.File(tmp_path / "out.h5") as found:
         means = found["cubes/mean_logit"][:]
         np.testing.assert_allclose(found["cubes/probability"][:], 1 / (1 + np.exp(-means)))
