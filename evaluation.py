@@ -170,6 +170,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if not context.accelerator.is_main_process:
         return
     results: dict[str, Any] = context.describe() | summary.summarize(predictions)
+    if context.trained.is_calibrated:
+        threshold = context.trained.calibration.threshold
+        results["calibrated"] = summary.at_threshold(predictions, threshold)
     clock.lap("metrics")
     if measured is not None:
         results |= full_report.analyse(predictions, measured)

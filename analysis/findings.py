@@ -95,13 +95,20 @@ def significant(results: Results) -> bool:
 
 
 def _performance(results: Results) -> str:
-    cubes = results["cubes"]
+    cubes, calibrated = results["cubes"], results.get("calibrated")
+    at_threshold = (
+        ""
+        if calibrated is None
+        else f" At the threshold calibrated on validation seeds (logit {calibrated['threshold']:.3g}): accuracy "
+        f"of slices {format_estimate(calibrated['accuracy'], percent=True)}, of cubes "
+        f"{format_estimate(calibrated['cube_accuracy'], percent=True)}."
+    )
     return (
         f"Slices: AUC {format_estimate(results['slices']['auc'])}, one-sided p = "
         f"{format_number(results['significance']['p_value'])} by exchanging the labels of twins. Cubes by "
-        f"mean logit: AUC {format_estimate(cubes['cube_auc'])}, accuracy "
+        f"mean logit: AUC {format_estimate(cubes['cube_auc'])}, accuracy at logit 0 "
         f"{format_estimate(cubes['cube_accuracy'], percent=True)}, "
-        f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar)."
+        f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar).{at_threshold}"
     )
 
 

@@ -35,6 +35,16 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
     return statistics.headline_estimates(*arrays(predictions)) | {"cube_auc": statistics.auc_estimate(cubes)}
 
 
+def at_threshold(predictions: Predictions, threshold: float) -> dict[str, float | Estimate]:
+    """Accuracy of slices and of cubes, by their mean logit, at a `threshold` of the logit other than 0."""
+    shifted = predictions.with_logits(predictions.logit - threshold)
+    return {
+        "threshold": threshold,
+        "accuracy": slice_metrics(shifted)["accuracy"],
+        "cube_accuracy": cube_metrics(shifted)["cube_accuracy"],
+    }
+
+
 def difference(network: Predictions, baseline: Predictions) -> dict[str, Estimate]:
     """Metrics of the network minus those of a baseline on the same slices, with paired intervals."""
     label, logit, index = arrays(network)

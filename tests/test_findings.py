@@ -129,6 +129,13 @@ def test_the_strongest_band_is_named_if_it_lies_beyond_n_of_4() -> None:
         assert expected in first
 
 
+def test_accuracies_at_the_calibrated_threshold_are_stated() -> None:
+    assert "calibrated" not in findings.findings(results_with())[1]
+    calibrated = {"threshold": 0.02, "accuracy": estimate(0.58), "cube_accuracy": estimate(0.9)}
+    second = findings.findings(results_with(calibrated=calibrated))[1]
+    assert "(logit 0.02): accuracy of slices 58.0 %, of cubes 90.0 %." in second
+
+
 def test_a_factor_on_newtonian_slices_is_not_called_physics_or_lattice() -> None:
     data = universe.DESCRIPTION["data"] | {"newton_augmentation": 0.9}
     first = findings.findings(results_with(data=data))[0]
