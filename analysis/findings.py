@@ -99,7 +99,7 @@ def _performance(results: Results) -> str:
     at_threshold = (
         ""
         if calibrated is None
-        else f" At the threshold calibrated on validation seeds (logit {calibrated['threshold']:.3g}): accuracy "
+        else f" At the threshold of the validation seeds (logit {calibrated['threshold']:.3g}): accuracy "
         f"of slices {format_estimate(calibrated['accuracy'], percent=True)}, of cubes "
         f"{format_estimate(calibrated['cube_accuracy'], percent=True)}."
     )
