@@ -77,7 +77,7 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
     if blank := [name for name in runs if "difference" not in results[name]]:
         values = "difference" if adjusted else "difference and no p-value"
         table += (
-            f"\nNo {values} where blank: {', '.join(blank)} and {first_name} were evaluated on other seeds or "
+            f"\nNo {values} if blank: {', '.join(blank)} and {first_name} were evaluated on other seeds or "
             "axes. Evaluate all runs on the same seeds (--seeds A:B).\n"
         )
     folder.mkdir(parents=True, exist_ok=True)
