@@ -30,6 +30,7 @@ import datasets
 import distributed
 import logger
 import models
+import system
 from config import ConfigError
 from evaluation_context import (
     EvaluationContext,
@@ -313,13 +314,14 @@ def unique_names(runs: list[Path]) -> dict[str, Path]:
 def predict(options: argparse.Namespace) -> None:
     """Write logits and probabilities of cubes without labels."""
     run: Path = options.run
+    if system.world_size() > 1:
+        raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
+    distributed.init_process_group()
     config = load_run_config(run)
     cubes = (options.predict, config.data_params.datafile, config.data_params.local_copy)
     require_output_file(options.output, [Path(path) for path in cubes if path is not None])
     trained = load_network(run, config, options.checkpoint)
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
     units, std = training_units(config, trained)
     # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.
     of_cubes = trained.calibration.cubes

@@ -284,4 +284,6 @@ def export(run: Run, state: TrainState) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    distributed.ignore_stop_signals()
+    sys.exit(status)

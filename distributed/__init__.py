@@ -7,7 +7,7 @@ from distributed.errors import LaunchError, run_program
 from distributed.preflight import preflight
 from distributed.process import setup_process
 from distributed.rendezvous import init_process_group
-from distributed.signals import AnyRankFlags, StopSignals
+from distributed.signals import AnyRankFlags, StopSignals, ignore_stop_signals
 
 __all__ = [
     "AnyRankFlags",
@@ -15,6 +15,7 @@ __all__ = [
     "StopSignals",
     "broadcast_buffers",
     "describe_hardware",
+    "ignore_stop_signals",
     "init_process_group",
     "preflight",
     "raise_on_all_ranks",

@@ -36,6 +36,15 @@ class AnyRankFlags:
         return tuple(bool(value) for value in values.tolist())
 
 
+def ignore_stop_signals() -> None:
+    """Ignore SIGTERM, SIGUSR1 and SIGHUP from now on: the program has done its work and is about to end.
+
+    A scheduler would take a program that such a signal ends for one that failed, and start it again.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """A context in which SIGTERM, SIGINT, SIGUSR1, SIGHUP or a time limit in minutes request a graceful stop.
 

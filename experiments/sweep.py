@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,6 +53,7 @@ CHOICES = {
     "pairs": ("false", "true"),
     "shifts": ("false", "true"),
 }
+NAMING_SECONDS = 60  # within which a worker records that a trial is its own
 SECTION = dict.fromkeys(("whiten", "pairs", "shifts"), "data_params") | {"lr": "train_params"}
 
 
@@ -221,6 +223,9 @@ class Worker:
     def requeue_orphans(self, study: optuna.Study) -> None:
         """Queue again, with the same run, the trials whose worker was killed."""
         for trial in study.get_trials(states=[TrialState.RUNNING]):
+            age = datetime.now() - (trial.datetime_start or datetime.now())
+            if "worker" not in trial.user_attrs and age.total_seconds() < NAMING_SECONDS:
+                continue  # another worker has just asked for it
             if self._alive(trial.user_attrs.get("worker", "")):
                 continue
             study.tell(trial.number, state=TrialState.FAIL)

@@ -712,3 +712,15 @@ def test_a_bug_is_raised() -> None:
 
     with pytest.raises(RuntimeError, match="bug"):
         distributed.run_program(program, (OSError,))
+
+
+def test_signals_after_the_work_is_done_are_ignored() -> None:
+    """Otherwise a scheduler takes the finished program for a failed one and starts it again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    try:
+        distributed.ignore_stop_signals()
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

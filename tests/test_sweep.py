@@ -181,6 +181,7 @@ def test_a_run_that_finished_without_its_sweep_is_not_trained_again(
         suggest = orphan.suggest_int if name == "layer_param" else orphan.suggest_float
         suggest(name, low, high, log=name != "dropout")
     orphan.set_user_attr("run", "run-000")  # its folder is complete
+    orphan.set_user_attr("worker", "gone")
     assert search("--trials", "1", pause=0) == 0
     assert (tmp_path / "runs" / "run-000" / "started").read_text() == "x"
     assert trials(tmp_path)[-1].value == trials(tmp_path)[0].value
@@ -221,6 +222,21 @@ def test_workers_share_a_study(search: Callable[..., int], experiment: Experimen
     assert all(
         (tmp_path / "runs" / trial.user_attrs["run"] / "started").read_text() == "x" for trial in found
     )
+
+
+def test_a_trial_that_another_worker_has_just_asked_for_is_left_to_it(
+    sweep: ModuleType, search: Callable[..., int], tmp_path: Path
+) -> None:
+    assert search("--trials", "1", pause=0) == 0
+    study = load_study(tmp_path)
+    trial = study.ask()
+    with sweep.Worker(tmp_path / "runs" / "workers") as worker:
+        worker.requeue_orphans(study)
+        assert trials(tmp_path)[trial.number].state.name == "RUNNING"
+        sweep.NAMING_SECONDS, before = 0, sweep.NAMING_SECONDS
+        worker.requeue_orphans(study)
+        sweep.NAMING_SECONDS = before
+    assert trials(tmp_path)[trial.number].state.name == "FAIL"
 
 
 @pytest.mark.parametrize(
