@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import secrets
 import signal
@@ -100,14 +101,20 @@ def search(config: experiment.Config, options: argparse.Namespace) -> None:
     phase = "validation" if config.data_params.validation_seeds else "test"
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=name,
-        storage=JournalStorage(JournalFileBackend(str(folder / f"{name}-sweep.journal"))),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
-        load_if_exists=True,
-    )
-    check_experiment(study, config)
-    with Worker(folder / f"{name}-sweep-workers") as worker:
+    journal, workers = folder / f"{name}-sweep.journal", folder / f"{name}-sweep-workers"
+    with Worker(workers) as worker:
+        if worker.alone:
+            remove_unfinished_line(journal)
+        try:
+            study = optuna.create_study(
+                study_name=name,
+                storage=JournalStorage(JournalFileBackend(str(journal))),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
+                load_if_exists=True,
+            )
+        except json.JSONDecodeError as error:
+            raise SweepError(f"{journal}: damaged: {error}. Remove the damaged lines.") from None
+        check_experiment(study, config)
         worker.requeue_orphans(study)
         while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
             trial = study.ask()
@@ -170,6 +177,14 @@ def parse_range(key: str, text: str) -> tuple[float, float]:
     return low, high
 
 
+def remove_unfinished_line(journal: Path) -> None:
+    """Remove the line that a killed worker left unfinished: the next record would be appended to it."""
+    if journal.exists():
+        content = journal.read_bytes()
+        if content and not content.endswith(b"\n"):
+            os.truncate(journal, content.rfind(b"\n") + 1)
+
+
 def check_experiment(study: optuna.Study, config: experiment.Config) -> None:
     """Record the experiment of a new study; raise ConfigError if a resumed one was started with another.
 
@@ -219,6 +234,12 @@ class Worker:
         self._lock.close()
         with suppress(OSError):  # other workers are still there
             self._folder.rmdir()
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other worker of the study is alive."""
+        others = [path.name for path in self._folder.iterdir() if path.name != self.name]
+        return not any(self._alive(name) for name in others)
 
     def requeue_orphans(self, study: optuna.Study) -> None:
         """Queue again, with the same run, the trials whose worker was killed."""

@@ -224,6 +224,21 @@ def test_workers_share_a_study(search: Callable[..., int], experiment: Experimen
     )
 
 
+def test_a_journal_that_ends_in_the_middle_of_a_record_is_resumed(
+    search: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search("--trials", "1", pause=0) == 0
+    journal = tmp_path / "runs" / "run-sweep.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content + b'{"op_code": 4, "wor')
+    assert search("--trials", "2", pause=0) == 0
+    assert len(trials(tmp_path)) == 2
+    assert journal.read_bytes().startswith(content)
+    journal.write_bytes(content + b"{\n" + content)
+    assert search("--trials", "3", pause=0) == 2
+    assert f"{journal}: damaged" in capsys.readouterr().err
+
+
 def test_a_trial_that_another_worker_has_just_asked_for_is_left_to_it(
     sweep: ModuleType, search: Callable[..., int], tmp_path: Path
 ) -> None:
