@@ -191,6 +191,8 @@ def setup_run(
         check_network(config)
         if accelerator.is_main_process:
             checkpoints.acquire_lock()
+            if (saved := checkpoints.saved_config()) is not None:
+                check_same_settings(config.run_dir, saved, config.to_dict())
     data = config.data_params
     seeds = range(data.train_seeds + data.test_seeds)
     cubes = open_cubes(config, accelerator, seeds)

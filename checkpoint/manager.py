@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import distributed
 from checkpoint import storage
 from checkpoint import tensors as state_tensors
-from checkpoint.schema import FORMAT, PARTS, CheckpointError
+from checkpoint.schema import FORMAT, PARTS, CheckpointError, NewerFormatError
 from checkpoint.storage import Checkpoint
 
 if TYPE_CHECKING:
@@ -132,6 +132,17 @@ class CheckpointManager:
                     folder.rmdir()
         self._lock.close()
         self._lock = None
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The resolved experiment of the newest checkpoint whose state can be read; changes nothing."""
+        for checkpoint in reversed(storage.list_checkpoints(self._folder)):
+            try:
+                return checkpoint.config
+            except NewerFormatError:
+                return None  # latest_complete rejects it
+            except CheckpointError:
+                continue
+        return None
 
     def latest_complete(self) -> Checkpoint | None:
         """The newest complete checkpoint; None for a new run. Collective.

@@ -409,6 +409,20 @@ def test_one_program_at_a_time_trains_a_run(
     assert trainer.main([str(path)]) == 0
 
 
+def test_other_settings_are_refused_before_a_damaged_checkpoint_is_renamed(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(save_every_steps=1)
+    assert trainer.main([str(path)]) == 0
+    newest = max((tmp_path / "runs" / "run" / "checkpoints").glob("step_*"))
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    check_refused(path, tmp_path, capsys, ["train_params.lr: the run has"], "train_params.lr=0.5")
+    (newest / "state.json").write_bytes(b"{")
+    check_refused(path, tmp_path, capsys, ["train_params.lr: the run has"], "train_params.lr=0.5")
+
+
 def test_damaged_lines_of_the_log_are_dropped_alone(experiment: Experiment, tmp_path: Path) -> None:
     path = experiment(epochs=2, test_every=1)
     assert trainer.main([str(path)]) == 0
