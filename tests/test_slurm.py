@@ -38,7 +38,7 @@ trap 'for task in "${tasks[@]}"; do kill -USR1 -- "${all:-}$task"; done' USR1
 status=0
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2>/dev/null; do wait "$task"; done
-    wait "$task" || status=$?
+    wait "$task" || wait "$task" || status=$?
 done
 exit $status
 """
