@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,8 +104,8 @@ class DataParams(Section):
     standardize: Literal["none", "train"] = "none"
     """`none`: the file is standardized; `train`: by mean and standard deviation of the training cubes"""
     whiten: Literal["none", "isotropic"] = "none"
-    """`isotropic`: divide slices by the square root of the training slices' power spectrum; modes beyond the
-    Nyquist wavenumber are removed"""
+    """`isotropic`: divide slices by the square root of the training slices' power spectrum, and remove their
+    mean and the modes from the Nyquist wavenumber on"""
     cache: Literal["auto", "disk", "memory", "device"] = "auto"
     """where cubes are held during training; the result is the same"""
     channels: Count = 1
@@ -440,10 +441,16 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def check_same_settings(run_dir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_same_settings(
+    path: Path,
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    may_change: Collection[str] = MAY_CHANGE,
+) -> None:
     """Raise ConfigError that lists each setting by which `current` would change the result of a saved run.
 
-    A key that did not exist when the run was saved had its default.
+    `path` is the run, or the file of the saved experiment. Keys in `may_change` are not compared. A key that
+    did not exist when the run was saved had its default.
     """
     lines = []
     for section in Config.model_fields:
@@ -451,11 +458,11 @@ def check_same_settings(run_dir: Path, saved: dict[str, Any], current: dict[str,
         for key in sorted({*saved.get(section, {}), *current.get(section, {})}):
             default = fields[key].get_default(call_default_factory=True) if key in fields else None
             before, now = saved.get(section, {}).get(key, default), current.get(section, {}).get(key, default)
-            if f"{section}.{key}" not in MAY_CHANGE and before != now:
+            if f"{section}.{key}" not in may_change and before != now:
                 lines.append(f"{section}.{key}: the run has {before!r}, this experiment {now!r}")
     if lines:
         raise ConfigError(
-            f"{run_dir}: this run was started with other settings:\n  "
+            f"{path}: this run was started with other settings:\n  "
             + "\n  ".join(lines)
             + "\nUse the same settings, or another model_params.name."
         )

@@ -27,7 +27,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from processes import ROOT, deferred_interrupt, parse_launcher, start
+from processes import ROOT, LauncherError, deferred_interrupt, parse_launcher, start
 
 sys.path.insert(0, str(ROOT))
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.launcher = parse_launcher(options.launcher)
         repeat(experiment.load_config(options.experiment, options.overrides), options)
-    except (RepeatError, experiment.ConfigError, datasets.DataError, OSError) as error:
+    except (RepeatError, LauncherError, experiment.ConfigError, datasets.DataError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -185,23 +185,18 @@ def read_links(path: Path) -> tuple[str, list[int]]:
 
 
 def check_settings(one: Repetition, options: argparse.Namespace) -> None:
-    """Raise ConfigError or RepeatError if a run that exists was trained with other settings."""
+    """Raise ConfigError if a run that exists was trained with other settings."""
     path = one.run_dir / "config.yaml"
     if not path.exists():
         return
     wanted = experiment.load_config(options.experiment, [*options.overrides, *changes(one)]).to_dict()
     saved = experiment.load_config(path, []).to_dict()
     for section, keys in wanted.items():
-        for key, value in keys.items() if keys else ():
-            if value is None:  # the launch decided
-                keys[key] = saved[section][key]
-    experiment.check_same_settings(one.run_dir, saved, wanted)
-    epochs = saved["train_params"]["epochs"], wanted["train_params"]["epochs"]
-    if epochs[0] != epochs[1]:
-        raise RepeatError(
-            f"{one.run_dir}: train_params.epochs: the run has {epochs[0]}, this experiment {epochs[1]}. Use "
-            "the same settings, or another model_params.name."
-        )
+        keys |= {
+            key: saved[section][key] for key, value in keys.items() if value is None
+        }  # the launch decided
+    may_change = experiment.MAY_CHANGE - {"train_params.epochs"}
+    experiment.check_same_settings(one.run_dir, saved, wanted, may_change)
 
 
 def execute(repetitions: Sequence[Repetition], options: argparse.Namespace) -> None:

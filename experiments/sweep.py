@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from processes import ROOT, deferred_interrupt, parse_launcher, start
+from processes import ROOT, LauncherError, deferred_interrupt, parse_launcher, start
 
 sys.path.insert(0, str(ROOT))
 
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         if data.synthetic is None or Path(data.datafile).exists():
             datasets.CubeFile(data.datafile).require(range(data.test_range.stop))
         search(config, options)
-    except (SweepError, experiment.ConfigError, datasets.DataError, OSError) as error:
+    except (SweepError, LauncherError, experiment.ConfigError, datasets.DataError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -114,7 +114,7 @@ def search(config: experiment.Config, options: argparse.Namespace) -> None:
             )
         except json.JSONDecodeError as error:
             raise SweepError(f"{journal}: damaged: {error}. Remove the damaged lines.") from None
-        check_experiment(study, config)
+        check_experiment(study, config, journal)
         worker.requeue_orphans(study)
         while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
             trial = study.ask()
@@ -185,7 +185,7 @@ def remove_unfinished_line(journal: Path) -> None:
             os.truncate(journal, content.rfind(b"\n") + 1)
 
 
-def check_experiment(study: optuna.Study, config: experiment.Config) -> None:
+def check_experiment(study: optuna.Study, config: experiment.Config, journal: Path) -> None:
     """Record the experiment of a new study; raise ConfigError if a resumed one was started with another.
 
     Losses of different data, seeds or epochs cannot be compared. The searched keys may differ.
@@ -198,14 +198,8 @@ def check_experiment(study: optuna.Study, config: experiment.Config) -> None:
     for key in (*RANGES, *CHOICES):
         section = SECTION.get(key, "model_params")
         current[section][key] = saved[section][key]
-    experiment.check_same_settings(Path(f"the sweep {study.study_name}"), saved, current)
-    for section, key in (("data_params", "datafile"), ("train_params", "epochs")):
-        if saved[section][key] != current[section][key]:
-            raise SweepError(
-                f"the sweep {study.study_name} was started with {section}.{key} {saved[section][key]!r}, "
-                f"this experiment has {current[section][key]!r}. Use the same value, or another "
-                "model_params.name."
-            )
+    may_change = experiment.MAY_CHANGE - {"train_params.epochs", "data_params.datafile"}
+    experiment.check_same_settings(journal, saved, current, may_change)
 
 
 def count_trials(study: optuna.Study) -> int:

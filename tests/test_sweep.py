@@ -240,7 +240,7 @@ def test_a_journal_that_ends_in_the_middle_of_a_record_is_resumed(
 
 
 def test_a_trial_that_another_worker_has_just_asked_for_is_left_to_it(
-    sweep: ModuleType, search: Callable[..., int], tmp_path: Path
+    sweep: ModuleType, search: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert search("--trials", "1", pause=0) == 0
     study = load_study(tmp_path)
@@ -248,9 +248,8 @@ def test_a_trial_that_another_worker_has_just_asked_for_is_left_to_it(
     with sweep.Worker(tmp_path / "runs" / "workers") as worker:
         worker.requeue_orphans(study)
         assert trials(tmp_path)[trial.number].state.name == "RUNNING"
-        sweep.NAMING_SECONDS, before = 0, sweep.NAMING_SECONDS
+        monkeypatch.setattr(sweep, "NAMING_SECONDS", 0)
         worker.requeue_orphans(study)
-        sweep.NAMING_SECONDS = before
     assert trials(tmp_path)[trial.number].state.name == "FAIL"
 
 
