@@ -61,11 +61,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Skips lines that are not JSON objects, such as the last line of a process that was killed, with a warning.
     Raises OSError if it is not a regular file: opening a pipe would block.
     """
-    records = []
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        return []
+    if not path.is_file():
         raise OSError(f"{path}: not a regular file. Remove it.")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             record = json.loads(line)
             json.dumps(record, allow_nan=False)  # Python reads NaN and infinity, which are not JSON

@@ -270,7 +270,6 @@ def initial_state(
     """The state of the last checkpoint, without its predictions, or that of a new run."""
     predictions = metrics.PredictionBuffer(accelerator)
     if last is not None:
-        check_same_settings(config.run_dir, last.config, config.to_dict())
         return TrainState(predictions, **last.train_state)
     mean, std = 0.0, 1.0
     if config.data_params.standardize == "train":

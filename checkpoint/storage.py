@@ -14,7 +14,6 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -225,12 +224,10 @@ def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> 
     partial = folder.with_name(folder.name + PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        first = not folder.parent.exists()
-        with suppress(FileExistsError):
+        if not folder.parent.exists():
             folder.parent.mkdir()  # not its parents: a run that was renamed gets no second folder
-        partial.mkdir()
-        if first:
             files.sync_directory(folder.parent.parent)
+        partial.mkdir()
         # Serialized in memory: save_file creates files that only the owner may read, whatever the umask.
         entries = {}
         for part, tensors in parts.items():

@@ -287,7 +287,5 @@ def choose_cache(seed_bytes: int, seeds: int, device: torch.device, ranks: int, 
 
 
 def _log_choice(choice: str, seeds: int, share: float, free: float) -> None:
-    log.info(
-        "cache: %s for %d seeds (%.1f GiB, of %.1f GiB free for cubes)",
-        *(choice, seeds, share / 2**30, free / 2**30),
-    )
+    needed = f"{share / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free for cubes"
+    log.info("cache: %s for %d seeds (%s)", choice, seeds, needed)
