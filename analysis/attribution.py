@@ -36,17 +36,18 @@ def shares(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> li
     `unchanged` (slices,) are the logits of the slices of `predictions`, `exchanged` (slices, groups) those
     after the exchange of each group.
     """
-    predictions = predictions.with_logits(unchanged)
-    whole, parts = twin_difference(predictions), exchanged_parts(predictions, exchanged)
+    return _shares(*_parts(predictions, unchanged, exchanged))
+
+
+def _parts(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> tuple[Floats, Floats]:
+    """Delta (seeds,) and Delta_b (seeds, groups) of each seed."""
+    whole, *after = (twin_difference(predictions.with_logits(logits)) for logits in (unchanged, *exchanged.T))
+    return whole, (whole[:, None] - np.stack(after, axis=1)) / 2
+
+
+def _shares(whole: Floats, parts: Floats) -> list[Estimate]:
     parts = np.column_stack([parts, whole - parts.sum(1)])
     return [statistics.ratio_estimate(part, whole, "real") for part in parts.T]
-
-
-def exchanged_parts(predictions: Predictions, exchanged: Floats) -> Floats:
-    """Delta_b of each seed and group: (seeds, groups); `exchanged` (slices, groups) as in `shares`."""
-    whole = twin_difference(predictions)
-    after = np.stack([twin_difference(predictions.with_logits(logits)) for logits in exchanged.T], axis=1)
-    return (whole[:, None] - after) / 2
 
 
 def attribute(predictions: Predictions, unchanged: Floats, exchanged: Floats) -> dict[str, Any]:
@@ -55,12 +56,10 @@ def attribute(predictions: Predictions, unchanged: Floats, exchanged: Floats) ->
     `drivers` are the shares of the parts that the first finding compares: `mean`, `large_scales` and
     `small_scales`, the sum of the three directions. `lead` is the largest of them less the second.
     """
-    predictions = predictions.with_logits(unchanged)
-    estimates = shares(predictions, unchanged, exchanged)
-    whole, parts = twin_difference(predictions), exchanged_parts(predictions, exchanged)
+    whole, parts = _parts(predictions, unchanged, exchanged)
     drivers = np.column_stack([parts[:, 0], parts[:, 1], parts[:, 2:].sum(1)])
     second, first = np.argsort(drivers.sum(0) * np.sign(whole.sum()))[-2:]
-    return dict(zip((*GROUPS, "remainder"), estimates, strict=True)) | {
+    return dict(zip((*GROUPS, "remainder"), _shares(whole, parts), strict=True)) | {
         "difference": statistics.mean_estimate(whole),
         "drivers": {
             name: statistics.ratio_estimate(part, whole, "real")

@@ -116,27 +116,17 @@ def fit(
         newton = slices["wavenumbers"][:, 0].mean(0)
         projected = np.divide(flat[1], flat[0], out=np.ones_like(newton), where=flat[0] > 0)
         ceilings["linear"] = Ceiling(
-            _likelihood_ratio("wavenumbers", slice_bins["wavenumbers"], newton, newton * projected),
-            _likelihood_ratio("wavenumbers", cube_bins["wavenumbers"], solid, solid * excess),
+            _likelihood_ratio("wavenumbers", slice_bins, newton, newton * projected),
+            _likelihood_ratio("wavenumbers", cube_bins, solid, solid * excess),
         )
     ceilings["isotropic"] = Ceiling(
-        *(
-            _isotropic(
-                bins["isotropic"], power["isotropic"].mean(0), bins[finest], power[finest][:, 0].mean(0)
-            )
-            for bins, power, finest in ((slice_bins, slices, "symmetry"), (cube_bins, cubes, "wavenumbers"))
+        _isotropic(slice_bins, slices, "symmetry"), _isotropic(cube_bins, cubes, "wavenumbers")
+    )
+    for name, corners in (("directional", False), ("corners", True)):
+        ceilings[name] = Ceiling(
+            _likelihood_ratio("symmetry", slice_bins, *slices["symmetry"].mean(0), corners=corners),
+            _likelihood_ratio("directional", cube_bins, *cubes["directional"].mean(0), corners=corners),
         )
-    )
-    ceilings["directional"] = Ceiling(
-        _likelihood_ratio("symmetry", slice_bins["symmetry"], *slices["symmetry"].mean(0)),
-        _likelihood_ratio("directional", cube_bins["directional"], *cubes["directional"].mean(0)),
-    )
-    ceilings["corners"] = Ceiling(
-        _likelihood_ratio("symmetry", slice_bins["symmetry"], *slices["symmetry"].mean(0), corners=True),
-        _likelihood_ratio(
-            "directional", cube_bins["directional"], *cubes["directional"].mean(0), corners=True
-        ),
-    )
     return ceilings
 
 
@@ -151,28 +141,29 @@ def attained_share(auc: float, ceiling_auc: float) -> float:
     return detectability(auc) / attainable if attainable > 0 else float("nan")
 
 
-def _isotropic(shells: ModeBins, power: Floats, classes: ModeBins, newton: Floats) -> LikelihoodRatio:
-    """The likelihood ratio that knows P(k) (2, shells) of shells alone.
+def _isotropic(bins: Mapping[str, ModeBins], power: Mapping[str, Floats], finest: str) -> LikelihoodRatio:
+    """The likelihood ratio that knows the P(k) of shells alone.
 
-    P(k) `newton` (classes,) varies within a shell, steeply at low n and with direction near the Nyquist
-    wavenumber. The mean power of a shell is therefore taken for a chi-squared variable with
-    (sum P)^2 / sum P^2 degrees of freedom instead of one per mode (Satterthwaite 1946, Biometrics Bulletin 2,
-    110). The `classes` of modes have the same n each.
+    P(k) varies within a shell, steeply at low n and, in slices, with direction near the Nyquist wavenumber.
+    The mean power of a shell is therefore treated as a chi-squared variable with (sum P)^2 / sum P^2 degrees
+    of freedom instead of one per mode (Satterthwaite 1946, Biometrics Bulletin 2, 110). `finest` names a
+    partition that resolves P(k), with one n per bin.
     """
-    shell = np.floor(classes.n + 0.5).astype(int)
-    first, second = (np.bincount(shell, classes.modes * newton**order) for order in (1, 2))
+    newton, modes = power[finest][:, 0].mean(0), bins[finest].modes
+    shell = np.floor(bins[finest].n + 0.5).astype(int)
+    first, second = (np.bincount(shell, modes * newton**order) for order in (1, 2))
     effective = np.divide(first**2, second, out=np.zeros_like(first), where=second > 0)
-    ratio = _likelihood_ratio("isotropic", shells, *power)
-    return replace(ratio, modes=effective[1 : len(shells) + 1][ratio.used])
+    ratio = _likelihood_ratio("isotropic", bins, *power["isotropic"].mean(0))
+    return replace(ratio, modes=effective[1 : len(bins["isotropic"]) + 1][ratio.used])
 
 
 def _likelihood_ratio(
-    partition: str, bins: ModeBins, newton: Floats, gr: Floats, *, corners: bool = False
+    partition: str, bins: Mapping[str, ModeBins], newton: Floats, gr: Floats, *, corners: bool = False
 ) -> LikelihoodRatio:
-    modes = bins.modes
+    modes = bins[partition].modes
     used = measurable(newton[None], modes) & measurable(gr[None], modes)
     if not corners:
-        used &= bins.inside_nyquist
+        used &= bins[partition].inside_nyquist
     if not used.any():
         raise SpectrumError(NO_POWER)
     return LikelihoodRatio(partition, used, modes[used], newton[used], gr[used])

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from analysis.interventions import LARGE_SCALES
 from datasets.preparation.cosmology import linear_theory_ratio
 
 Results = Mapping[str, Any]
 Estimate = Mapping[str, float | None]
 
 ALPHA = 0.05
-# Up to this difference of ln P_GR/P_N between diagonals and axes, in parts of its mean over directions, the
-# twins are said to differ equally in all directions.
+# If ln P_GR/P_N of diagonals and axes differs by up to this share of its mean over directions, it is called
+# isotropic.
 ISOTROPIC = 0.2
 SMALL_EXCESS = 0.5  # of P_GR/P_N in linear theory, in per cent
-LARGEST_SCALES = 4  # n up to this are large scales, as in the attribution
 DRIVERS = {
     "mean": "the mean of the slices",
     "large_scales": "modes with n <= 4 (large scales)",
@@ -160,7 +160,7 @@ def _linear_theory(data: Mapping[str, Any]) -> str:
     """What linear theory says about n <= 4 in a box of this length."""
     if not data["box_size"]:
         return "Without the size of the box, linear theory predicts nothing for them."
-    n = np.array([1, LARGEST_SCALES])
+    n = np.array([1, LARGE_SCALES])
     largest, smallest = 100 * (linear_theory_ratio(n * 2 * np.pi / data["box_size"]) - 1)
     if largest < SMALL_EXCESS:
         return f"Linear theory predicts less than {SMALL_EXCESS} % there in this box."
@@ -209,7 +209,7 @@ def _strongest_band(results: Results) -> str:
     n = edges / (2 * edges[1])  # the first band, the mean, ends at n = 1/2
     shares = [share["value"] for share in found["shares"]]
     band = int(np.argmax(shares))
-    if n[band] < LARGEST_SCALES:
+    if n[band] < LARGE_SCALES:
         return ""
     low, high = edges[band : band + 2]
     return f", most of all by k = {low:.3g} to {high:.3g} {found['unit']} ({100 * shares[band]:.0f} %)"

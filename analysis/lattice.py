@@ -248,7 +248,7 @@ class Lattice:
         """
         shells = self._shells
         band = np.digitize(shells.n, edges) - 1
-        weight = np.maximum(shares, 0)[band] / np.bincount(band, minlength=1)[band]
+        weight = np.maximum(shares, 0)[band] / np.bincount(band)[band]
         if not weight.sum():
             return {}
         weight /= weight.sum()

@@ -1,4 +1,4 @@
-"""The learning curve: metrics by data_params.train_seeds."""
+"""The learning curve: metrics by the number of training seeds, validation seeds included."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def learning_curve(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, st
         panel.errorbar(seeds, means, errors, **LINES[0], capsize=2, label="mean, spread over folds")
         panel.plot(seeds, ensembles, **LINES[1], label="ensemble of trainings")
         panel.axhline(0.5, ls=":", color=GRAY)
-        panel.set(xlabel="train_seeds", ylabel=title, ylim=(0.45, 1.02) if "cube" in key else None)
+        panel.set(
+            xlabel="training and validation seeds", ylabel=title, ylim=(0.45, 1.02) if "cube" in key else None
+        )
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -721,6 +721,7 @@ def test_signals_after_the_work_is_done_are_ignored() -> None:
         distributed.ignore_stop_signals()
         for number in before:
             os.kill(os.getpid(), number)
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
