@@ -6,14 +6,15 @@
     python evaluation.py --ensemble runs/A runs/B [--output FOLDER]
     python evaluation.py runs/NAME --predict FILE --output OUT.h5
 
-The program, top to bottom: load the run and its data (evaluation_context.py), predict the slices of seeds
+The program, top to bottom: load the run and its data (analysis/context.py), predict the slices of seeds
 that the network was not trained on, remove and exchange wavenumbers, compare with baselines and ceilings of
 the power spectrum, and write everything to RUN/evaluation/.
 """
 
 from __future__ import annotations
 
-import openmp  # noqa: F401  before torch
+import system
+from system import UserError
 
 import argparse
 import os
@@ -25,22 +26,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import checkpoint
 import datasets
-import distributed
-import logger
 import models
-import system
-from config import ConfigError
-from evaluation_context import (
-    EvaluationContext,
-    EvaluationError,
-    load_network,
-    load_run,
-    load_run_config,
-    training_units,
-)
-from metrics import Predictions
+from analysis.context import EvaluationContext, load_network, load_run, load_run_config, training_units
+from training import distributed, logger
+from training.metrics import Predictions
 
 try:
     from analysis import (
@@ -62,26 +52,10 @@ try:
     from analysis.ceilings import Ceiling
     from analysis.findings import findings, warnings
     from analysis.interventions import Bands
-    from analysis.power_spectrum import SpectrumError
     from analysis.simulation_spectra import Partitions, SimulationSpectra
 except ModuleNotFoundError as missing:
     print(f"Evaluation needs {missing.name}. Install it: pip install -e '.[evaluation]'", file=sys.stderr)
     sys.exit(2)
-
-USER_ERRORS = (
-    EvaluationError,
-    ConfigError,
-    report.ReportError,
-    ensemble.EnsembleError,
-    robustness.DegradationError,
-    SpectrumError,
-    unlabelled.FieldError,
-    datasets.DataError,
-    models.ModelError,
-    checkpoint.CheckpointError,
-    distributed.LaunchError,
-    OSError,
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             distributed.setup_process()
             (predict if options.predict else evaluate)(options)
 
-    return distributed.run_program(program, USER_ERRORS)
+    return distributed.run_program(program)
 
 
 def unread_options(options: argparse.Namespace) -> str | None:
@@ -277,16 +251,16 @@ def update_model_card(
 
 
 def require_writable(output: Path, folder: Path | None = None) -> None:
-    """Raise EvaluationError unless `folder`, by default `output` itself, exists or can be made."""
+    """Raise UserError unless `folder`, by default `output` itself, exists or can be made."""
     folder = (folder or output).absolute()
     found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not found.is_dir() or not os.access(found, os.W_OK):
         problem = "is not writable" if found.is_dir() else "is not a folder"
-        raise EvaluationError(f"--output {output}: {found} {problem}. Choose another folder.")
+        raise UserError(f"--output {output}: {found} {problem}. Choose another folder.")
 
 
 def require_output_file(output: Path, inputs: Sequence[Path]) -> None:
-    """Raise EvaluationError unless predictions can be written to `output` and replace nothing else.
+    """Raise UserError unless predictions can be written to `output` and replace nothing else.
 
     `inputs` are files that must not be replaced, under any of their names.
     """
@@ -294,11 +268,11 @@ def require_output_file(output: Path, inputs: Sequence[Path]) -> None:
         # write_hdf5 removes a file OUT.part that is there
         for name in (output, output.with_name(f"{output.name}.part")):
             if name.exists() and path.exists() and name.samefile(path):
-                raise EvaluationError(
+                raise UserError(
                     f"--output {output}: this would replace the cubes in {path}. Choose another file."
                 )
     if output.exists() and not unlabelled.is_prediction(output):
-        raise EvaluationError(
+        raise UserError(
             f"--output {output}: this exists and was not written by --predict, so it is not replaced. Choose "
             "another file."
         )
@@ -315,7 +289,7 @@ def predict(options: argparse.Namespace) -> None:
     """Write logits and probabilities of cubes without labels."""
     run: Path = options.run
     if system.world_size() > 1:
-        raise EvaluationError("--predict runs on one process. Start it with python evaluation.py.")
+        raise UserError("--predict runs on one process. Start it with python evaluation.py.")
     distributed.init_process_group()
     config = load_run_config(run)
     cubes = (options.predict, config.data_params.datafile, config.data_params.local_copy)

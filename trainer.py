@@ -8,7 +8,7 @@ train and evaluate epoch by epoch, and export the trained network.
 
 from __future__ import annotations
 
-import openmp  # noqa: F401  before torch
+import system
 
 import argparse
 import sys
@@ -21,29 +21,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import checkpoint
 import datasets
-import distributed
-import metrics
 import models
-import system
-from config import Config, ConfigError, load_config
-from logger import RunLogger, setup_logging
-from run import Run, TrainState, check_setup, setup_run, start_logger
-from trackers import TrackerError, require_trackers
+from training import checkpoint, distributed, metrics
+from training.config import Config, load_config
+from training.logger import RunLogger, setup_logging
+from training.run import Run, TrainState, check_setup, setup_run, start_logger
+from training.trackers import require_trackers
 
 CHECK_FINITE_EVERY = 20  # steps between asynchronous checks that the logits are finite
-
-USER_ERRORS = (
-    ConfigError,
-    datasets.DataError,
-    models.ModelError,
-    checkpoint.CheckpointError,
-    distributed.LaunchError,
-    metrics.DivergenceError,
-    TrackerError,
-    OSError,
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.setup_process()
         train(load_config(options.experiment, options.overrides), preflight_only=options.preflight)
 
-    return distributed.run_program(program, USER_ERRORS)
+    return distributed.run_program(program)
 
 
 def train(config: Config, *, preflight_only: bool) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from analysis import statistics
 from analysis.interventions import GROUPS
 from analysis.statistics import Estimate
-from metrics import Predictions
+from training.metrics import Predictions
 
 Floats = NDArray[np.float64]
 

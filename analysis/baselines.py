@@ -10,6 +10,8 @@ simulation are never in both parts.
 
 from __future__ import annotations
 
+from system import UserError
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from analysis.power_spectrum import NO_POWER, SpectrumError, measurable
+from analysis.power_spectrum import NO_POWER, measurable
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -47,11 +49,11 @@ class Baseline:
     def fit(cls, power: Floats, modes: Floats, labels: Integers, seeds: Integers) -> Baseline:
         """Fit to P(k) `power` (samples, bins) with `modes` (bins,), `labels` and `seeds` (samples,).
 
-        Bins whose power is a rounding error are left out. Raises SpectrumError if no bin is left.
+        Bins whose power is a rounding error are left out. Raises UserError if no bin is left.
         """
         used = measurable(power, modes)
         if not used.any():
-            raise SpectrumError(NO_POWER)
+            raise UserError(NO_POWER)
         floor = 1e-6 * power[:, used].mean(0)
         features = np.log(np.maximum(power[:, used], floor))
         # Newton's method: neighbouring bins are so correlated that first-order solvers converge slowly

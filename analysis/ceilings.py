@@ -20,6 +20,8 @@ axes of the slices. Where axes differ (`Lattice.axis_power`), the test on real d
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,7 +29,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.special import ndtri
 
-from analysis.power_spectrum import NO_POWER, Bools, Floats, ModeBins, SpectrumError, measurable
+from analysis.power_spectrum import NO_POWER, Bools, Floats, ModeBins, measurable
 from datasets.preparation.cosmology import linear_theory_ratio
 
 
@@ -105,7 +107,7 @@ def fit(
 
     `linear`: the ratio of linear theory, where the length of the box is known. `isotropic`: by shells up to
     n = N/2. `directional`: resolved by direction, up to n = N/2. `corners`: the same with the corners
-    of Fourier space. Raises SpectrumError if no bin holds power.
+    of Fourier space. Raises UserError if no bin holds power.
     """
     ceilings = {}
     box = slice_bins["wavenumbers"].box
@@ -165,7 +167,7 @@ def _likelihood_ratio(
     if not corners:
         used &= bins[partition].inside_nyquist
     if not used.any():
-        raise SpectrumError(NO_POWER)
+        raise UserError(NO_POWER)
     return LikelihoodRatio(partition, used, modes[used], newton[used], gr[used])
 
 

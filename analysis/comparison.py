@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-import files
 from analysis import figures, report, significance, statistics, style, summary
 from analysis.findings import format_estimate, format_number
-from metrics import Predictions
+from training.metrics import Predictions
 
 COLUMNS = {
     "accuracy": "accuracy",
@@ -45,7 +46,7 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
 
     The p-value tests the slice AUC of each run against chance by exchanging the labels of twins, with the
     maximum over the runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to
-    the first run; a line below the table says why values are blank. Raises ReportError for runs without
+    the first run; a line below the table says why values are blank. Raises UserError for runs without
     evaluation.
     """
     reports = {name: report.read(run) for name, run in runs.items()}
@@ -81,8 +82,8 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
             "or axes. Evaluate all runs on the same seeds (--seeds A:B).\n"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / "comparison.md", table)
-    files.write_atomically(
+    system.write_atomically(folder / "comparison.md", table)
+    system.write_atomically(
         folder / "comparison.json", json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"
     )
     style.save(figures.intervals(results, figures.COMPARED), folder / "comparison")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-import files
 from analysis import report, statistics, summary
 from analysis.comparison import markdown
 from analysis.findings import format_estimate, format_number
-from metrics import Predictions
+from training.metrics import Predictions
 
 MAY_DIFFER = {  # keys that do not change what a training computes
     "model_params.name",
@@ -25,14 +27,10 @@ MAY_DIFFER = {  # keys that do not change what a training computes
 METRICS = ("accuracy", "auc", "cube_auc")
 
 
-class EnsembleError(ValueError):
-    """Runs that are not trainings of one experiment."""
-
-
 def require_one_experiment(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise EnsembleError unless the configurations, by run, differ only in train_params.seed."""
+    """Raise UserError unless the configurations, by run, differ only in train_params.seed."""
     if len(configs) < 2:
-        raise EnsembleError("--ensemble: one run is no ensemble. Give two or more runs.")
+        raise UserError("--ensemble: one run is no ensemble. Give two or more runs.")
     names = list(configs)
     first = _flatten(configs[names[0]])
     seeds = {first["train_params.seed"]: names[0]}
@@ -40,13 +38,13 @@ def require_one_experiment(configs: Mapping[str, Mapping[str, Any]]) -> None:
         other = _flatten(configs[name])
         for key in sorted({*first, *other} - MAY_DIFFER):
             if first.get(key) != other.get(key):
-                raise EnsembleError(
+                raise UserError(
                     f"{names[0]} and {name} differ in {key}: {first.get(key)} and {other.get(key)}. "
                     "Give runs that differ only in train_params.seed."
                 )
         seed = other["train_params.seed"]
         if seed in seeds:
-            raise EnsembleError(
+            raise UserError(
                 f"{seeds[seed]} and {name} have the same train_params.seed {seed}. Train with different "
                 "seeds."
             )
@@ -58,11 +56,11 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_slices(predictions: Mapping[str, Predictions]) -> None:
-    """Raise EnsembleError unless all runs were evaluated on the same slices."""
+    """Raise UserError unless all runs were evaluated on the same slices."""
     names = list(predictions)
     for name in names[1:]:
         if not np.array_equal(predictions[names[0]].id, predictions[name].id):
-            raise EnsembleError(
+            raise UserError(
                 f"{names[0]} and {name} were evaluated on different slices. Evaluate all runs on the same "
                 "seeds."
             )
@@ -76,7 +74,7 @@ def mean_logits(members: Sequence[Predictions]) -> Predictions:
 def write(folder: Path, runs: Mapping[str, Path]) -> str:
     """Write `ensemble.json` and `ensemble.md` of evaluated runs by name; returns the table.
 
-    Raises ReportError for runs without evaluation, and EnsembleError for runs that do not belong together.
+    Raises UserError for runs without evaluation, and UserError for runs that do not belong together.
     """
     require_one_experiment({name: report.read(run)["config"] for name, run in runs.items()})
     predictions = {name: report.read_predictions(run) for name, run in runs.items()}
@@ -101,9 +99,9 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
     ]
     table = markdown(["", "accuracy", "AUC", "cube AUC"], rows)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(folder / "ensemble.md", table)
+    system.write_atomically(folder / "ensemble.md", table)
     text = json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"
-    files.write_atomically(folder / "ensemble.json", text)
+    system.write_atomically(folder / "ensemble.json", text)
     return table
 
 

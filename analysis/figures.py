@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from analysis.style import GR, GRAY, NEWTON, WIDTH, styled, subplots
-from metrics import Predictions
+from training.metrics import Predictions
 
 Floats = NDArray[np.float64]
 Estimate = Mapping[str, float | None]  # value, low, high: a value and the ends of its 95 % interval

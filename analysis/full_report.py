@@ -14,7 +14,7 @@ from analysis.ceilings import Ceiling
 from analysis.interventions import Bands
 from analysis.lattice import Lattice
 from analysis.simulation_spectra import Partitions, SimulationSpectra
-from metrics import Predictions
+from training.metrics import Predictions
 
 Floats = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from analysis import ceilings, statistics, summary
 from analysis.baselines import Baseline
 from analysis.simulation_spectra import PER_SLICE, Partitions, SimulationSpectra
-from metrics import Predictions
+from training.metrics import Predictions
 
 Floats = NDArray[np.float64]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from analysis import summary
 from analysis.power_spectrum import Box, mu4, shells, wave_vectors, wavenumber
 from analysis.saliency import Batch, gradient
-from metrics import Predictions
+from training.metrics import Predictions
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]

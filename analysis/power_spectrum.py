@@ -56,10 +56,6 @@ NO_POWER = (
 _NEGLIGIBLE = 1e-12
 
 
-class SpectrumError(ValueError):
-    """Fields whose power spectra cannot be used."""
-
-
 @dataclass(frozen=True)
 class Box:
     """A periodic box: `size` cells per side, `length` of a side in Mpc/h, or None where it is not known."""

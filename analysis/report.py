@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import io
 import json
 import math
@@ -15,17 +18,12 @@ import numpy as np
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import files
 from analysis import html_report
-from metrics import Predictions
+from training.metrics import Predictions
 
 MAPS = ("image", "gradient", "integrated")  # drawn as figures, too large to list
 REPORT, PREDICTIONS = "report.json", "predictions.h5"
 COLUMNS = ("id", "seed", "label", "axis", "position", "logit")
-
-
-class ReportError(ValueError):
-    """A report or predictions that cannot be read."""
 
 
 class Section(BaseModel):
@@ -107,9 +105,9 @@ def write(folder: Path, results: Mapping[str, Any], figures: Iterable[str]) -> d
     """
     figures = list(figures)
     clean: dict[str, Any] = to_json(results)
-    files.write_atomically(folder / REPORT, json.dumps(clean, indent=1, allow_nan=False) + "\n")
+    system.write_atomically(folder / REPORT, json.dumps(clean, indent=1, allow_nan=False) + "\n")
     images = {name: (folder / f"{name}.png").read_bytes() for name in figures}
-    files.write_atomically(folder / "report.html", html_report.page(clean, images))
+    system.write_atomically(folder / "report.html", html_report.page(clean, images))
     for name in set(html_report.FIGURES).difference(figures):
         for suffix in ("png", "pdf"):
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
@@ -117,23 +115,21 @@ def write(folder: Path, results: Mapping[str, Any], figures: Iterable[str]) -> d
 
 
 def read(run: Path) -> dict[str, Any]:
-    """The report of an evaluated run. Raises ReportError if it is missing, damaged or of an older version."""
+    """The report of an evaluated run. Raises UserError if it is missing, damaged or of an older version."""
     path = run / "evaluation" / REPORT
     fix = f"Evaluate the run first: evaluation.py {run}"
     try:
         found = pydantic_core.from_json(path.read_bytes(), allow_inf_nan=False)  # limits the depth
     except FileNotFoundError:
-        raise ReportError(f"{path}: there is no such file. {fix}") from None
+        raise UserError(f"{path}: there is no such file. {fix}") from None
     except ValueError as error:
-        raise ReportError(f"{path}: the file is damaged ({error}). {fix}") from None
+        raise UserError(f"{path}: the file is damaged ({error}). {fix}") from None
     try:
         SavedReport.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])[:80]
-        raise ReportError(
-            f"{path}: damaged, or of an earlier version ({key}: {first['msg']}). {fix}"
-        ) from None
+        raise UserError(f"{path}: damaged, or of an earlier version ({key}: {first['msg']}). {fix}") from None
     return dict(found)
 
 
@@ -156,21 +152,21 @@ def write_hdf5(path: Path, columns: Mapping[str, Any], attributes: Mapping[str, 
         file.attrs.update(attributes)
         for name, column in columns.items():
             file.create_dataset(name, data=column, track_times=False)
-    files.write_atomically(path, memory.getvalue())
+    system.write_atomically(path, memory.getvalue())
 
 
 def read_predictions(run: Path) -> Predictions:
-    """The predictions of an evaluated run. Raises ReportError if they are missing or damaged."""
+    """The predictions of an evaluated run. Raises UserError if they are missing or damaged."""
     path = run / "evaluation" / PREDICTIONS
     fix = f"Evaluate the run again: evaluation.py {run}"
     try:
         with h5py.File(path, "r", locking=False) as file:
             columns = {name: file[name][:] for name in COLUMNS}
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ReportError(f"{path}: the predictions cannot be read ({error}). {fix}") from None
+        raise UserError(f"{path}: the predictions cannot be read ({error}). {fix}") from None
     ids, label, logit = columns["id"], columns["label"], columns["logit"]
     if problem := _problem(columns):
-        raise ReportError(f"{path}: {problem}. {fix}")
+        raise UserError(f"{path}: {problem}. {fix}")
     integers = {name: columns[name].astype(np.int64) for name in ("seed", "axis", "position")}
     return Predictions(id=ids, label=label.astype(np.int64), logit=logit.astype(np.float64), **integers)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from analysis import statistics, summary
 from analysis.power_spectrum import Box, wave_vectors, wavenumber
 from analysis.saliency import Batch
-from metrics import Predictions
+from training.metrics import Predictions
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -25,14 +27,10 @@ CELLS = 2.0  # default width of the smoothing, in cells
 NOISE = 0.1  # default white noise, in standard deviations of the field
 
 
-class DegradationError(ValueError):
-    """A degradation that cannot be applied."""
-
-
 def parse(settings: Iterable[str], box: Box) -> tuple[float, float]:
     """Smoothing in Mpc/h (cells where the box is not known) and noise of `smoothing=R` and `noise=LEVEL`.
 
-    Raises DegradationError for other settings.
+    Raises UserError for other settings.
     """
     cell = box.length / box.size if box.length else 1.0
     values = {"smoothing": CELLS * cell, "noise": NOISE}
@@ -43,7 +41,7 @@ def parse(settings: Iterable[str], box: Box) -> tuple[float, float]:
         except ValueError:
             value = -1.0
         if name not in values or not 0 < value < float("inf"):
-            raise DegradationError(
+            raise UserError(
                 f"--degrade: found '{setting}', allowed: smoothing=R in Mpc/h and noise=LEVEL in standard "
                 "deviations, both positive numbers"
             )

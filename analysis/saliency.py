@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metrics import Predictions
+from training.metrics import Predictions
 
 Network = Callable[[Tensor], Tensor]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import io
 from collections.abc import Callable
 from functools import wraps
@@ -10,8 +12,6 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-
-import files
 
 WIDTH = 3.4  # inches: one column of a journal
 STYLE: Any = {
@@ -63,7 +63,7 @@ def save(figure: Figure, path: Path) -> None:
         for kind, metadata in NO_DATE.items():
             memory = io.BytesIO()
             figure.savefig(memory, format=kind, metadata=metadata)
-            files.write_atomically(path.with_name(f"{path.name}.{kind}"), memory.getvalue())
+            system.write_atomically(path.with_name(f"{path.name}.{kind}"), memory.getvalue())
             figure.set_layout_engine("none")  # the layout of the first file serves the second
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-import metrics
 from analysis import significance, statistics
 from analysis.statistics import Estimate
-from metrics import Predictions
+from training import metrics
+from training.metrics import Predictions
 
 PAIR_METRICS = ("pair_accuracy", "mean_difference", "separation", "contrast")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,6 @@ Network = Callable[[Tensor], Tensor]
 
 ROWS = 64
 SPREAD = (0.5, 2.0)  # standard deviations, relative to the training's, of values in the same units
-
-
-class FieldError(ValueError):
-    """A file whose data sets the network cannot classify."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
     """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
 
     `units` are the attributes `mean` and `std` by which the training's file was standardized, as far as
-    known. Raises FieldError if the file cannot be read, holds no or other cubes, or was standardized
+    known. Raises UserError if the file cannot be read, holds no or other cubes, or was standardized
     otherwise.
     """
     names: list[str] = []
@@ -66,19 +64,19 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
             shapes = {name: file[name].shape for name in names}
             attributes = dict(file.attrs)
     except (OSError, RuntimeError) as error:
-        raise FieldError(f"{path}: the file cannot be read as HDF5 ({error}). Give an HDF5 file.") from None
+        raise UserError(f"{path}: the file cannot be read as HDF5 ({error}). Give an HDF5 file.") from None
     if not names:
-        raise FieldError(f"{path}: the file has no 3-D data sets of numbers. Give a file of cubes.")
+        raise UserError(f"{path}: the file has no 3-D data sets of numbers. Give a file of cubes.")
     for name, shape in shapes.items():
         if shape != (size,) * 3:
-            raise FieldError(
+            raise UserError(
                 f"{path}: /{name} has the shape {shape}, but the network was trained on cubes of {size}^3. "
                 "Use cubes of that size."
             )
     for key, trained in units.items():
         found = attributes.get(key)
         if trained is not None and found is not None and not np.isclose(float(found), trained, rtol=1e-6):
-            raise FieldError(
+            raise UserError(
                 f"{path}: the cubes were standardized by {key} {float(found):.6g}, those of the training by "
                 f"{trained:.6g}. Standardize both files by the same mean and std."
             )
@@ -86,7 +84,7 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
 
 
 def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tuple[str, Tensor]]:
-    """Each data set by name, (N, N, N) float32. Raises FieldError for values that are not finite or in other
+    """Each data set by name, (N, N, N) float32. Raises UserError for values that are not finite or in other
     units.
 
     `std` is the standard deviation of the training's cubes.
@@ -96,12 +94,12 @@ def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tup
             try:
                 values = np.asarray(file[name][()], dtype=np.float32)
             except (OSError, RuntimeError) as error:
-                raise FieldError(f"{path}: /{name} cannot be read ({error}). Copy the file again.") from None
+                raise UserError(f"{path}: /{name} cannot be read ({error}). Copy the file again.") from None
             spread = float(values.std(dtype=np.float64))
             if not np.isfinite(spread):
-                raise FieldError(f"{path}: /{name} has values that are not finite. Make this cube again.")
+                raise UserError(f"{path}: /{name} has values that are not finite. Make this cube again.")
             if not SPREAD[0] * std < spread < SPREAD[1] * std:
-                raise FieldError(
+                raise UserError(
                     f"{path}: /{name} has a standard deviation of {spread:.3g}, the training's cubes about "
                     f"{std:.3g}. Standardize the file like the training's."
                 )

@@ -25,7 +25,7 @@ from step_timer import AnonymousMemory, Settings, StepTimer, StopTiming
 def project(settings: Settings, cache: str) -> dict[str, Any]:
     """The trainer from its first line; only the ends of steps and evaluations are hooked."""
     sys.path.insert(0, str(ROOT))
-    import openmp  # noqa: F401  before torch
+    import system  # noqa: F401  before torch
 
     import accelerate  # noqa: F401  the timer starts when these are imported
     import torch  # noqa: F401
@@ -89,7 +89,7 @@ def tuned_network(settings: Settings) -> tuple[Any, Any, Any, Any]:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    import distributed
+    from training import distributed
 
     distributed.setup_process()
     network = build_network(settings).to(settings.device, memory_format=torch.channels_last)

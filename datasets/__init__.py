@@ -1,6 +1,6 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
-from .cube_file import GRAVITIES, CubeFile, DataError
+from .cube_file import GRAVITIES, CubeFile
 from .dataset import Batch, WholeCubeDataset
 from .normalization import check_normalization, measure_normalization
 from .preparation.synthetic import check_synthetic, write_synthetic
@@ -11,7 +11,6 @@ __all__ = [
     "GRAVITIES",
     "Batch",
     "CubeFile",
-    "DataError",
     "SliceIndex",
     "WholeCubeDataset",
     "check_normalization",

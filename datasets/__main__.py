@@ -1,5 +1,7 @@
 """Commands for data files: `python -m datasets synthesize|pack|repack|inspect`."""
 
+from system import UserError
+
 import argparse
 import signal
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .cube_file import GRAVITIES, CubeFile, DataError
+from .cube_file import GRAVITIES, CubeFile
 from .preparation.pack import pack, pack_difference, pack_snapshot, repack
 from .preparation.synthetic import PHYSICS, write_synthetic
 
@@ -116,7 +118,7 @@ def _print_lattice(path: Path) -> None:
 
     try:
         cubes = CubeFile(path)
-    except DataError:
+    except UserError:
         return  # the report lists its problems
     if len(cubes.seeds) < 2:
         return
@@ -164,7 +166,7 @@ def main() -> int:
     )  # unwinds the stack, which removes the unfinished file
     try:
         _run(options)
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

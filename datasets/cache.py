@@ -26,6 +26,9 @@ and views (N = 256, one channel).
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -39,11 +42,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import system
-
 from . import kernels, slicing
 from .buffers import BufferPool
-from .cube_file import GRAVITIES, CubeFile, DataError
+from .cube_file import GRAVITIES, CubeFile
 from .sampler import STREAMS, Ids
 from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
 
@@ -66,13 +67,13 @@ class CubeReader:
     newton_augmentation: float
 
     def read(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
-        """Read a cube of `seeds[seed]` into copies[0]. Raises DataError."""
+        """Read a cube of `seeds[seed]` into copies[0]. Raises UserError."""
         self.cubes.read_unchecked(self.seeds[seed], GRAVITIES[label], copies[0])
 
     def prepare(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
         """Check and standardize the cube that was read, and rotate it into copies[1] if there is one.
 
-        Raises DataError for NaN and infinity.
+        Raises UserError for NaN and infinity.
         """
         self.cubes.check_finite(self.seeds[seed], GRAVITIES[label], copies[0])
         factor = 1 / self.std * (self.newton_augmentation if GRAVITIES[label] == "newton" else 1)
@@ -136,7 +137,7 @@ class Prefetcher:
         return self._preparers.submit(self._reader.prepare, seed, label, copies)
 
     def wait(self, seed: int) -> None:
-        """Return when the cubes of a seed are in its buffer. Raises DataError if they cannot be read."""
+        """Return when the cubes of a seed are in its buffer. Raises UserError if they cannot be read."""
         for read in self._reads.get(seed, ()):
             read.result().result()
         self._reads.pop(seed, None)
@@ -188,7 +189,7 @@ class CubeCache:
         A slice is rolled by its `shifts` (steps, rows, 2), then transformed by its symmetry.
 
         The images are on the device, in its memory format, and never overwritten. The threads end with the
-        iteration. Raises DataError for a cube that cannot be read.
+        iteration. Raises UserError for a cube that cannot be read.
         """
         with self._one_loop():
             seeds = ids // (6 * self._size) - self._reader.seeds.start
@@ -258,7 +259,7 @@ class CubeCache:
             if buffers > len(self._pool):
                 self._pool.resize(buffers)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise DataError(
+            raise UserError(
                 f"data_params.cache {self.kind} needs more memory than is available: {error}.\n"
                 "Set it to auto, which chooses by the free memory, or to disk, which needs least."
             ) from error

@@ -14,6 +14,9 @@ work. It is closed after each use, so no handle is inherited by a forked process
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import hashlib
 import math
 import os
@@ -31,8 +34,6 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-import system
-
 from .streams import StreamTuner, read_into
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
@@ -44,10 +45,6 @@ CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
 MAX_LINKS = 16
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
-
-
-class DataError(ValueError):
-    """A problem with a data file; the message says how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def packed_name(seed: int, gravity: str) -> str:
 
 @contextmanager
 def open_cubes(path: Path) -> Iterator[h5py.File]:
-    """Open a cube file for reading. Raises DataError if it cannot be read, then or within the block."""
+    """Open a cube file for reading. Raises UserError if it cannot be read, then or within the block."""
     try:
         _require_hdf5(path)
         with h5py.File(path, "r", locking=False) as file:
@@ -113,42 +110,42 @@ def open_cubes(path: Path) -> Iterator[h5py.File]:
     except H5PY_ERRORS as error:
         if "truncated file" in str(error):
             size = path.stat().st_size
-            raise DataError(
+            raise UserError(
                 f"{path}: the file is truncated to {size} bytes. Copy or create it again."
             ) from error
-        raise DataError(f"{path}: the file cannot be read: {error}") from error
+        raise UserError(f"{path}: the file cannot be read: {error}") from error
 
 
 def _require_hdf5(path: Path) -> None:
     if not path.exists():
-        raise DataError(
+        raise UserError(
             f"{path}: no such file.\n"
             "Set data_params.datafile (evaluation: --datafile) to an HDF5 file of cubes, or create one:\n"
             f"  python -m datasets pack RAW_DIR {path} --redshift 1    from gevolution's output\n"
             f"  python -m datasets synthesize {path} --seeds 32        a synthetic universe"
         )
     if path.is_dir():
-        raise DataError(
+        raise UserError(
             f"{path}: is a folder, not an HDF5 file.\n"
             f"To pack raw gevolution output: python -m datasets pack {path} OUT.h5 --redshift 1"
         )
     if not path.is_file():  # to open a pipe or a device could block for ever
-        raise DataError(f"{path}: not a regular file. Give the path of an HDF5 file.")
+        raise UserError(f"{path}: not a regular file. Give the path of an HDF5 file.")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes). Copy or create it again.")
+        raise UserError(f"{path}: the file is empty (0 bytes). Copy or create it again.")
     with path.open("rb") as raw:  # raises PermissionError; h5py would call the file no HDF5 file
         start = raw.read(8)
     if not h5py.is_hdf5(path):
-        raise DataError(f"{path}: is not an HDF5 file, or its start is damaged: {start!r}. Create it again.")
+        raise UserError(f"{path}: is not an HDF5 file, or its start is damaged: {start!r}. Create it again.")
 
 
 def _check_links(file: h5py.File, name: str, depth: int = 0) -> None:
-    """Raise DataError if an object is reached through a link to something that is not a regular file.
+    """Raise UserError if an object is reached through a link to something that is not a regular file.
 
     HDF5 opens the targets of links itself; a pipe would block it for ever.
     """
     if depth > MAX_LINKS:
-        raise DataError(f"{file.filename}: /{name} is a chain of more than {MAX_LINKS} links. Remove it.")
+        raise UserError(f"{file.filename}: /{name} is a chain of more than {MAX_LINKS} links. Remove it.")
     group: h5py.Group = file["/"]
     parts = [part for part in name.split("/") if part]
     for k, part in enumerate(parts):
@@ -157,7 +154,7 @@ def _check_links(file: h5py.File, name: str, depth: int = 0) -> None:
         if isinstance(link, h5py.ExternalLink):
             target = Path(file.filename).parent / link.filename
             if target.exists() and not target.is_file():
-                raise DataError(f"{file.filename}: /{name} is a link to {target}, not to a file. Remove it.")
+                raise UserError(f"{file.filename}: /{name} is a link to {target}, not to a file. Remove it.")
             if target.exists():
                 with open_cubes(target) as other:
                     _check_links(other, f"{link.path}/{rest}", depth + 1)
@@ -173,7 +170,7 @@ def _check_links(file: h5py.File, name: str, depth: int = 0) -> None:
 
 
 def _check_sources(data: h5py.Dataset, file: h5py.File) -> None:
-    """Raise DataError if a virtual data set refers to its own file, or if values are not in regular files.
+    """Raise UserError if a virtual data set refers to its own file, or if values are not in regular files.
 
     HDF5 follows a virtual data set that refers to itself until the stack overflows.
     """
@@ -182,25 +179,25 @@ def _check_sources(data: h5py.Dataset, file: h5py.File) -> None:
     names = [creation.get_external(i)[0].decode() for i in range(creation.get_external_count())]
     for name in names:
         if not (folder / name).is_file():
-            raise DataError(f"{where} has its values in {name}, which is not a file. Repack the file.")
+            raise UserError(f"{where} has its values in {name}, which is not a file. Repack the file.")
     for source in data.virtual_sources() if data.is_virtual else ():
         target = folder / source.file_name
         if source.file_name == "." or not target.is_file() or target.samefile(data.file.filename):
-            raise DataError(
+            raise UserError(
                 f"{where} is a virtual data set of {source.file_name}; another file is needed. Repack it."
             )
         with h5py.File(target, "r", locking=False) as other:
             _check_links(other, source.dset_name)
             inner = other.get(source.dset_name)
             if isinstance(inner, h5py.Dataset) and inner.is_virtual:
-                raise DataError(f"{where} is a virtual data set of virtual data sets. Repack the file.")
+                raise UserError(f"{where} is a virtual data set of virtual data sets. Repack the file.")
 
 
 def _cube(file: h5py.File, name: str) -> Cube:
     _check_links(file, name)
     data = file.get(name)
     if not isinstance(data, h5py.Dataset):
-        raise DataError(
+        raise UserError(
             f"{file.filename}: /{name} is named as a cube, but is no readable data set. Rename it."
         )
     _check_sources(data, file)
@@ -222,14 +219,14 @@ def _cube(file: h5py.File, name: str) -> Cube:
 def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
     """The layout of an open file and its cubes, unchecked.
 
-    Raises DataError if there are none, or if two names denote the same cube.
+    Raises UserError if there are none, or if two names denote the same cube.
     """
     for layout, entries in LAYOUTS.items():
         cubes: Cubes = {}
         for seed, gravity, name in entries(file):
             if (seed, gravity) in cubes:
                 both = f"/{cubes[seed, gravity].name} and /{name}"
-                raise DataError(
+                raise UserError(
                     f"{file.filename}: {both} are both the {gravity} cube of seed {seed}. Remove one."
                 )
             cubes[seed, gravity] = _cube(file, name)
@@ -237,7 +234,7 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
             return layout, dict(sorted(cubes.items()))
     names = list(file)
     found = ", ".join(f"/{name}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
-    raise DataError(
+    raise UserError(
         f"{file.filename}: no cubes found; the file contains {found or 'nothing'}.\n"
         "Cubes are named /gr_seed0000 and /newton_seed0000, or /0/gr and /0/newton."
     )
@@ -302,18 +299,18 @@ def attr_float(attributes: Mapping[str, Any], key: str) -> float | None:
 
 
 def file_version(path: Path) -> tuple[int, int]:
-    """Size and modification time of a file, which differ after a change. Raises DataError."""
+    """Size and modification time of a file, which differ after a change. Raises UserError."""
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     return status.st_size, status.st_mtime_ns
 
 
 class CubeFile:
     """The cubes of one HDF5 file.
 
-    Opening reads and checks the description of the cubes, but no values. Raises DataError if the file is
+    Opening reads and checks the description of the cubes, but no values. Raises UserError if the file is
     missing, damaged or without cubes, or if these are not real numbers in (N, N, N) with one N, a multiple of
     64.
     """
@@ -325,7 +322,7 @@ class CubeFile:
             self.layout, self.cubes = find_cubes(file)
             self.attributes = python_attributes(file.attrs)
         for problem in problems(self.cubes).values():
-            raise DataError(f"{self.path}: {problem}")
+            raise UserError(f"{self.path}: {problem}")
         self.size: int = next(iter(self.cubes.values())).shape[0]
         seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(seeds["newton"] & seeds["gr"]))
@@ -350,7 +347,7 @@ class CubeFile:
         return attr_float(self.attributes, key)
 
     def require(self, seeds: range) -> None:
-        """Raise DataError unless the file has both twins of each of these seeds."""
+        """Raise UserError unless the file has both twins of each of these seeds."""
         known = set(self.seeds)
         # Far more seeds than the file has: the first few suffice for the message.
         missing = [seed for seed in seeds[: len(known) + 1000] if seed not in known]
@@ -368,10 +365,10 @@ class CubeFile:
         if missing:
             lines.append(f"  seeds {system.format_ranges(missing)} have no cubes")
         lines.append(f"{len(self.seeds)} seeds have both twins: {system.format_ranges(self.seeds)}.")
-        raise DataError("\n".join(lines))
+        raise UserError("\n".join(lines))
 
     def require_finite(self, seeds: range) -> None:
-        """Raise DataError if a value of these seeds is NaN or infinite, unless they exceed CHECKED_BYTES.
+        """Raise UserError if a value of these seeds is NaN or infinite, unless they exceed CHECKED_BYTES.
 
         More would delay the start of a run; each cube is checked again when it is read for training.
         """
@@ -385,7 +382,7 @@ class CubeFile:
         """Read one cube into `out`, a C-contiguous (N, N, N) float32 array. Thread-safe.
 
         A contiguous, uncompressed, native float32 cube is read directly from its place in the file, any other
-        by HDF5, which converts it. Raises DataError if it cannot be read or contains NaN or infinity, or if
+        by HDF5, which converts it. Raises UserError if it cannot be read or contains NaN or infinity, or if
         the file was changed since it was opened.
         """
         self.read_unchecked(seed, gravity, out)
@@ -401,9 +398,9 @@ class CubeFile:
                 try:
                     file[cube.name].read_direct(out)
                 except H5PY_ERRORS as error:
-                    raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
+                    raise UserError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if file_version(self.path) != self._version:  # after the read, so that what was read is known
-            raise DataError(
+            raise UserError(
                 f"{self.path}: the file was changed or replaced while in use: its size or modification time "
                 "differs.\n"
                 "Restore it and run the same command again: a run resumes from its last checkpoint."
@@ -417,14 +414,14 @@ class CubeFile:
         try:
             done = read_into(self.path, cube.offset, target, self._tuner)
         except OSError as error:
-            raise DataError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
+            raise UserError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if done < len(target):
-            raise DataError(
+            raise UserError(
                 f"{self.path}: the file now ends within cube /{cube.name}. It was changed while in use."
             )
 
     def check_finite(self, seed: int, gravity: str, values: NDArray[np.float32]) -> None:
-        """Raise DataError if the values of a cube contain NaN or infinity."""
+        """Raise UserError if the values of a cube contain NaN or infinity."""
         cube = self.cubes[seed, gravity]
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(values.sum()):  # one fast pass: NaN and infinity propagate into the sum
@@ -433,7 +430,7 @@ class CubeFile:
         if not bad.any():  # the sum of finite values overflowed
             return
         first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
-        raise DataError(
+        raise UserError(
             f"{self.path}: cube /{cube.name} has {int(bad.sum())} values that are NaN, infinite or too "
             f"large for float32, the first at index {first}. Copy the file again, or rerun this simulation."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cache import CubeCache, CubeReader, choose_cache
-from .cube_file import GRAVITIES, CubeFile, DataError
+from .cube_file import GRAVITIES, CubeFile
 from .sampler import (
     EpochSampler,
     Ids,
@@ -58,7 +60,7 @@ class WholeCubeDataset:
     only.
 
     `cache` is auto, disk, memory or device. `transform` is applied to the images (b, C, N, N) of each batch.
-    Raises DataError if the file lacks seeds, or if the batch cannot be divided among the ranks.
+    Raises UserError if the file lacks seeds, or if the batch cannot be divided among the ranks.
     """
 
     def __init__(
@@ -84,12 +86,12 @@ class WholeCubeDataset:
     ) -> None:
         cubes.require(seeds)
         if batch_size % num_processes:
-            raise DataError(
+            raise UserError(
                 f"train_params.batch_size {batch_size} is not divisible by the {num_processes} ranks of this "
                 f"launch.\nSet it to a multiple of {num_processes}."
             )
         if pairs and (batch_size // num_processes) % 2:
-            raise DataError(
+            raise UserError(
                 f"train_params.batch_size {batch_size} gives each of the {num_processes} ranks an odd number "
                 f"of slices, but data_params.pairs needs both twins.\n"
                 f"Set it to a multiple of {2 * num_processes}."
@@ -117,7 +119,7 @@ class WholeCubeDataset:
 
     @property
     def steps(self) -> int:
-        """Batches in a training epoch. Raises DataError if the batch is larger than the set."""
+        """Batches in a training epoch. Raises UserError if the batch is larger than the set."""
         return self._sampler.steps
 
     def order(self, epoch: int) -> tuple[Ids, NDArray[np.bool_]]:
@@ -159,7 +161,7 @@ class WholeCubeDataset:
     @cached_property
     def _sampler(self) -> EpochSampler:
         if self.batch_size > len(self):
-            raise DataError(
+            raise UserError(
                 f"train_params.batch_size {self.batch_size} is larger than the training set:\n"
                 f"data_params.train_seeds {len(self.seeds)} gives {len(self)} slices of {self.cubes.path}.\n"
                 f"Reduce batch_size to {len(self)} or less, or add seeds."

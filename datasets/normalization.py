@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .cube_file import GRAVITIES, CubeFile, DataError
+from .cube_file import GRAVITIES, CubeFile
 
 
 class Moments:
@@ -55,7 +57,7 @@ class Moments:
 def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
     """Mean and standard deviation over all values of the cubes of `seeds`, in float64.
 
-    Raises DataError if all values are equal.
+    Raises UserError if all values are equal.
     """
     cube = np.empty((cubes.size,) * 3, np.float32)
     moments = Moments()
@@ -65,7 +67,7 @@ def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
             for plane in cube:
                 moments.add(plane.astype(np.float64))
     if moments.variance == 0:
-        raise DataError(
+        raise UserError(
             f"{cubes.path}: all values are {moments.mean}, so data_params.standardize train cannot divide by "
             "their standard deviation.\n"
             "Use another file, or set standardize to none. python -m datasets inspect lists its contents."
@@ -74,7 +76,7 @@ def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
 
 
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
-    """Raise DataError if the values of `other` are standardized otherwise than those of `trained_on`.
+    """Raise UserError if the values of `other` are standardized otherwise than those of `trained_on`.
 
     Files of different redshifts may each be standardized by its own mean and standard deviation.
     """
@@ -82,14 +84,14 @@ def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
     for key in ("mean", "std") if len(redshifts) < 2 else ():
         before, now = trained_on.attr_float(key), other.attr_float(key)
         if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
-            raise DataError(
+            raise UserError(
                 f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained on "
                 f"{trained_on.path} with {before:.6g}.\nUse a file standardized by the same mean and std."
             )
     # Not every file has these attributes; the values of raw potentials are some 10^4 times smaller.
     before, now = (_std_of_first_cube(cubes) for cubes in (trained_on, other))
     if not 0.5 * before < now < 2 * before:
-        raise DataError(
+        raise UserError(
             f"{other.path}: found values with standard deviation {now:.3g}, but the network was trained on "
             f"{before:.3g} ({trained_on.path}).\nUse a file standardized in the same way."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 import ctypes
 import os
 import shlex
@@ -17,18 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-class LauncherError(ValueError):
-    """A --launcher that cannot be started."""
-
-
 def parse_launcher(text: str) -> list[str]:
-    """The words of --launcher. Raises LauncherError unless the first is a program."""
+    """The words of --launcher. Raises UserError unless the first is a program."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise LauncherError(f"--launcher: found {text!r}: {error}") from None
+        raise UserError(f"--launcher: found {text!r}: {error}") from None
     if not words or shutil.which(words[0]) is None:
-        raise LauncherError(f"--launcher: found {text!r}, but no such program is in PATH")
+        raise UserError(f"--launcher: found {text!r}, but no such program is in PATH")
     return words
 
 

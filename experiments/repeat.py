@@ -14,6 +14,8 @@ LOG_DIR/NAME-repeat/summary.json, summary.md and learning_curve.png and .pdf.
 
 from __future__ import annotations
 
+from system import UserError
+
 import argparse
 import json
 import os
@@ -27,15 +29,15 @@ from typing import Any
 
 import h5py
 import numpy as np
-from processes import ROOT, LauncherError, deferred_interrupt, parse_launcher, start
+from processes import ROOT, deferred_interrupt, parse_launcher, start
 
 sys.path.insert(0, str(ROOT))
 
-import config as experiment
-import datasets
-import files
-import metrics
 import system
+
+import datasets
+from training import config as experiment
+from training import metrics
 
 POLL_SECONDS = 0.5
 METRICS: dict[str, str] = {
@@ -44,10 +46,6 @@ METRICS: dict[str, str] = {
     "cube_auc": "AUC of cubes",
     "cube_accuracy": "accuracy of cubes",
 }
-
-
-class RepeatError(ValueError):
-    """Repetitions that cannot run as configured."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.launcher = parse_launcher(options.launcher)
         repeat(experiment.load_config(options.experiment, options.overrides), options)
-    except (RepeatError, LauncherError, experiment.ConfigError, datasets.DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -100,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 def repeat(config: experiment.Config, options: argparse.Namespace) -> None:
     """Run this task's part of the repetitions, then summarize if all are complete."""
     if min(options.trainings, options.folds, options.jobs) < 1:
-        raise RepeatError("--trainings, --folds and --jobs: allowed: 1 and more")
+        raise UserError("--trainings, --folds and --jobs: allowed: 1 and more")
     cubes = datasets.CubeFile(config.data_params.datafile)
     check_seeds(config, cubes, options)
     folder = Path(config.train_params.log_dir) / f"{config.model_params.name}-repeat"
@@ -112,31 +110,31 @@ def repeat(config: experiment.Config, options: argparse.Namespace) -> None:
         task, first = (system.read_int(f"SLURM_ARRAY_TASK_{name}", 0) for name in ("ID", "MIN"))
         tasks = system.read_int("SLURM_ARRAY_TASK_COUNT", 1, minimum=1)
     except ValueError as error:
-        raise RepeatError(str(error)) from None
+        raise UserError(str(error)) from None
     execute(repetitions[(task - first) % tasks :: tasks], options)
     if remaining := [one.run_dir.name for one in repetitions if not one.complete]:
         print(f"{len(repetitions) - len(remaining)} of {len(repetitions)} runs are complete")
         return
     summary = summarize(repetitions)
-    files.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    system.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     text = table(summary, config.data_params.validation_seeds)
-    files.write_atomically(folder / "summary.md", text)
+    system.write_atomically(folder / "summary.md", text)
     draw(summary, folder)
     print(text, f"written to {folder}", sep="\n")
 
 
 def check_seeds(config: experiment.Config, cubes: datasets.CubeFile, options: argparse.Namespace) -> None:
-    """Raise RepeatError unless every fold has its seeds."""
+    """Raise UserError unless every fold has its seeds."""
     data, found = config.data_params, len(cubes.seeds)
     largest = max(options.seeds or [data.train_seeds])
     smallest = min(options.seeds or [data.train_seeds])
     if options.folds * data.test_seeds > found:
-        raise RepeatError(
+        raise UserError(
             f"--folds: found {options.folds}, allowed: at most {found // data.test_seeds} blocks of "
             f"{data.test_seeds} test seeds among the {found} seeds of {cubes.path}"
         )
     if largest + data.test_seeds > found or smallest <= data.validation_seeds:
-        raise RepeatError(
+        raise UserError(
             f"train_seeds: found {smallest} to {largest}, allowed: more than validation_seeds "
             f"{data.validation_seeds}, at most {found - data.test_seeds}: {found} seeds of {cubes.path} less "
             f"test_seeds {data.test_seeds}"
@@ -155,7 +153,7 @@ def plan(
         if not datafile.exists():
             link_cubes(cubes, [*train, *test], datafile)
         elif read_links(datafile) != (str(cubes.path.absolute()), [*train, *test]):
-            raise RepeatError(
+            raise UserError(
                 f"{datafile}: made from another data file or other seeds. Choose another model_params.name, "
                 f"or remove {folder}."
             )
@@ -185,7 +183,7 @@ def read_links(path: Path) -> tuple[str, list[int]]:
 
 
 def check_settings(one: Repetition, options: argparse.Namespace) -> None:
-    """Raise ConfigError if a run that exists was trained with other settings."""
+    """Raise UserError if a run that exists was trained with other settings."""
     path = one.run_dir / "config.yaml"
     if not path.exists():
         return
@@ -229,7 +227,7 @@ def execute(repetitions: Sequence[Repetition], options: argparse.Namespace) -> N
                 process.terminate()  # the run saves and stops
                 process.wait()
     if failed:
-        raise RepeatError(f"{len(failed)} runs failed: {', '.join(failed[:5])}. Read their errors above.")
+        raise UserError(f"{len(failed)} runs failed: {', '.join(failed[:5])}. Read their errors above.")
 
 
 def command(one: Repetition, options: argparse.Namespace) -> list[str]:
@@ -318,15 +316,13 @@ def read_predictions(one: Repetition) -> tuple[metrics.Predictions, float]:
         with h5py.File(path, "r") as file:
             columns = [file[key][:] for key in ("seed", "label", "axis", "position", "logit")]
     except (OSError, KeyError, TypeError) as error:
-        raise RepeatError(
-            f"{path}: {error}. Remove {path.parent}, then run the same command again."
-        ) from None
+        raise UserError(f"{path}: {error}. Remove {path.parent}, then run the same command again.") from None
     path = one.run_dir / "model" / "config.json"
     try:
         calibration = json.loads(path.read_text(encoding="utf-8")).get("calibration") or {}
         threshold = float(calibration.get("threshold", 0.0))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RepeatError(f"{path}: damaged: {error}. Remove {one.run_dir} to train it again.") from None
+        raise UserError(f"{path}: damaged: {error}. Remove {one.run_dir} to train it again.") from None
     return metrics.Predictions(np.arange(len(columns[0])), *columns), threshold
 
 

@@ -14,6 +14,8 @@ then no longer unseen: evaluate the best trial on other seeds (evaluation.py --c
 
 from __future__ import annotations
 
+from system import UserError
+
 import argparse
 import fcntl
 import json
@@ -28,14 +30,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from processes import ROOT, LauncherError, deferred_interrupt, parse_launcher, start
+from processes import ROOT, deferred_interrupt, parse_launcher, start
 
 sys.path.insert(0, str(ROOT))
 
-import config as experiment
+import system
+
 import datasets
-import files
 import models
+from training import config as experiment
 
 try:
     import optuna
@@ -56,10 +59,6 @@ CHOICES = {
 }
 NAMING_SECONDS = 60  # within which a worker records that a trial is its own
 SECTION = dict.fromkeys(("whiten", "pairs", "shifts"), "data_params") | {"lr": "train_params"}
-
-
-class SweepError(ValueError):
-    """A sweep that cannot run as configured."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         if data.synthetic is None or Path(data.datafile).exists():
             datasets.CubeFile(data.datafile).require(range(data.test_range.stop))
         search(config, options)
-    except (SweepError, LauncherError, experiment.ConfigError, datasets.DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -113,7 +112,7 @@ def search(config: experiment.Config, options: argparse.Namespace) -> None:
                 load_if_exists=True,
             )
         except json.JSONDecodeError as error:
-            raise SweepError(f"{journal}: damaged: {error}. Remove the damaged lines.") from None
+            raise UserError(f"{journal}: damaged: {error}. Remove the damaged lines.") from None
         check_experiment(study, config, journal)
         worker.requeue_orphans(study)
         while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
@@ -134,7 +133,7 @@ def search(config: experiment.Config, options: argparse.Namespace) -> None:
             )
     complete = study.get_trials(states=[TrialState.COMPLETE])
     if not complete:
-        raise SweepError(f"{folder}: no trial of {name} completed. Read the errors of the trials above.")
+        raise UserError(f"{folder}: no trial of {name} completed. Read the errors of the trials above.")
     best = min(complete, key=lambda trial: trial.value if trial.value is not None else float("inf"))
     print(
         f"best: {folder / best.user_attrs['run']}  {format_settings(best.params)}  "
@@ -158,22 +157,22 @@ def suggest(
 
 
 def parse_choices(key: str, text: str) -> list[str]:
-    """The values A,B,... of a setting. Raises SweepError."""
+    """The values A,B,... of a setting. Raises UserError."""
     values = text.split(",")
     if not set(values) <= set(CHOICES[key]) or len(set(values)) < len(values):
-        raise SweepError(f"--{key}: found '{text}', allowed: some of {','.join(CHOICES[key])}")
+        raise UserError(f"--{key}: found '{text}', allowed: some of {','.join(CHOICES[key])}")
     return values
 
 
 def parse_range(key: str, text: str) -> tuple[float, float]:
-    """The ends of a range LOW:HIGH. Raises SweepError."""
+    """The ends of a range LOW:HIGH. Raises UserError."""
     try:
         low, high = (float(end) for end in text.split(":"))
     except ValueError:
         low, high = 1.0, 0.0
     least = {"layer_param": 1.0, "dropout": 0.0, "lr": 1e-12}[key]
     if not least <= low <= high < float("inf") or (key == "dropout" and high > 1):
-        raise SweepError(f"--{key.replace('_', '-')}: found '{text}', allowed: LOW:HIGH from {least:g} on")
+        raise UserError(f"--{key.replace('_', '-')}: found '{text}', allowed: LOW:HIGH from {least:g} on")
     return low, high
 
 
@@ -186,7 +185,7 @@ def remove_unfinished_line(journal: Path) -> None:
 
 
 def check_experiment(study: optuna.Study, config: experiment.Config, journal: Path) -> None:
-    """Record the experiment of a new study; raise ConfigError if a resumed one was started with another.
+    """Record the experiment of a new study; raise UserError if a resumed one was started with another.
 
     Losses of different data, seeds or epochs cannot be compared. The searched keys may differ.
     """
@@ -296,7 +295,7 @@ def run_trial(
 
 def losses(run_dir: Path, phase: str) -> dict[int, float]:
     """Loss of each evaluation of a run so far, by epoch."""
-    records = files.read_json_lines(run_dir / "metrics.jsonl")
+    records = system.read_json_lines(run_dir / "metrics.jsonl")
     return {record["epoch"]: record["loss"] for record in records if record.get("phase") == phase}
 
 

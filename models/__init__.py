@@ -5,6 +5,8 @@ A new network is one file and one line in `REGISTRY`.
 
 from __future__ import annotations
 
+from system import UserError
+
 import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,6 @@ from torch import nn
 
 from models.batch_norm import synchronize_batch_norm
 from models.calibration import fit_calibration
-from models.errors import ModelError
 from models.layers import ACTIVATIONS, PADDINGS
 from models.lynx import Lynx
 from models.penguin import Penguin
@@ -27,7 +28,6 @@ __all__ = [
     "ACTIVATIONS",
     "PADDINGS",
     "REGISTRY",
-    "ModelError",
     "Whitening",
     "build_model",
     "fit_calibration",
@@ -45,11 +45,11 @@ SPELLINGS = {"RACCOON": "RACOON"}
 
 
 def architecture_name(architecture: str) -> str:
-    """The registered name of `architecture`, in any case and any accepted spelling. Raises ModelError."""
+    """The registered name of `architecture`, in any case and any accepted spelling. Raises UserError."""
     name = SPELLINGS.get(architecture.upper(), architecture.upper())
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, 1)
-        raise ModelError(
+        raise UserError(
             f"model_params.architecture: found '{architecture}', allowed: {', '.join(REGISTRY)}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
@@ -70,20 +70,20 @@ def build_model(
 
     `layer_param` is the width L of the network, `dropout` the probability on its fully connected layers,
     `size` any multiple of 64, `padding` that of the convolutions: `zeros`, or `circular` for a periodic box.
-    The weights are drawn from torch's generator in its current state. Raises ModelError.
+    The weights are drawn from torch's generator in its current state. Raises UserError.
     """
     name = architecture_name(architecture)
     if activation not in ACTIVATIONS:
-        raise ModelError(f"model_params.activation: found '{activation}', allowed: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"model_params.activation: found '{activation}', allowed: {', '.join(ACTIVATIONS)}")
     if padding not in PADDINGS:
-        raise ModelError(f"model_params.padding: found '{padding}', allowed: {', '.join(PADDINGS)}")
+        raise UserError(f"model_params.padding: found '{padding}', allowed: {', '.join(PADDINGS)}")
     if size < 64 or size % 64:
-        raise ModelError(f"side of a slice: found {size}, allowed: a multiple of 64")
+        raise UserError(f"side of a slice: found {size}, allowed: a multiple of 64")
     return REGISTRY[name](layer_param, dropout, activation, channels, size, padding)
 
 
 def load(folder: str | Path) -> TrainedNetwork:
-    """The trained network in `folder`, in eval mode on the CPU. Raises ModelError if missing or damaged."""
+    """The trained network in `folder`, in eval mode on the CPU. Raises UserError if missing or damaged."""
     from models import export  # imports huggingface_hub, which takes half a second
 
     return export.load(folder)

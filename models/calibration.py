@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-
-from models.errors import ModelError
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -50,7 +50,7 @@ def fit_calibration(
     This is Platt scaling (Platt 1999, Advances in Large Margin Classifiers): a logistic regression on the
     logit, with a positive slope and without a penalty. `cube_logits` (seeds, 2) are the mean logits of the
     validation cubes, Newtonian gravity first, to which `cubes` is fitted. Returns None if no positive slope
-    fits, because higher logits do not go with General Relativity on the validation seeds. Raises ModelError
+    fits, because higher logits do not go with General Relativity on the validation seeds. Raises UserError
     if scikit-learn is not installed.
     """
     labels = np.asarray(labels)
@@ -79,7 +79,7 @@ def _fit(logits: Floats, labels: Integers, weights: Floats) -> Calibration | Non
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ModelError('calibration needs scikit-learn: pip install -e ".[evaluation]"') from error
+        raise UserError('calibration needs scikit-learn: pip install -e ".[evaluation]"') from error
     center, scale = float(logits.mean()), float(logits.std())
     if scale == 0:
         return None

@@ -6,6 +6,9 @@ unpickled. The folder has the form of a repository of the Hugging Face Hub.
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import hashlib
 import json
 import logging
@@ -20,7 +23,6 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import files
 import models
 from models.calibration import Calibration
 from models.model_card import model_card
@@ -108,7 +110,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         # the mixin would fall back on this for a repository without safetensors
-        raise models.ModelError(f"{model_file}: pickled weights are never read; {WEIGHTS} is needed")
+        raise UserError(f"{model_file}: pickled weights are never read; {WEIGHTS} is needed")
 
 
 def save(
@@ -137,12 +139,12 @@ def save(
     if calibration is not None:
         config["calibration"] = calibration
     config[HASH] = hashlib.sha256(weights).hexdigest()
-    files.write_atomically(folder / WEIGHTS, weights)
+    system.write_atomically(folder / WEIGHTS, weights)
     _write_description(folder, config)
 
 
 def load(folder: str | Path) -> TrainedNetwork:
-    """The network in `folder`, in eval mode on the CPU. Raises ModelError if it is missing or damaged."""
+    """The network in `folder`, in eval mode on the CPU. Raises UserError if it is missing or damaged."""
     folder = Path(folder)
     config = read_config(folder)
     parameters = set(TrainedNetwork._hub_mixin_init_parameters) - {"self"}
@@ -150,26 +152,26 @@ def load(folder: str | Path) -> TrainedNetwork:
         network = TrainedNetwork(**{key: config[key] for key in parameters & set(config)})
         return TrainedNetwork._load_as_safetensor(network, str(folder / WEIGHTS), "cpu", strict=True)
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, OverflowError) as error:
-        if isinstance(error, models.ModelError):
+        if isinstance(error, UserError):
             raise
-        raise models.ModelError(f"{folder}: weights and {CONFIG} do not belong together: {error}") from error
+        raise UserError(f"{folder}: weights and {CONFIG} do not belong together: {error}") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The content of `config.json`. Raises ModelError if it is missing or not what `save` writes."""
+    """The content of `config.json`. Raises UserError if it is missing or not what `save` writes."""
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(config, allow_nan=False)  # Python reads NaN and infinity, which are not JSON
     except OSError as error:
-        raise models.ModelError(
+        raise UserError(
             f"{path}: no trained network is here ({error.strerror}). Give LOG_DIR/NAME/model of a "
             "finished run."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise models.ModelError(f"{path}: damaged, not valid JSON: {error}") from error
+        raise UserError(f"{path}: damaged, not valid JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config or "layer_param" not in config:
-        raise models.ModelError(f"{path}: does not describe a network of gravity-cnn")
+        raise UserError(f"{path}: does not describe a network of gravity-cnn")
     return config
 
 
@@ -178,14 +180,14 @@ def record_evaluation(folder: str | Path, results: dict[str, Any]) -> None:
 
     `results`: `data` (name of the data), `seeds` [first, last + 1], `slices` (their number), `estimates`
     {key: [value, low, high]} with keys of `model_card.TITLES`, and any other JSON-able record.
-    Raises ModelError if `config.json` is missing or damaged.
+    Raises UserError if `config.json` is missing or damaged.
     """
     folder = Path(folder)
     config = {**read_config(folder), "evaluation": results}
     try:
         _write_description(folder, config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise models.ModelError(
+        raise UserError(
             f"{folder / CONFIG}: damaged ({type(error).__name__}: {str(error)[:200]}). Train the run again."
         ) from error
 
@@ -196,15 +198,15 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def require_onnx() -> None:
-    """Raise ModelError if the packages that write and verify ONNX are not installed."""
+    """Raise UserError if the packages that write and verify ONNX are not installed."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise models.ModelError(f'ONNX export needs {", ".join(missing)}: pip install -e ".[onnx]"')
+        raise UserError(f'ONNX export needs {", ".join(missing)}: pip install -e ".[onnx]"')
 
 
 def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
     """Write `network` as ONNX with a free batch size; returns the largest difference from torch's logits.
 
-    Raises ModelError if packages are missing or the difference exceeds 1e-4 (relative to logits above 1).
+    Raises UserError if packages are missing or the difference exceeds 1e-4 (relative to logits above 1).
     """
     require_onnx()
     import onnxruntime
@@ -233,10 +235,8 @@ def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
     found = torch.from_numpy(session.run(None, {"slices": slices.numpy()})[0])
     difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
     if not difference <= ONNX_TOLERANCE:
-        raise models.ModelError(
-            f"{path}: ONNX logits differ from torch's by {difference:.1e}; nothing was written"
-        )
-    files.write_atomically(path, serialized)
+        raise UserError(f"{path}: ONNX logits differ from torch's by {difference:.1e}; nothing was written")
+    system.write_atomically(path, serialized)
     return difference
 
 
@@ -246,16 +246,16 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         data = path.read_bytes()
         recorded = read_config(path.parent).get(HASH)
         if recorded and recorded != hashlib.sha256(data).hexdigest():
-            raise models.ModelError(
+            raise UserError(
                 f"{path}: damaged, its SHA-256 differs from the one in {CONFIG}. Copy or train it again."
             )
         return safetensors.torch.load(data)
     except OSError as error:
-        raise models.ModelError(f"{path}: the weights cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: the weights cannot be read: {error.strerror}") from error
     except SafetensorError as error:
-        raise models.ModelError(f"{path}: damaged, not a safetensors file: {error}") from error
+        raise UserError(f"{path}: damaged, not a safetensors file: {error}") from error
 
 
 def _write_description(folder: Path, config: dict[str, Any]) -> None:
-    files.write_atomically(folder / CARD, str(model_card(config)))
-    files.write_atomically(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
+    system.write_atomically(folder / CARD, str(model_card(config)))
+    system.write_atomically(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")

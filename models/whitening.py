@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from models.errors import ModelError
 
 
 class Whitening(nn.Module):
@@ -18,7 +18,7 @@ class Whitening(nn.Module):
     fundamental mode, rounded to an integer. The mean of a slice (n = 0) is removed, and so are modes with
     n >= N/2, where not all directions are sampled.
 
-    Raises ModelError if a shell n >= 1 has no positive, finite power.
+    Raises UserError if a shell n >= 1 has no positive, finite power.
     """
 
     gain: Tensor
@@ -28,7 +28,7 @@ class Whitening(nn.Module):
         power = torch.as_tensor(power, dtype=torch.float64)
         invalid = [n for n, p in enumerate(power.tolist()) if n > 0 and not 0 < p < float("inf")]
         if invalid:
-            raise ModelError(
+            raise UserError(
                 f"whitening: the power spectrum is {power[invalid[0]]:g} at n = {invalid[0]} "
                 f"({len(invalid)} of {len(power)} shells are not positive and finite).\n"
                 "Set data_params.whiten to none, or use data with structure on all scales."

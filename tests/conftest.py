@@ -1,6 +1,6 @@
 """What tests share: a tiny universe, experiments on it, and an accelerator of their own."""
 
-import openmp  # noqa: F401  before torch
+import system  # noqa: F401  before torch
 
 import multiprocessing.forkserver
 import os
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from fork_server import ForkServer
 
 import datasets
-import distributed
+from training import distributed
 
 DATA_KEYS = {"standardize", "cache", "channels", "symmetries", "synthetic", "local_copy"}
 DATA_KEYS |= {"validation_seeds", "whiten", "pairs", "shifts"}

@@ -15,7 +15,7 @@ from analysis.interventions import Bands
 from analysis.power_spectrum import Box, mu4, wave_vectors, wavenumber
 from analysis.simulation_spectra import Partitions, SimulationSpectra
 from datasets.preparation.cosmology import linear_theory_ratio
-from metrics import Predictions
+from training.metrics import Predictions
 
 SIZE = 64
 BOX = Box(SIZE, 5120.0)

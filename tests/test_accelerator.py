@@ -6,6 +6,8 @@ imported everything once forks these processes.
 
 from __future__ import annotations
 
+from system import UserError
+
 import functools
 import json
 import multiprocessing
@@ -32,12 +34,12 @@ import torch
 from emulated_accelerator import ACCELERATOR, install
 from test_evaluation import save_empty
 
-import checkpoint.tensors
 import datasets
 import evaluation
-import metrics
 import trainer
+import training.checkpoint.tensors
 from analysis import style
+from training import metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -297,7 +299,7 @@ def test_a_check_finite_async_does_not_wait_for_the_device() -> None:
     buffer.add(ids, logits / 0, mask)
     buffer.check_finite_async(3)
     buffer.add(ids, logits, mask)
-    with pytest.raises(metrics.DivergenceError, match="step 3"):
+    with pytest.raises(UserError, match="step 3"):
         buffer.check_finite_async(4)
 
 
@@ -359,12 +361,12 @@ EXACT = [
 
 def resume_without_device_generator(*arguments: str) -> int:
     """Run trainer.py with the device's random generator not restored; called in a child."""
-    original = checkpoint.tensors._set_generators
+    original = training.checkpoint.tensors._set_generators
 
     def set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
         original(states, torch.device("cpu"))
 
-    checkpoint.tensors._set_generators = set_generators
+    training.checkpoint.tensors._set_generators = set_generators
     return train(*arguments)
 
 

@@ -1,5 +1,7 @@
 """Temperature and threshold, on simulated logits whose true probabilities are known."""
 
+from system import UserError
+
 import json
 import sys
 from dataclasses import asdict
@@ -8,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import models
 from models.calibration import Calibration, fit_calibration
 
 
@@ -124,5 +125,5 @@ def test_a_calibration_survives_a_file_and_older_files_have_no_cubes() -> None:
 
 def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(models.ModelError, match="scikit-learn"):
+    with pytest.raises(UserError, match="scikit-learn"):
         fit_calibration([0.0, 1.0], [0, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import contextlib
 import ctypes
 import dataclasses
@@ -34,9 +36,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-import distributed
-import files
-from checkpoint import (
+from training import distributed
+from training.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointManager,
@@ -47,7 +48,7 @@ from checkpoint import (
     storage,
     tensors,
 )
-from checkpoint import __main__ as program
+from training.checkpoint import __main__ as program
 
 ROOT = Path(__file__).parents[1]
 FILES = ["extra.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors"]
@@ -346,7 +347,7 @@ def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path: Path) -> Non
 
 
 def test_the_schema_holds_the_counters_of_a_run() -> None:
-    import run
+    from training import run
 
     counters = {field.name for field in dataclasses.fields(run.TrainState)} - {"predictions"}
     assert schema.SavedTrainState.model_fields.keys() == counters
@@ -1113,7 +1114,7 @@ def save_with_kills(rank: int, world_size: int, port: int, start: Path, again: b
             boundaries = Boundaries(fatal)
             for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
                 setattr(os, name, boundaries.guard(getattr(os, name)))
-            files.open = boundaries.open  # type: ignore[attr-defined]
+            system.open = boundaries.open  # type: ignore[attr-defined]
             training.save()
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -1300,7 +1301,7 @@ def test_verify_lists_the_checkpoints_and_never_writes(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    command = [sys.executable, "-m", "checkpoint", "verify", str(run_dir)]
+    command = [sys.executable, "-m", "training.checkpoint", "verify", str(run_dir)]
     complete = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert complete.returncode == 0, complete.stderr
     lines = complete.stdout.splitlines()

@@ -1,5 +1,7 @@
 """The experiment file: accepted values, errors, and their messages."""
 
+from system import UserError
+
 import ast
 import inspect
 import json
@@ -13,7 +15,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import config
+from training import config
 
 TEMPLATE = """\
 model_params:
@@ -41,7 +43,7 @@ def template(tmp_path: Path) -> Path:
 
 
 def message(path: Path, *overrides: str) -> str:
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(UserError) as error:
         config.load_config(path, list(overrides))
     return str(error.value)
 
@@ -234,7 +236,7 @@ def test_settings_that_differ_from_the_saved_run_are_listed(template: Path, tmp_
     other = config.load_config(
         template, ["train_params.lr=0.5", "model_params.dropout=0", *may_change]
     ).to_dict()
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(UserError) as error:
         config.check_same_settings(tmp_path, old, other)
     assert str(error.value).splitlines()[1:3] == [
         "  model_params.dropout: the run has 0.5, this experiment 0.0",
@@ -248,14 +250,14 @@ def test_launch_settings_become_part_of_the_experiment(template: Path) -> None:
 
 
 def test_a_cpu_has_no_fp16(template: Path) -> None:
-    with pytest.raises(config.ConfigError, match="allowed on a CPU: no, bf16"):
+    with pytest.raises(UserError, match="allowed on a CPU: no, bf16"):
         config.load_config(template).with_launch_settings(1, "fp16", 1, "cpu")
 
 
 def test_there_are_no_more_channels_than_slices(template: Path) -> None:
     loaded = config.load_config(template, ["data_params.channels=65"])
     assert loaded.model_arguments(128)["channels"] == 65
-    with pytest.raises(config.ConfigError, match=r"data_params\.channels: found 65, allowed: at most 64"):
+    with pytest.raises(UserError, match=r"data_params\.channels: found 65, allowed: at most 64"):
         loaded.model_arguments(64)
 
 
@@ -264,7 +266,7 @@ def test_a_batch_must_split_into_equal_parts(
     template: Path, batch: int, processes: int, accumulation: int
 ) -> None:
     loaded = config.load_config(template, [f"train_params.batch_size={batch}"])
-    with pytest.raises(config.ConfigError, match=rf"train_params\.batch_size: found {batch}"):
+    with pytest.raises(UserError, match=rf"train_params\.batch_size: found {batch}"):
         loaded.with_launch_settings(processes, "no", accumulation)
 
 
@@ -276,7 +278,7 @@ def test_keys_that_did_not_exist_when_a_run_was_saved_had_their_default(
     del saved["data_params"]["validation_seeds"], saved["train_params"]["trackers"]
     config.check_same_settings(tmp_path, saved, current)
     current["data_params"]["validation_seeds"] = 4
-    with pytest.raises(config.ConfigError, match="validation_seeds: the run has 0, this experiment 4"):
+    with pytest.raises(UserError, match="validation_seeds: the run has 0, this experiment 4"):
         config.check_same_settings(tmp_path, saved, current)
 
 
@@ -290,7 +292,7 @@ def test_validation_seeds_are_the_last_training_seeds(template: Path) -> None:
 def test_pairs_need_an_even_batch_on_every_process(template: Path) -> None:
     loaded = config.load_config(template, ["data_params.pairs=true", "train_params.batch_size=66"])
     loaded.with_launch_settings(1, "no", 1)
-    with pytest.raises(config.ConfigError, match="a multiple of 4"):
+    with pytest.raises(UserError, match="a multiple of 4"):
         loaded.with_launch_settings(2, "no", 1)
 
 

@@ -1,5 +1,7 @@
 """Cube files: checks when a file is opened, and reading from every layout and storage."""
 
+from system import UserError
+
 import fcntl
 import json
 import os
@@ -12,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
-from datasets.cube_file import GRAVITIES, LAYOUTS, CubeFile, DataError
+from datasets.cube_file import GRAVITIES, LAYOUTS, CubeFile
 
 N = 64
 
@@ -284,7 +286,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 def test_bad_files(path: Path, kind: str) -> None:
     damage, words = BAD[kind]
     damage(path)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         CubeFile(path)
     message = str(caught.value)
     assert message.startswith((f"{path}: ", f"{path.parent}/other.h5: "))
@@ -294,7 +296,7 @@ def test_bad_files(path: Path, kind: str) -> None:
 
 
 def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         CubeFile(tmp_path)
 
 
@@ -302,7 +304,7 @@ def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
 def test_sizes_that_are_no_multiple_of_64(tmp_path: Path, size: int) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["gr_seed0000"] = np.zeros((size,) * 3, np.float32)
-    with pytest.raises(DataError, match=f"N = {size}; N must be a multiple of 64"):
+    with pytest.raises(UserError, match=f"N = {size}; N must be a multiple of 64"):
         CubeFile(tmp_path / "a.h5")
 
 
@@ -315,7 +317,7 @@ def test_nan_and_infinity_are_errors(tmp_path: Path, storage: dict[str, Any], va
         file["newton_seed0001"][3, 4, 6] = value
     cubes = CubeFile(path)
     read(cubes, 1, "gr")
-    with pytest.raises(DataError, match=r"/newton_seed0001 has 2 values .* index \(3, 4, 5\)"):
+    with pytest.raises(UserError, match=r"/newton_seed0001 has 2 values .* index \(3, 4, 5\)"):
         read(cubes, 1, "newton")
 
 
@@ -325,7 +327,7 @@ def test_values_beyond_float32_are_errors(tmp_path: Path) -> None:
         file["gr_seed0000"][0, 0] = 3e38  # their sum overflows
         file["newton_seed0000"][0, 0, 0] = 1e39
     read(CubeFile(path), 0, "gr")
-    with pytest.raises(DataError, match="/newton_seed0000 has 1 values"):
+    with pytest.raises(UserError, match="/newton_seed0000 has 1 values"):
         read(CubeFile(path), 0, "newton")
 
 
@@ -341,10 +343,10 @@ def test_a_file_changed_while_in_use_is_not_read(
     else:
         with h5py.File(cubes.path, "a") as file:
             file["gr_seed0001"][0] = 0
-    with pytest.raises(DataError, match="changed or replaced while in use"):
+    with pytest.raises(UserError, match="changed or replaced while in use"):
         read(cubes, 1, "gr")
     cubes.path.unlink()
-    with pytest.raises(DataError, match=r"(?i)no such file"):
+    with pytest.raises(UserError, match=r"(?i)no such file"):
         read(cubes, 1, "gr")
 
 
@@ -352,7 +354,7 @@ def test_a_file_changed_while_in_use_is_not_read(
 def test_a_file_truncated_while_in_use(tmp_path: Path, chunks: tuple[int, ...] | None) -> None:
     cubes = CubeFile(write(tmp_path / "cubes.h5", chunks=chunks))
     os.truncate(cubes.path, cubes.path.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"ends within cube|truncated"):
+    with pytest.raises(UserError, match=r"ends within cube|truncated"):
         read(cubes, 1, "newton")
 
 
@@ -364,7 +366,7 @@ def test_require_lists_missing_and_present_seeds(tmp_path: Path) -> None:
     assert cubes.seeds == (0, 2, 3)
     cubes.require(range(0))
     cubes.require(range(2, 4))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         cubes.require(range(8))
     assert str(caught.value).splitlines() == [
         f"{path}: seeds 0-7 are needed (data_params.train_seeds and data_params.test_seeds, or --seeds), but",

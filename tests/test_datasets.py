@@ -1,5 +1,8 @@
 """Batches: bit-identical slices from every cache, file layout and number of ranks; reads and memory."""
 
+import system
+from system import UserError
+
 import logging
 import os
 import threading
@@ -15,12 +18,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import system
 from datasets import (
     GRAVITIES,
     Batch,
     CubeFile,
-    DataError,
     WholeCubeDataset,
     decode,
     measure_normalization,
@@ -235,7 +236,7 @@ def test_pairs_and_shifts_on_ranks_and_resumed(
 
 def test_pairs_need_an_even_number_of_slices_per_rank(path: Path) -> None:
     make(path, pairs=True, batch_size=12, num_processes=3)
-    with pytest.raises(DataError, match=r"(?s)train_params.batch_size 9 .*data_params.pairs.*multiple of 6"):
+    with pytest.raises(UserError, match=r"(?s)train_params.batch_size 9 .*data_params.pairs.*multiple of 6"):
         make(path, pairs=True, batch_size=9, num_processes=3)
 
 
@@ -442,7 +443,7 @@ def test_a_bad_cube_raises_in_the_loop(
         file["13/gr"][1, 2, 3] = np.nan
     status = bad.stat()
     data = make(bad, range(20), cache=cache, axes=(0,))
-    with pytest.raises(DataError, match="/13/gr"):
+    with pytest.raises(UserError, match="/13/gr"):
         for _ in data.train_batches(0):
             pass
     with h5py.File(bad, "r+") as file:
@@ -478,7 +479,7 @@ def test_constant_cubes_cannot_be_standardized(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         for gravity in GRAVITIES:
             file[f"0/{gravity}"] = np.full((N, N, N), 3, np.float32)
-    with pytest.raises(DataError, match=r"all values are 3\.0"):
+    with pytest.raises(UserError, match=r"all values are 3\.0"):
         measure_normalization(CubeFile(tmp_path / "flat.h5"), range(1))
 
 
@@ -486,12 +487,12 @@ def test_a_batch_larger_than_the_training_set_is_an_error(path: Path) -> None:
     assert make(path, batch_size=len(SEEDS) * 6 * N).steps == 1
     data = make(path, batch_size=len(SEEDS) * 6 * N + 1)
     assert len(list(data.evaluation_batches())) == 1  # only training needs a full batch
-    with pytest.raises(DataError, match=r"(?s)train_params.batch_size 1537 .*data_params.train_seeds 4"):
+    with pytest.raises(UserError, match=r"(?s)train_params.batch_size 1537 .*data_params.train_seeds 4"):
         _ = data.steps
 
 
 def test_ranks_must_divide_the_batch(path: Path) -> None:
-    with pytest.raises(DataError, match=r"train_params.batch_size 25 .* 2 ranks"):
+    with pytest.raises(UserError, match=r"train_params.batch_size 25 .* 2 ranks"):
         make(path, batch_size=25, num_processes=2)
 
 
@@ -503,12 +504,12 @@ def test_insufficient_memory_is_a_user_error(cache: str, path: Path, monkeypatch
         return np.empty(0, np.float32)
 
     monkeypatch.setattr(BufferPool, "_allocate", allocate)
-    with pytest.raises(DataError, match=rf"data_params.cache {cache} needs more .* 40 GiB"):
+    with pytest.raises(UserError, match=rf"data_params.cache {cache} needs more .* 40 GiB"):
         next(make(path, cache=cache).train_batches(0))
 
 
 def test_missing_seeds_are_an_error(path: Path) -> None:
-    with pytest.raises(DataError, match="8"):
+    with pytest.raises(UserError, match="8"):
         make(path, range(3, 9))
 
 

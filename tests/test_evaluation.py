@@ -1,5 +1,7 @@
 """Whole evaluations, as a user starts them: results, files and bad input."""
 
+from system import UserError
+
 import json
 import shutil
 import subprocess
@@ -19,9 +21,9 @@ from sklearn import metrics as sk
 
 import datasets
 import evaluation
-import evaluation_context
 import models
 import trainer
+from analysis import context as evaluation_context
 from analysis import style
 from analysis.html_report import FIGURES
 from analysis.power_spectrum import wave_vectors, wavenumber
@@ -255,7 +257,7 @@ def test_the_file_of_the_training_is_known_wherever_it_lies(home: Path, run: Pat
             evaluation_context.find_training_file(run, loaded, last, datasets.CubeFile(tmp_path / name))
             is None
         )
-    with pytest.raises(datasets.DataError, match=r"gone\.h5"):
+    with pytest.raises(UserError, match=r"gone\.h5"):
         evaluation_context.find_training_file(run, loaded, last, None)
     assert evaluation_context.find_training_file(run, loaded, None, same) is None
 

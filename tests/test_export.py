@@ -1,5 +1,7 @@
 """Trained networks as folders: the same logits anywhere, from safetensors and JSON alone."""
 
+from system import UserError
+
 import json
 import os
 import stat
@@ -77,7 +79,7 @@ def test_nothing_is_unpickled(saved: tuple[Path, torch.nn.Module], monkeypatch: 
     monkeypatch.setattr("pickle.Unpickler", refuse)
     monkeypatch.setattr("torch.load", refuse)
     models.load(folder)
-    with pytest.raises(models.ModelError, match="never read"):
+    with pytest.raises(UserError, match="never read"):
         export.TrainedNetwork._load_as_pickle(None, "pytorch_model.bin", "cpu", True)
 
 
@@ -221,7 +223,7 @@ def test_damage_is_a_model_error(saved: tuple[Path, torch.nn.Module], damage: st
     folder, _ = saved
     harm, text = DAMAGES[damage]
     harm(folder)
-    with pytest.raises(models.ModelError, match=text):
+    with pytest.raises(UserError, match=text):
         models.load(folder)
 
 
@@ -259,6 +261,6 @@ def test_an_onnx_that_differs_is_not_written(
 ) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     monkeypatch.setattr(export, "ONNX_TOLERANCE", -1.0)
-    with pytest.raises(models.ModelError, match="nothing was written"):
+    with pytest.raises(UserError, match="nothing was written"):
         export.export_onnx(models.load(saved[0]), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import contextlib
 import copy
 import json
@@ -22,18 +25,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from test_checkpoint import rewrite
 
-import config
 import evaluation
-import logger
-import metrics
 import models
-import run
-import system
 import trainer
-from analysis import comparison, figures, report
-from checkpoint import __main__ as checkpoint_command
-from checkpoint import schema
+from analysis import comparison, figures
 from models import export
+from training import config, logger, metrics, run
+from training.checkpoint import __main__ as checkpoint_command
+from training.checkpoint import schema
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "100"))
 MAX_LINES, MAX_CHARACTERS = 25, 4000  # of an error message
@@ -224,7 +223,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 Attempt = Callable[[], object]
 Category = Callable[[Path, Path, random.Random], Iterator[tuple[str, Attempt]]]
-USER_ERRORS = (*trainer.USER_ERRORS, report.ReportError)
+USER_ERRORS = (UserError, OSError)
 
 
 def settings(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:

@@ -1,5 +1,7 @@
 """`inspect`: reports on complete and damaged files, and the plot."""
 
+from system import UserError
+
 import os
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from datasets import __main__ as commands
 from datasets import check_normalization, write_synthetic
-from datasets.cube_file import GRAVITIES, CubeFile, DataError
+from datasets.cube_file import GRAVITIES, CubeFile
 from datasets.preparation import inspect
 from datasets.preparation.inspect import MAX_PROBLEMS, check_plot, draw, plot, report
 
@@ -150,9 +152,9 @@ def test_long_lists_of_problems_are_shortened(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_opened(tmp_path: Path, path: Path) -> None:
     os.truncate(path, path.stat().st_size - 10)
-    with pytest.raises(DataError, match="truncated"):
+    with pytest.raises(UserError, match="truncated"):
         report(path)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         report(tmp_path / "gone.h5")
 
 
@@ -217,14 +219,14 @@ def test_attributes_that_are_not_numbers_are_ignored(path: Path, tmp_path: Path,
 
 
 def test_plots_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"found ending .* allowed: "):
+    with pytest.raises(UserError, match=r"found ending .* allowed: "):
         check_plot(tmp_path / "plot.h5", overwrite=False)
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(UserError, match="no folder"):
         check_plot(tmp_path / "gone" / "plot.png", overwrite=False)
     with h5py.File(path, "a") as file:
         for seed in range(3):
             del file[f"gr_seed{seed:04d}"]
-    with pytest.raises(DataError, match="nothing to plot"):
+    with pytest.raises(UserError, match="nothing to plot"):
         plot(path, tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
 

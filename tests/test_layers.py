@@ -1,5 +1,7 @@
 """The padding of the convolutions."""
 
+from system import UserError
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ def test_racoon_is_the_same_network_with_any_padding() -> None:
 
 
 def test_an_unknown_padding_is_rejected() -> None:
-    with pytest.raises(models.ModelError, match="padding: found 'reflect', allowed: zeros, circular"):
+    with pytest.raises(UserError, match="padding: found 'reflect', allowed: zeros, circular"):
         models.build_model(architecture="PENGUIN", layer_param=2, dropout=0.0, padding="reflect")
 
 

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn; predictions ordered by sample id; divergence is reported by step and id."""
 
+from system import UserError
+
 import math
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import metrics
+from training import metrics
 
 
 def predictions(logits: np.ndarray, labels: np.ndarray, seeds: np.ndarray) -> metrics.Predictions:
@@ -117,7 +119,7 @@ def test_the_first_step_that_is_not_finite_is_named_with_its_slices() -> None:
     kept.require_finite(step=11)
     for ids, logits in [([3, 4], [0.0, 1.0]), ([5, 6], [math.inf, 1.0]), ([7, 8], [math.nan, math.nan])]:
         kept.add(torch.tensor(ids), torch.tensor(logits), torch.ones(2))
-    with pytest.raises(metrics.DivergenceError, match=r"step 13: .* sample ids \[5\]"):
+    with pytest.raises(UserError, match=r"step 13: .* sample ids \[5\]"):
         kept.require_finite(step=14)
 
 
@@ -125,7 +127,7 @@ def test_an_asynchronous_check_raises_what_the_previous_one_started() -> None:
     kept = buffer([([1, 2], [0.0, 0.0], [1, 1]), ([3, 4], [0.0, math.inf], [1, 1])])
     kept.check_finite_async(step=20)
     kept.add(torch.tensor([5, 6]), torch.tensor([0.0, math.nan]), torch.ones(2))
-    with pytest.raises(metrics.DivergenceError, match=r"step 20: .* sample ids \[4\]"):
+    with pytest.raises(UserError, match=r"step 20: .* sample ids \[4\]"):
         kept.check_finite_async(step=21)
 
 
@@ -135,7 +137,7 @@ def test_a_full_check_replaces_the_pending_one() -> None:
     kept.require_finite(step=1)
     kept.add(torch.tensor([3]), torch.tensor([math.inf]), torch.ones(1))
     kept.check_finite_async(step=2)  # nothing is known of step 2 yet
-    with pytest.raises(metrics.DivergenceError, match=r"step 2: .* sample ids \[3\]"):
+    with pytest.raises(UserError, match=r"step 2: .* sample ids \[3\]"):
         kept.require_finite(step=2)
 
 

@@ -1,5 +1,7 @@
 """The networks: every shape as published, and what every registered network must do."""
 
+from system import UserError
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,6 @@ def test_leaky_relu_has_slope_a_fifth() -> None:
     ],
 )
 def test_what_cannot_be_built_is_named(options: dict[str, object], text: str) -> None:
-    with pytest.raises(models.ModelError) as error:
+    with pytest.raises(UserError) as error:
         build(**({"architecture": "RACOON"} | options))
     assert text in str(error.value)

@@ -1,5 +1,7 @@
 """Packing raw gevolution output: values, attributes, failures, and repacking."""
 
+from system import UserError
+
 import itertools
 import os
 import signal
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from datasets import __main__ as commands
-from datasets.cube_file import GRAVITIES, CubeFile, DataError
+from datasets.cube_file import GRAVITIES, CubeFile
 from datasets.normalization import Moments
 from datasets.preparation import pack as pack_module
 from datasets.preparation.cosmology import Cosmology
@@ -263,7 +265,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 def test_bad_raw_output(tmp_path: Path, raw: Path, kind: str) -> None:
     damage, words = BAD[kind]
     damage(raw)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         pack(raw, tmp_path / "out.h5", redshift=1)
     assert len(str(caught.value).splitlines()) <= 3
     for word in words:
@@ -279,13 +281,13 @@ def test_invalid_requests(tmp_path: Path, raw: Path) -> None:
         (lambda: pack_snapshot(raw, out, snapshot=3), "no snapshot 3"),
         (lambda: pack_difference(raw, out, redshifts=(1.0, 1.0)), "all values are"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UserError, match=words):
             call()
     change(raw, **{"snapshot redshifts": "10, 2, 0"})
-    with pytest.raises(DataError, match="several redshifts"):
+    with pytest.raises(UserError, match="several redshifts"):
         pack_snapshot(raw, out, snapshot=1)
     (raw / "seed00001").mkdir()
-    with pytest.raises(DataError, match="are the same seed"):
+    with pytest.raises(UserError, match="are the same seed"):
         pack(raw, out, redshift=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
@@ -294,7 +296,7 @@ def test_massive_neutrinos_allow_no_difference(tmp_path: Path, raw: Path) -> Non
     for seed, gravity in itertools.product(range(2), GRAVITIES):
         write_settings(raw, seed, gravity, m_ncdm="0.06")
     pack(raw, tmp_path / "out.h5", redshift=1)
-    with pytest.raises(DataError, match=r"m_ncdm = 0\.06"):
+    with pytest.raises(UserError, match=r"m_ncdm = 0\.06"):
         pack_difference(raw, tmp_path / "d.h5", redshifts=(10.0, 1.0))
 
 
@@ -304,7 +306,7 @@ def test_massive_neutrinos_allow_no_difference(tmp_path: Path, raw: Path) -> Non
 def test_existing_files_are_kept_without_force(tmp_path: Path, raw: Path) -> None:
     out = tmp_path / "out.h5"
     out.write_text("precious")
-    with pytest.raises(DataError, match=r"exists already.*--force"):
+    with pytest.raises(UserError, match=r"exists already.*--force"):
         pack(raw, out, redshift=1)
     assert out.read_text() == "precious"
     pack(raw, out, redshift=1, overwrite=True)
@@ -325,7 +327,7 @@ def test_a_failure_leaves_no_file(
 
     original = pack_module._standardize
     monkeypatch.setattr(pack_module, "_standardize", fail_later)
-    with pytest.raises((KeyboardInterrupt, DataError)):
+    with pytest.raises((KeyboardInterrupt, UserError)):
         pack(raw, tmp_path / "out.h5", redshift=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
@@ -361,7 +363,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, raw: Path) -> None:
 
 def test_free_space_is_checked_first(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: _Usage)
-    with pytest.raises(DataError, match="not enough space"):
+    with pytest.raises(UserError, match="not enough space"):
         pack(raw, tmp_path / "new folder" / "out.h5", redshift=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-import config
 import datasets
+from training import config
 
 REPEAT = Path(__file__).parent.parent / "experiments" / "repeat.py"
 Experiment = Callable[..., Path]

@@ -1,5 +1,7 @@
 """The files of an evaluation: report, predictions, figures, comparisons and ensembles."""
 
+from system import UserError
+
 import json
 import re
 import shutil
@@ -15,7 +17,6 @@ import pytest
 import simulated_universe as universe
 from PIL import Image
 
-import metrics
 from analysis import (
     comparison,
     ensemble,
@@ -27,11 +28,10 @@ from analysis import (
     style,
     summary,
 )
-from analysis.ensemble import EnsembleError
 from analysis.html_report import FIGURES, NAMES
 from analysis.power_spectrum import Box
-from analysis.report import ReportError
-from metrics import Predictions
+from training import metrics
+from training.metrics import Predictions
 
 HISTORY = [
     {"loss": 0.7, "accuracy": 0.5, "auc": 0.5, "cube_accuracy": 0.5, "pair_accuracy": 1.0}
@@ -340,13 +340,13 @@ def test_damaged_predictions_are_rejected(
     damage, message = DAMAGE[kind]
     shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "evaluation" / "predictions.h5")
-    with pytest.raises(ReportError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         report.read_predictions(tmp_path)
     assert "Evaluate the run again" in str(error.value)
 
 
 def test_reports_that_cannot_be_read_are_named(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="there is no such file"):
+    with pytest.raises(UserError, match="there is no such file"):
         report.read(tmp_path)
     shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     for text, message in (
@@ -355,7 +355,7 @@ def test_reports_that_cannot_be_read_are_named(written: tuple[Path, dict[str, An
         ('{"run": "x"}', "config: Field required"),
     ):
         (tmp_path / "evaluation" / "report.json").write_text(text)
-        with pytest.raises(ReportError, match=message):
+        with pytest.raises(UserError, match=message):
             report.read(tmp_path)
 
 
@@ -427,16 +427,16 @@ def change_config(run: Path, section: str, key: str, value: Any) -> None:
 
 
 def test_runs_that_are_no_ensemble_are_rejected(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(EnsembleError, match="one run is no ensemble"):
+    with pytest.raises(UserError, match="one run is no ensemble"):
         ensemble.write(tmp_path / "out", {"a": runs["a"]})
     change_config(runs["b"], "train_params", "seed", 0)
-    with pytest.raises(EnsembleError, match=r"a and b have the same train_params\.seed 0"):
+    with pytest.raises(UserError, match=r"a and b have the same train_params\.seed 0"):
         ensemble.write(tmp_path / "out", runs)
     change_config(runs["b"], "train_params", "lr", 0.2)
-    with pytest.raises(EnsembleError, match=r"a and b differ in train_params\.lr: 0\.1 and 0\.2"):
+    with pytest.raises(UserError, match=r"a and b differ in train_params\.lr: 0\.1 and 0\.2"):
         ensemble.write(tmp_path / "out", runs)
     report.write_predictions(runs["c"] / "evaluation" / "predictions.h5", predictions_of(seeds=3))
-    with pytest.raises(EnsembleError, match="a and c were evaluated on different slices"):
+    with pytest.raises(UserError, match="a and c were evaluated on different slices"):
         ensemble.write(tmp_path / "out", {name: runs[name] for name in "ac"})
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from fork_server import ForkServer
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from test_checkpoint import rewrite_state, to_format_1
 
-from checkpoint import Checkpoint, list_checkpoints
+from training.checkpoint import Checkpoint, list_checkpoints
 
 TIMING = {"seconds", "slices_per_second", "waiting_seconds", "data_waiting_share"}
 STEPS, EPOCHS = 5, 3
@@ -193,18 +193,21 @@ def test_kills_at_random_steps_change_nothing(trainer: Trainer, whole: dict[str,
 # In the order in which one run gets to them: it resumes after each kill.
 PLACES = [
     ("trainer.setup_run", 0),  # before anything exists
-    ("config.Config.save", 0),
-    ("checkpoint.storage.write_checkpoint", 0),  # of step 2, before it is written
-    ("checkpoint.storage.rotate", 0),  # of step 2, after it is written
+    ("training.config.Config.save", 0),
+    ("training.checkpoint.storage.write_checkpoint", 0),  # of step 2, before it is written
+    ("training.checkpoint.storage.rotate", 0),  # of step 2, after it is written
     ("trainer.train_step", 0),  # at once after a resume
-    ("run.TrainState.end_epoch", 0),
-    ("logger.RunLogger.log_metrics", 0),
+    ("training.run.TrainState.end_epoch", 0),
+    ("training.logger.RunLogger.log_metrics", 0),
     ("trainer.save", 1),  # of epoch 1, after its metrics were logged
     ("trainer.evaluate", 0),
-    ("run.TrainState.end_evaluation", 0),  # after the evaluation was logged, before a checkpoint knows of it
-    ("checkpoint.storage.rotate", 2),
+    (
+        "training.run.TrainState.end_evaluation",
+        0,
+    ),  # after the evaluation was logged, before a checkpoint knows of it
+    ("training.checkpoint.storage.rotate", 2),
     ("trainer.export", 0),
-    ("checkpoint.storage.write_checkpoint", 0),  # of the last step, after the network was exported
+    ("training.checkpoint.storage.write_checkpoint", 0),  # of the last step, after the network was exported
 ]
 
 
@@ -212,7 +215,7 @@ def test_kills_at_every_kind_of_place_change_nothing(trainer: Trainer, whole: di
     for place, call in PLACES:
         codes = trainer.start("placed", send=["SIGKILL", place, call])
         assert codes == [KILLED], f"{place} {call}: {trainer.output('placed')}"
-        if place == "run.TrainState.end_evaluation":
+        if place == "training.run.TrainState.end_evaluation":
             assert [record["phase"] for record in records(trainer.run_dir("placed"))] == [
                 "train",
                 "train",
@@ -230,7 +233,7 @@ def test_signals_end_the_run_with_a_checkpoint_and_change_nothing(
         ("SIGINT", "trainer.train_step", 1, 6),
         ("SIGUSR1", "trainer.train_step", 3, 2 * STEPS),  # in the last step of an epoch
         ("SIGTERM", "trainer.evaluate", 0, 2 * STEPS),
-        ("SIGTERM", "checkpoint.storage.write_checkpoint", 0, None),
+        ("SIGTERM", "training.checkpoint.storage.write_checkpoint", 0, None),
     ):
         assert trainer.start("signals", send=[name, function, call]) == [STOPPED], trainer.output("signals")
         stopped = complete(trainer.run_dir("signals"))[-1].step
@@ -249,9 +252,13 @@ def test_two_ranks_survive_a_signal_and_kills_of_one_of_them(
     assert complete(trainer.run_dir(name))[-1].train_state["step_in_epoch"]
     one_kill = {"world_size": 2, "rank": 1, "send": ["SIGKILL", "trainer.train_step", 4]}
     assert trainer.start(name, **one_kill) == [FAILED, KILLED], trainer.output(name)
-    assert "LaunchError: " in trainer.output(name)
+    assert "error: " in trainer.output(name)
     assert "Traceback" not in trainer.output(name)
-    in_evaluation = {"world_size": 2, "rank": 0, "send": ["SIGKILL", "metrics.PredictionBuffer.add", 6]}
+    in_evaluation = {
+        "world_size": 2,
+        "rank": 0,
+        "send": ["SIGKILL", "training.metrics.PredictionBuffer.add", 6],
+    }
     assert trainer.start(name, **in_evaluation)[0] == KILLED, trainer.output(name)
     assert_equal(trainer.finish(name, world_size=2), whole_of_two)
 
@@ -293,7 +300,7 @@ def test_a_full_disk_ends_the_run_and_changes_nothing(
     failed = trainer.start(name, "train_params.save_every_steps=1", max_bytes=largest - 1)
     assert failed == [FAILED], trainer.output(name)
     output = trainer.output(name)
-    assert "CheckpointError" in output
+    assert "error: " in output
     assert "File too large" in output
     assert f"{before.folder} is unchanged" in output
     assert "Traceback" not in output

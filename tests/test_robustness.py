@@ -1,12 +1,13 @@
 """Degraded slices: what each degradation does to known modes, and bad settings."""
 
+from system import UserError
+
 import numpy as np
 import pytest
 import simulated_universe as universe
 import torch
 
 from analysis import robustness
-from analysis.robustness import DegradationError
 
 BOX = universe.BOX
 SIZE = universe.SIZE
@@ -64,7 +65,7 @@ def test_settings_have_defaults_of_two_cells_and_a_tenth() -> None:
 
 @pytest.mark.parametrize("setting", ["blur=3", "noise=-1", "noise=much", "smoothing", "smoothing=inf"])
 def test_bad_settings_are_rejected(setting: str) -> None:
-    with pytest.raises(DegradationError, match="allowed: smoothing=R in Mpc/h and noise=LEVEL") as error:
+    with pytest.raises(UserError, match="allowed: smoothing=R in Mpc/h and noise=LEVEL") as error:
         robustness.parse([setting], BOX)
     assert f"'{setting}'" in str(error.value)
 

@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
 import datasets
-import metrics
-from config import load_config
-from run import TrainState, build_network, prepare
+from training import metrics
+from training.config import load_config
+from training.run import TrainState, build_network, prepare
 
 
 def new_state() -> TrainState:

@@ -1,5 +1,7 @@
 """The synthetic universe: physics and reproducibility."""
 
+from system import UserError
+
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from datasets.cube_file import GRAVITIES, CubeFile, DataError
+from datasets.cube_file import GRAVITIES, CubeFile
 from datasets.preparation.cosmology import Cosmology, linear_theory_ratio
 from datasets.preparation.synthetic import BOX_SIZE, REDSHIFT, Universe, write_synthetic
 
@@ -173,7 +175,7 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_arguments(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="allowed: seeds >= 1") as caught:
+    with pytest.raises(UserError, match="allowed: seeds >= 1") as caught:
         write(tmp_path / "folder" / "a.h5", **changes)
     key, value = next(iter(changes.items()))
     assert f"{key} = {value}" in str(caught.value)

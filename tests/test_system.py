@@ -1,12 +1,12 @@
 """Limits of the host and rank variables of the launch."""
 
+import system
+
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import system
 
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "LAUNCH_SECONDS"),

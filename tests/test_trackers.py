@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from test_resume import tensorboard_points
 
-import trackers
 import trainer
+from training import trackers
 
 Experiment = Callable[..., Path]
 

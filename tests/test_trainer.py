@@ -23,14 +23,10 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import checkpoint
-import config
 import datasets
-import distributed
-import logger
 import models
-import run
 import trainer
+from training import checkpoint, config, distributed, logger, run
 
 Experiment = Callable[..., Path]
 

@@ -17,8 +17,8 @@ from test_pack import REDSHIFTS, snapshot_file, write_settings
 import datasets
 import evaluation
 import trainer
-from checkpoint import __main__ as checkpoint_command
 from datasets import __main__ as datasets_command
+from training.checkpoint import __main__ as checkpoint_command
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PROGRAMS = {
     ("python", "-m", "datasets"): datasets_command.main,
-    ("python", "-m", "checkpoint"): checkpoint_command.main,
+    ("python", "-m", "training.checkpoint"): checkpoint_command.main,
     ("accelerate", "launch", "trainer.py"): trainer.main,
     ("accelerate", "launch", "evaluation.py"): evaluation.main,
     ("python", "evaluation.py"): evaluation.main,

@@ -1,5 +1,7 @@
 """Predictions for cubes without labels."""
 
+from system import UserError
+
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from analysis import unlabelled
-from analysis.unlabelled import Calibration, FieldError
+from analysis.unlabelled import Calibration
 
 SIZE = 8
 UNITS = {"mean": 1.0, "std": 2.0}
@@ -86,6 +88,6 @@ BAD = {
 def test_other_files_are_rejected_and_nothing_is_written(kind: str, tmp_path: Path) -> None:
     make, message = BAD[kind]
     make(tmp_path / "in.h5")
-    with pytest.raises(FieldError, match=message.replace("^", r"\^")):
+    with pytest.raises(UserError, match=message.replace("^", r"\^")):
         predict(tmp_path / "in.h5")
     assert not (tmp_path / "out.h5").exists()

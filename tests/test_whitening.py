@@ -1,10 +1,11 @@
 """Whitening and the isotropic power spectrum, against direct computations with NumPy."""
 
+from system import UserError
+
 import numpy as np
 import pytest
 import torch
 
-import models
 from models.whitening import Whitening, isotropic_power
 
 SIZE = 64
@@ -79,7 +80,7 @@ def test_a_spectrum_of_numbers_gives_the_same_gain_and_adds_nothing_to_the_weigh
 def test_a_shell_without_power_is_rejected(value: float) -> None:
     power = torch.ones(32)
     power[5] = value
-    with pytest.raises(models.ModelError, match=r"at n = 5 \(1 of 32 shells"):
+    with pytest.raises(UserError, match=r"at n = 5 \(1 of 32 shells"):
         Whitening(power)
 
 

@@ -26,8 +26,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import Checkpoint, list_checkpoints  # noqa: E402
 from datasets import write_synthetic  # noqa: E402
+from training.checkpoint import Checkpoint, list_checkpoints  # noqa: E402
 
 EXPERIMENT: dict[str, dict[str, Any]] = {
     "model_params": {"architecture": "RACOON", "layer_param": 4, "dropout": 0.5, "name": "uninterrupted"},

@@ -5,15 +5,16 @@ RAW_DIR/seed0000/gr/gr_settings_used.ini        the settings of the run, lines `
 RAW_DIR/seed0000/newton/...                     the twin: the same initial conditions, Newtonian
 """
 
+import system
+from system import UserError
+
 import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import system
-
-from ..cube_file import GRAVITIES, DataError
+from ..cube_file import GRAVITIES
 from .cosmology import Cosmology
 
 THEORIES = {"newton": "Newton", "gr": "GR"}  # the names in the settings
@@ -39,10 +40,10 @@ class Simulation:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The settings as text. Raises DataError if the file is missing or has another gravity."""
+        """The settings as text. Raises UserError if the file is missing or has another gravity."""
         path = self.settings_file
         if not path.is_file():
-            raise DataError(
+            raise UserError(
                 f"{path}: no such file. It contains redshifts and cosmology; copy it from the simulation."
             )
         settings = {}
@@ -52,37 +53,37 @@ class Simulation:
                 settings[key.strip()] = value.strip()
         theory = settings.get("gravity theory", THEORIES[self.gravity])
         if theory.lower() != THEORIES[self.gravity].lower():
-            raise DataError(f"{path}: gravity theory = {theory}, but the folder is {self.gravity}. Move it.")
+            raise UserError(f"{path}: gravity theory = {theory}, but the folder is {self.gravity}. Move it.")
         return settings
 
     def snapshot(self, number: int) -> Path:
-        """The file of the potential at one output time. Raises DataError if it does not exist."""
+        """The file of the potential at one output time. Raises UserError if it does not exist."""
         path = self.folder / f"{self.gravity}_snap{number:03d}_phi.h5"
         if not path.is_file():
             found = sorted(other.name for other in self.folder.glob(f"{self.gravity}_snap*_phi.h5"))
-            raise DataError(f"{path}: no such file. Snapshots in this folder: {', '.join(found) or 'none'}.")
+            raise UserError(f"{path}: no such file. Snapshots in this folder: {', '.join(found) or 'none'}.")
         return path
 
 
 def find_simulations(raw: Path) -> list[Simulation]:
-    """All simulations in a folder, by seed, both twins of each. Raises DataError if one has no twin."""
+    """All simulations in a folder, by seed, both twins of each. Raises UserError if one has no twin."""
     if not raw.is_dir():
-        raise DataError(f"{raw}: not a folder. Give the folder that contains seed0000/gr/...")
+        raise UserError(f"{raw}: not a folder. Give the folder that contains seed0000/gr/...")
     folders: dict[int, Path] = {}
     for folder in sorted(raw.iterdir()):
         if (match := re.fullmatch(r"seed(\d+)", folder.name)) and folder.is_dir():
             seed = int(match[1])
             if seed in folders:
-                raise DataError(
+                raise UserError(
                     f"{raw}: {folders[seed].name} and {folder.name} are the same seed. Rename one."
                 )
             folders[seed] = folder
     if not folders:
-        raise DataError(f"{raw}: no folders seed0000, seed0001, ... found. Give gevolution's output folder.")
+        raise UserError(f"{raw}: no folders seed0000, seed0001, ... found. Give gevolution's output folder.")
     for gravity in GRAVITIES:
         missing = [seed for seed, folder in folders.items() if not (folder / gravity).is_dir()]
         if missing:
-            raise DataError(
+            raise UserError(
                 f"{raw}: no folder {gravity} for seeds {system.format_ranges(missing)}. Add both twins."
             )
     return [Simulation(s, gravity, folders[s] / gravity) for s in sorted(folders) for gravity in GRAVITIES]
@@ -91,7 +92,7 @@ def find_simulations(raw: Path) -> list[Simulation]:
 def common_settings(simulations: list[Simulation]) -> dict[str, str]:
     """The settings of the first simulation, if all agree in cosmology, and twins in the random seed.
 
-    Raises DataError, which names the two files and the setting that differs.
+    Raises UserError, which names the two files and the setting that differs.
     """
     first = simulations[0].settings
     seeds: dict[int, str | None] = {}
@@ -99,12 +100,12 @@ def common_settings(simulations: list[Simulation]) -> dict[str, str]:
         settings = simulation.settings
         for key in COMMON:
             if not _same(settings.get(key), first.get(key)):
-                raise DataError(
+                raise UserError(
                     f"{simulation.settings_file}: {key} = {settings.get(key)}, but {first.get(key)} in "
                     f"{simulations[0].settings_file}. Simulations packed together must agree."
                 )
         if seeds.setdefault(simulation.seed, settings.get("seed")) != settings.get("seed"):
-            raise DataError(
+            raise UserError(
                 f"{simulation.settings_file}: seed = {settings.get('seed')}, but its twin has "
                 f"{seeds[simulation.seed]}. Twins start from the same initial conditions."
             )
@@ -119,13 +120,13 @@ def _same(a: str | None, b: str | None) -> bool:
 
 
 def snapshot_number(simulation: Simulation, redshift: float) -> int:
-    """The number of the snapshot at a redshift. Raises DataError, which lists the redshifts in the file."""
+    """The number of the snapshot at a redshift. Raises UserError, which lists the redshifts in the file."""
     redshifts = snapshot_redshifts(simulation)
     for number, other in enumerate(redshifts):
         if math.isclose(other, redshift, rel_tol=1e-6, abs_tol=1e-6):
             return number
     listed = ", ".join(f"{z:g}" for z in redshifts)
-    raise DataError(
+    raise UserError(
         f"{simulation.settings_file}: no snapshot at redshift {redshift:g}; choose one of {listed}."
     )
 
@@ -136,27 +137,27 @@ def snapshot_redshifts(simulation: Simulation) -> list[float]:
     try:
         return sorted((float(part) for part in text.split(",")), reverse=True)
     except ValueError:
-        raise DataError(
+        raise UserError(
             f"{simulation.settings_file}: snapshot redshifts = {text or '(missing)'}; numbers are needed."
         ) from None
 
 
 def numeric_setting(settings: dict[str, str], key: str) -> float:
-    """A numeric setting. Raises DataError if it is missing or not a number."""
+    """A numeric setting. Raises UserError if it is missing or not a number."""
     text = settings.get(key, "(missing)")
     try:
         return float(text)
     except ValueError:
-        raise DataError(f"gevolution's settings have {key} = {text}; a number is needed.") from None
+        raise UserError(f"gevolution's settings have {key} = {text}; a number is needed.") from None
 
 
 def cosmology(settings: dict[str, str]) -> Cosmology:
     """The cosmology of a simulation. Densities may be given as omega = Omega h^2 or as Omega.
 
-    Raises DataError for massive neutrinos, for which the growth of the potential depends on the scale.
+    Raises UserError for massive neutrinos, for which the growth of the potential depends on the scale.
     """
     if "m_ncdm" in settings:
-        raise DataError(
+        raise UserError(
             f"gevolution's settings have m_ncdm = {settings['m_ncdm']}: with massive neutrinos growth "
             "depends on scale. Use --redshift instead of --difference."
         )

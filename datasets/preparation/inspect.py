@@ -1,5 +1,8 @@
 """The contents and problems of a cube file, also of a damaged one, and a plot of one slice."""
 
+import system
+from system import UserError
+
 import io
 import math
 from collections.abc import Iterator
@@ -16,15 +19,11 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-import files
-import system
-
 from ..cube_file import (
     GRAVITIES,
     H5PY_ERRORS,
     Cube,
     Cubes,
-    DataError,
     attr_float,
     find_cubes,
     open_cubes,
@@ -54,7 +53,7 @@ class _Findings:
 def report(path: Path) -> str:
     """A text with the contents of a file and its problems. Reads all values, in bounded memory.
 
-    Raises DataError if the file cannot be opened as HDF5, or has no cubes.
+    Raises UserError if the file cannot be opened as HDF5, or has no cubes.
     """
     with open_cubes(path) as file:
         layout, cubes = find_cubes(file)
@@ -151,20 +150,20 @@ def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _F
 
 
 def check_plot(out: Path, overwrite: bool) -> None:
-    """Raise DataError unless a plot can be written to `out`; called before the file is read."""
+    """Raise UserError unless a plot can be written to `out`; called before the file is read."""
     formats = FigureCanvasAgg.filetypes
     if out.suffix.removeprefix(".") not in formats:
-        raise DataError(f"{out}: found ending {out.suffix!r}, allowed: {', '.join(sorted(formats))}")
+        raise UserError(f"{out}: found ending {out.suffix!r}, allowed: {', '.join(sorted(formats))}")
     if not out.absolute().parent.is_dir():
-        raise DataError(f"{out}: no folder {out.absolute().parent}. Create it, or choose another.")
+        raise UserError(f"{out}: no folder {out.absolute().parent}. Create it, or choose another.")
     if out.exists() and not overwrite:
-        raise DataError(f"{out}: exists already. Choose another name, or overwrite it with --force.")
+        raise UserError(f"{out}: exists already. Choose another name, or overwrite it with --force.")
 
 
 def plot(path: Path, out: Path) -> None:
     """Plot one slice of the first seed with both twins: GR, Newton, and GR - Newton.
 
-    Raises DataError if no seed has two cubes of one shape, or if the plot cannot be written.
+    Raises UserError if no seed has two cubes of one shape, or if the plot cannot be written.
     """
     with open_cubes(path) as file:
         _, cubes = find_cubes(file)
@@ -186,9 +185,9 @@ def plot(path: Path, out: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=160, format=out.suffix.removeprefix("."))
     try:
-        files.write_atomically(out, image.getvalue())
+        system.write_atomically(out, image.getvalue())
     except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error}") from error
+        raise UserError(f"{out}: cannot be written: {error}") from error
 
 
 def _seed_to_plot(path: Path, cubes: Cubes) -> int:
@@ -198,9 +197,9 @@ def _seed_to_plot(path: Path, cubes: Cubes) -> int:
         pair = cubes[seed, "gr"], cubes[seed, "newton"]
         if pair[0].shape == pair[1].shape and all(len(c.shape) == 3 and c.dtype.kind in "fiu" for c in pair):
             if 8 * math.prod(pair[0].shape[1:]) > MAX_PLANE_BYTES:
-                raise DataError(f"{path}: a slice of the shape {pair[0].shape[1:]} is too large to plot.")
+                raise UserError(f"{path}: a slice of the shape {pair[0].shape[1:]} is too large to plot.")
             return seed
-    raise DataError(f"{path}: nothing to plot: no seed has two cubes of one shape. Add a pair of twins.")
+    raise UserError(f"{path}: nothing to plot: no seed has two cubes of one shape. Add a pair of twins.")
 
 
 def draw(

@@ -14,6 +14,8 @@ With `remove_mean` every cube gets mean 0. The mean of a GR cube differs from th
 construction, so it identifies the gravity without any physics.
 """
 
+from system import UserError
+
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, DataError, open_cubes
+from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, open_cubes
 from ..normalization import Moments
 from .gevolution import (
     COMMON,
@@ -56,7 +58,7 @@ class Source:
 def pack(
     raw: Path, out: Path, *, redshift: float, remove_mean: bool = False, overwrite: bool = False
 ) -> None:
-    """Pack the potential at one redshift of all simulations in `raw`. Raises DataError."""
+    """Pack the potential at one redshift of all simulations in `raw`. Raises UserError."""
     simulations = find_simulations(raw)
     sources = [Source(s, ((s.snapshot(snapshot_number(s, redshift)), 1.0),)) for s in simulations]
     _pack(raw, out, sources, {"field": "phi", "redshift": redshift}, remove_mean, overwrite)
@@ -65,20 +67,20 @@ def pack(
 def pack_snapshot(
     raw: Path, out: Path, *, snapshot: int, remove_mean: bool = False, overwrite: bool = False
 ) -> None:
-    """Pack the potential of one snapshot number, at one redshift in all simulations. Raises DataError."""
+    """Pack the potential of one snapshot number, at one redshift in all simulations. Raises UserError."""
     simulations = find_simulations(raw)
     redshifts = {}
     for simulation in simulations:
         listed = snapshot_redshifts(simulation)
         if not 0 <= snapshot < len(listed):
-            raise DataError(
+            raise UserError(
                 f"{simulation.settings_file}: no snapshot {snapshot}; the snapshots "
                 f"0 to {len(listed) - 1} have the redshifts {listed}."
             )
         redshifts[listed[snapshot]] = simulation.settings_file
     if len(redshifts) > 1:
         found = ", ".join(f"z = {z:g} in {path}" for z, path in redshifts.items())
-        raise DataError(f"snapshot {snapshot} has several redshifts: {found}. Use --redshift.")
+        raise UserError(f"snapshot {snapshot} has several redshifts: {found}. Use --redshift.")
     pack(raw, out, redshift=next(iter(redshifts)), remove_mean=remove_mean, overwrite=overwrite)
 
 
@@ -90,7 +92,7 @@ def pack_difference(
     remove_mean: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Pack the difference of two redshifts, each divided by its linear growth. Raises DataError."""
+    """Pack the difference of two redshifts, each divided by its linear growth. Raises UserError."""
     simulations = find_simulations(raw)
     universe = cosmology(common_settings(simulations))
     growth = [universe.potential_growth(z) for z in redshifts]
@@ -146,9 +148,9 @@ def _pack(
             moments.merge(part)
             bar.update(bytes_per_cube)
         if not np.isfinite(moments.variance):
-            raise DataError(f"{raw}: the variance of the values is too large for float64. Check their unit.")
+            raise UserError(f"{raw}: the variance of the values is too large for float64. Check their unit.")
         if moments.variance == 0:
-            raise DataError(
+            raise UserError(
                 f"{raw}: all values are {moments.mean}; they cannot be standardized. Check the simulations."
             )
         mean, std = moments.mean, moments.std
@@ -183,11 +185,11 @@ def _size(sources: list[Source]) -> int:
             shape = _data(file, path).shape
         first = first or (path, shape)
         if len(shape) != 3 or len(set(shape)) != 1 or shape[0] % SIZE_UNIT:
-            raise DataError(
+            raise UserError(
                 f"{path}: the shape is {shape}; (N, N, N) with N a multiple of {SIZE_UNIT} is needed."
             )
         if shape != first[1]:
-            raise DataError(f"{path}: the shape is {shape}, but {first[1]} in {first[0]}. Pack equal sizes.")
+            raise UserError(f"{path}: the shape is {shape}, but {first[1]} in {first[0]}. Pack equal sizes.")
     assert first is not None
     return first[1][0]
 
@@ -195,7 +197,7 @@ def _size(sources: list[Source]) -> int:
 def _data(file: h5py.File, path: Path) -> h5py.Dataset:
     data = file.get("data")
     if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu":
-        raise DataError(f"{path}: no numeric data set `data`, found {list(file)}. Give output of gevolution.")
+        raise UserError(f"{path}: no numeric data set `data`, found {list(file)}. Give output of gevolution.")
     return data
 
 
@@ -225,15 +227,15 @@ def _read(data: h5py.Dataset, path: Path, where: slice, out: NDArray[np.float64]
     try:
         data.read_direct(out, source_sel=where)
     except H5PY_ERRORS as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error
     if not np.isfinite(out.sum()):
-        raise DataError(
+        raise UserError(
             f"{path}: NaN or infinity in planes {where.start} to {where.stop - 1}. Rerun this simulation."
         )
 
 
 def repack(path: Path, out: Path, *, overwrite: bool = False) -> None:
-    """Write the cubes and attributes of a file, contiguous and in the packed layout. Raises DataError."""
+    """Write the cubes and attributes of a file, contiguous and in the packed layout. Raises UserError."""
     cubes = CubeFile(path)
     values = np.empty((cubes.size,) * 3, dtype=np.float32)
     with open_cubes(path) as old:

@@ -41,6 +41,8 @@ which for g = 1 mimics gevolution twins (Adamek et al. 2016, JCAP 07, 053) of 64
 cell: P_GR/P_Newton is 0.99 along the axes of the grid and 1.02 along its diagonals.
 """
 
+from system import UserError
+
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -51,7 +53,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..cube_file import GRAVITIES, SIZE_UNIT, CubeFile, DataError
+from ..cube_file import GRAVITIES, SIZE_UNIT, CubeFile
 from .cosmology import Cosmology, linear_theory_ratio
 from .writer import new_cube, new_file
 
@@ -139,12 +141,12 @@ def lattice_ratio(size: int, grid: float) -> NDArray[np.float32]:
 def check_synthetic(
     cubes: CubeFile, *, size: int, physics: str, strength: float, grid: float, seed: int
 ) -> None:
-    """Raise DataError unless `cubes` are the synthetic universe of these settings. Logs what it is."""
+    """Raise UserError unless `cubes` are the synthetic universe of these settings. Logs what it is."""
     expected = {"size": size, "physics": physics, "strength": strength, "grid": grid, "seed": seed}
     written = {"physics": "toy", "grid": 0.0} | cubes.attributes  # older files have neither
     found = {"size": cubes.size} | {key: written.get(key) for key in expected if key != "size"}
     if found != expected:
-        raise DataError(
+        raise UserError(
             f"{cubes.path}: data_params.synthetic is {expected}, but the file has {found}.\n"
             "Remove the file, choose another data_params.datafile, or remove data_params.synthetic."
         )
@@ -178,7 +180,7 @@ def write_synthetic(
     (attribute `std`, in c^2; the mean is 0), so a cube is bit-identical in files with more seeds. The same
     arguments give the same file. One pair of twins is in memory at a time: about 26 bytes per cell.
 
-    Raises DataError if an argument is out of range, or if the file exists or cannot be written.
+    Raises UserError if an argument is out of range, or if the file exists or cannot be written.
     """
     if (
         seeds < 1
@@ -189,7 +191,7 @@ def write_synthetic(
         or not 0 <= strength < (MAX_LINEAR_STRENGTH if physics == "linear" else np.inf)
         or not 0 <= grid <= MAX_GRID
     ):
-        raise DataError(
+        raise UserError(
             f"{path}: found seeds = {seeds}, size = {size}, physics = {physics}, strength = {strength}, "
             f"grid = {grid}, seed = {seed}; allowed: seeds >= 1, size a multiple of {SIZE_UNIT}, "
             f"physics {' or '.join(PHYSICS)}, strength >= 0 "

@@ -1,5 +1,8 @@
 """New data files: a file appears under its name when it is complete."""
 
+import system
+from system import UserError
+
 import os
 import secrets
 import shutil
@@ -10,9 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-import files
-
-from ..cube_file import DataError, packed_name
+from ..cube_file import packed_name
 
 
 @contextmanager
@@ -20,17 +21,17 @@ def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Itera
     """Write an HDF5 file under a temporary name, which becomes `path` when the block ends without an error.
 
     The temporary file (`NAME.xxxxxxxx.partial`, in the same folder) is removed after an error; only a killed
-    program leaves it behind. Parent folders are created. Raises DataError if `path` exists and `overwrite` is
+    program leaves it behind. Parent folders are created. Raises UserError if `path` exists and `overwrite` is
     False, if the disk has less than `bytes_needed` free, or if writing fails.
     """
     if path.is_dir():
-        raise DataError(f"{path}: is a folder. Give the name of the HDF5 file to write.")
+        raise UserError(f"{path}: is a folder. Give the name of the HDF5 file to write.")
     if path.exists() and not overwrite:
-        raise DataError(f"{path}: exists already. Choose another name, or overwrite it with --force.")
-    existing = files.existing_parent(path.parent)
+        raise UserError(f"{path}: exists already. Choose another name, or overwrite it with --force.")
+    existing = system.existing_parent(path.parent)
     free = shutil.disk_usage(existing).free
     if free < bytes_needed:
-        raise DataError(
+        raise UserError(
             f"{path}: not enough space: the file needs {bytes_needed / 1e9:.2f} GB, "
             f"{existing} has {free / 1e9:.2f} GB. Free some, or choose another disk."
         )
@@ -43,10 +44,10 @@ def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Itera
             os.fsync(written.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # h5py raises either for a disk that is full or read-only
-        raise DataError(f"{path}: cannot be written: {error}") from error
+        raise UserError(f"{path}: cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    files.sync_directory(path.parent)
+    system.sync_directory(path.parent)
 
 
 def new_cube(file: h5py.File, seed: int, gravity: str, size: int) -> h5py.Dataset:

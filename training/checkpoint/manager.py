@@ -8,7 +8,7 @@
         state.json             counters, settings, data identity, gradient scaler, versions
         manifest.json          size and SHA-256 of each of these, written last
 
-`python -m checkpoint verify LOG_DIR/NAME` lists them with their problems, and never writes.
+`python -m training.checkpoint verify LOG_DIR/NAME` lists them with their problems, and never writes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor, nn
 
-import distributed
-from checkpoint import storage
-from checkpoint import tensors as state_tensors
-from checkpoint.schema import FORMAT, PARTS, CheckpointError, NewerFormatError
-from checkpoint.storage import Checkpoint
+from training import distributed
+from training.checkpoint import storage
+from training.checkpoint import tensors as state_tensors
+from training.checkpoint.schema import FORMAT, PARTS, CheckpointError, NewerFormatError
+from training.checkpoint.storage import Checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

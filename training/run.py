@@ -13,14 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, set_seed
 
-import checkpoint
 import datasets
-import distributed
-import metrics
 import models
-from config import Config, check_same_settings
-from logger import RunLogger, flatten
-from trackers import Trackers
+from training import checkpoint, distributed, metrics
+from training.config import Config, check_same_settings
+from training.logger import RunLogger, flatten
+from training.trackers import Trackers
 
 POWER_POSITIONS = 16  # neighbouring slices look nearly the same
 
@@ -170,7 +168,7 @@ def check_setup(config: Config) -> None:
 
 
 def check_network(config: Config) -> None:
-    """Raise ModelError if the network cannot be built, before anything expensive starts."""
+    """Raise UserError if the network cannot be built, before anything expensive starts."""
     data = config.data_params
     smallest = -(-data.channels // 64) * 64  # smallest cubes with so many slices
     with torch.device("meta"):

@@ -6,6 +6,8 @@ gathered, ordered by sample id, and every metric is computed once, in float64.
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,10 +22,6 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 CALIBRATION_BINS = 15
-
-
-class DivergenceError(ValueError):
-    """The network's output is not finite."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ class PredictionBuffer:
         self._restored = (ids, logits)
 
     def check_finite_async(self, step: int) -> None:
-        """Raise DivergenceError if the previous call saw a logit that is not finite. Collective.
+        """Raise UserError if the previous call saw a logit that is not finite. Collective.
 
         Does not wait for the device: each call starts a copy to the host, and the next one reads it.
         """
@@ -255,7 +253,7 @@ class PredictionBuffer:
             self.require_finite(step)
 
     def require_finite(self, step: int, *, phase: str = "train") -> None:
-        """Raise DivergenceError if a rank added a logit that is not finite since the last call.
+        """Raise UserError if a rank added a logit that is not finite since the last call.
 
         `step` is the number of optimizer steps taken; in training the last batch added is that step's.
         Collective.
@@ -275,7 +273,7 @@ class PredictionBuffer:
             where = (
                 f"{phase} after step {step}" if phase != "train" else f"step {step - len(recent) + 1 + first}"
             )
-            raise DivergenceError(
+            raise UserError(
                 f"{where}: the network's output is not finite for sample ids "
                 f"{ids[~finite[first]].tolist()}.\n"
                 "Earlier checkpoints are kept. Reduce train_params.lr, or set train_params.gradient_clipping."

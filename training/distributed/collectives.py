@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import system
-from distributed.errors import LaunchError, error_summary, ignore_launcher_sigterm
+from training.distributed.errors import LaunchError, error_summary, ignore_launcher_sigterm
 
 RUN_SECONDS = 1800.0
 """Longest wait for another rank after the start: rank 0 may write or verify files meanwhile."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 import reprlib
 from typing import Annotated, Any, Literal
 
@@ -15,7 +17,7 @@ PARTS = ("model", "optimizer", "random", "extra")
 """The tensor files of a checkpoint, each PART.safetensors."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A state that cannot be saved or restored; the message names the folder, the problem and the fix."""
 
 

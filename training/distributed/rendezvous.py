@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import atexit
 import os
 import socket
@@ -13,11 +15,10 @@ import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
-import system
-from distributed.collectives import RUN_SECONDS, format_ranks, raise_on_all_ranks
-from distributed.devices import device_of_rank, require_own_devices
-from distributed.errors import LaunchError, deadline, error_summary, ignore_launcher_sigterm
-from distributed.launcher import check_launch_settings
+from training.distributed.collectives import RUN_SECONDS, format_ranks, raise_on_all_ranks
+from training.distributed.devices import device_of_rank, require_own_devices
+from training.distributed.errors import LaunchError, deadline, error_summary, ignore_launcher_sigterm
+from training.distributed.launcher import check_launch_settings
 
 
 def init_process_group() -> None:

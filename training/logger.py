@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import json
 import logging
 import math
@@ -13,16 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-import files
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
-    from config import TrainParams
-    from metrics import Predictions, RunningMetrics
-    from trackers import Trackers
+    from training.config import TrainParams
+    from training.metrics import Predictions, RunningMetrics
+    from training.trackers import Trackers
 
 
 # Scalars that TensorBoard shows as NAME/PHASE.
@@ -44,7 +44,7 @@ HEADLINE_METRICS = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
 METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
-MODULES = ("checkpoint", "datasets", "distributed", "files", "logger", "models", "run", "trackers")
+PACKAGES = ("system", "training", "datasets", "models")
 log = logging.getLogger(__name__)
 
 
@@ -74,7 +74,7 @@ class EvaluationRecord(MetricsRecord):
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; damaged ones are skipped with a warning."""
     records = []
-    for record in files.read_json_lines(path):
+    for record in system.read_json_lines(path):
         schema = MetricsRecord if record.get("phase") == "train" else EvaluationRecord
         try:
             schema.model_validate(record)
@@ -89,8 +89,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def setup_logging(*, main: bool) -> None:
     """Show log messages of this project: info on the main process, warnings on all."""
     logging.basicConfig(format="%(message)s")
-    for module in MODULES:
-        logging.getLogger(module).setLevel(logging.INFO if main else logging.WARNING)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO if main else logging.WARNING)
 
 
 class RunLogger:
@@ -118,7 +118,7 @@ class RunLogger:
         if not self._lines.exists():
             return set()
         kept = [record for record in read_records(self._lines) if record["step"] <= step]
-        files.write_json_lines(self._lines, kept)
+        system.write_json_lines(self._lines, kept)
         return {(record["phase"], record["step"]) for record in kept}
 
     def print(self, text: str) -> None:
@@ -153,7 +153,7 @@ class RunLogger:
             {f"{name}/{phase}": record[name] for name in SCALARS if name in record}, record["step"]
         )
         self._events.flush()
-        files.append_json_line(self._lines, record)
+        system.append_json_line(self._lines, record)
         shown = "  ".join(f"{name} {record[name]:.4f}" for name in HEADLINE_METRICS if name in record)
         share = "" if waiting is None else f", {100 * waiting / seconds:.0f} % of the time waiting for data"
         if waiting is not None:

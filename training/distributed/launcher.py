@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import system
+
 import os
 from collections.abc import Sequence
 
 from accelerate.utils import DynamoBackend, is_torch_xla_available, str_to_bool
 
-import system
-from distributed.errors import LaunchError
+from training.distributed.errors import LaunchError
 
 PRECISIONS = ("no", "fp16", "bf16")
 UNSUPPORTED = {

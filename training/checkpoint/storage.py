@@ -8,6 +8,8 @@ deleted) and `step_N.damaged` (quarantined).
 
 from __future__ import annotations
 
+import system
+
 import hashlib
 import json
 import logging
@@ -23,9 +25,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-import files
-from checkpoint import tensors as state_tensors
-from checkpoint.schema import PARTS, CheckpointError, NewerFormatError, parse_manifest, parse_state
+from training.checkpoint import tensors as state_tensors
+from training.checkpoint.schema import PARTS, CheckpointError, NewerFormatError, parse_manifest, parse_state
 
 MANIFEST, STATE = "manifest.json", "state.json"
 CONTENT = {STATE, *(f"{part}.safetensors" for part in PARTS)}
@@ -202,7 +203,7 @@ def _clean_up(folder: Path) -> None:
         final = path.with_name(path.name.removesuffix(OLD))
         if not final.exists() and Checkpoint(path).find_problem() is None:
             path.rename(final)  # killed before the new one got the name
-            files.sync_directory(folder)
+            system.sync_directory(folder)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -226,7 +227,7 @@ def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> 
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.parent.exists():
             folder.parent.mkdir()  # not its parents: a run that was renamed gets no second folder
-            files.sync_directory(folder.parent.parent)
+            system.sync_directory(folder.parent.parent)
         partial.mkdir()
         # Serialized in memory: save_file creates files that only the owner may read, whatever the umask.
         entries = {}
@@ -235,7 +236,7 @@ def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> 
             entries[name] = _write_file(partial / name, safetensors.torch.save(tensors))
         entries[STATE] = _write_file(partial / STATE, state)
         _write_file(partial / MANIFEST, _manifest(entries))
-        files.sync_directory(partial)
+        system.sync_directory(partial)
         if problem := Checkpoint(partial).find_problem():
             raise CheckpointError(f"{partial}: what was written cannot be read back: {problem}")
     except BaseException:
@@ -243,7 +244,7 @@ def write_checkpoint(folder: Path, parts: state_tensors.Parts, state: bytes) -> 
         raise
     old = _move_aside(folder) if folder.exists() else None
     partial.rename(folder)
-    files.sync_directory(folder.parent)
+    system.sync_directory(folder.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -277,7 +278,7 @@ def _move_aside(folder: Path) -> Path:
 
 
 def _write_file(path: Path, content: bytes) -> dict[str, Any]:
-    files.write_new(path, content)
+    system.write_new(path, content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

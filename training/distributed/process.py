@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import ctypes
 import os
 import platform
@@ -12,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-import system
-from distributed.devices import configure_miopen, warn_of_unused_accelerator
-from distributed.errors import LaunchError
-from distributed.streams import tolerate_closed_streams
+from training.distributed.devices import configure_miopen, warn_of_unused_accelerator
+from training.distributed.errors import LaunchError
+from training.distributed.streams import tolerate_closed_streams
 
 
 def setup_process() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,24 +16,18 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-import checkpoint
 import datasets
-import logger
-import metrics
 import models
 from analysis.power_spectrum import Box
-from config import Config, check_same_settings, load_config
 from models import export
+from training import checkpoint, logger, metrics
+from training.config import Config, check_same_settings, load_config
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 ROWS = 64  # slices per batch; divides the number of slices of every cube, so no batch mixes cubes
 MIN_SEEDS = 3  # a jackknife over seeds needs at least this many
-
-
-class EvaluationError(ValueError):
-    """An evaluation that is not possible as requested."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,7 @@ def load_run(
 ) -> EvaluationContext:
     """The run in folder `run`, to be evaluated on `datafile` and `seeds` (A:B), by default its test seeds.
 
-    Raises EvaluationError, or the errors of the modules, if run and data do not belong together.
+    Raises UserError, or the errors of the modules, if run and data do not belong together.
     """
     config = load_run_config(run)
     selected = select_seeds(seeds, config, allow_training_seeds=allow_training_seeds)
@@ -234,7 +230,7 @@ def load_run(
     assert cubes is not None
     size = trained.settings["size"]
     if cubes.size != size:
-        raise EvaluationError(
+        raise UserError(
             f"{cubes.path}: the cubes are {cubes.size}^3, but the network was trained on {size}^3. "
             "Evaluate on cubes of the same size."
         )
@@ -244,7 +240,7 @@ def load_run(
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
     fewest = min(len(selected), config.data_params.train_seeds)
     if accelerator.num_processes > fewest:
-        raise EvaluationError(
+        raise UserError(
             f"{accelerator.num_processes} processes are too many: start at most one per seed, {fewest}."
         )
     # Interventions act on standardized slices; the network whitens what they leave.
@@ -286,18 +282,16 @@ def find_history(
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration of the run in folder `run`. Raises EvaluationError if it has none."""
+    """The configuration of the run in folder `run`. Raises UserError if it has none."""
     if not (run / "config.yaml").is_file():
-        raise EvaluationError(
-            f"{run}: config.yaml is missing. Give the folder LOG_DIR/NAME that trainer.py wrote."
-        )
+        raise UserError(f"{run}: config.yaml is missing. Give the folder LOG_DIR/NAME that trainer.py wrote.")
     return load_config(run / "config.yaml")
 
 
 def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool) -> range:
     """The seeds A to B-1 of `text` "A:B", or the run's test seeds.
 
-    Raises EvaluationError for training seeds, unless they are allowed, and for fewer than MIN_SEEDS.
+    Raises UserError for training seeds, unless they are allowed, and for fewer than MIN_SEEDS.
     """
     data = config.data_params
     trained, seeds = data.train_range.stop, data.test_range
@@ -305,14 +299,14 @@ def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool
         ends = re.fullmatch(r"(\d+):(\d+)", text)
         seeds = range(int(ends[1]), int(ends[2])) if ends else range(0)
         if not seeds:
-            raise EvaluationError(f"--seeds: found '{text}', allowed: A:B with A < B, for seeds A to B-1")
+            raise UserError(f"--seeds: found '{text}', allowed: A:B with A < B, for seeds A to B-1")
     if seeds.start < trained and not allow_training_seeds:
-        raise EvaluationError(
+        raise UserError(
             f"--seeds {seeds.start}:{seeds.stop}: the network was trained on seeds 0 to {trained - 1}. "
             f"Choose seeds from {trained} on, or add --allow-training-seeds."
         )
     if len(seeds) < MIN_SEEDS:
-        raise EvaluationError(
+        raise UserError(
             f"seeds {seeds.start}:{seeds.stop}: {len(seeds)} are too few, because the intervals are a "
             "jackknife "
             f"over seeds. Choose at least {MIN_SEEDS} with --seeds A:B."
@@ -324,9 +318,7 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
     """The final network of a run, or that of its `best` (by evaluation loss), `last` or given checkpoint."""
     if name is None:
         if not (run / "model").is_dir():
-            raise EvaluationError(
-                f"{run}: the training is not finished. Finish it, or add --checkpoint last."
-            )
+            raise UserError(f"{run}: the training is not finished. Finish it, or add --checkpoint last.")
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
     trained = export.TrainedNetwork(
@@ -345,7 +337,7 @@ def find_training_file(
 ) -> datasets.CubeFile | None:
     """The file that the run was trained on, at its old place; else `given`, if it holds the same cubes.
 
-    None if neither is known to hold them. Raises EvaluationError if other cubes are in the old place.
+    None if neither is known to hold them. Raises UserError if other cubes are in the old place.
     """
     identity = last.state["data_identity"] if last else None
     path = Path(config.data_params.datafile)
@@ -365,7 +357,7 @@ def find_training_file(
         return cubes
     if moved:
         return None
-    raise EvaluationError(
+    raise UserError(
         f"{path}: these are not the cubes that {run} was trained on. Restore them, or move this file away "
         "and "
         "give another one with --datafile."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import hashlib
 import json
 import os
@@ -16,11 +18,9 @@ import accelerate
 import torch
 from accelerate import Accelerator
 
-import files
-import system
-from distributed.collectives import all_gather_json, hosts_of, raise_if_different
-from distributed.devices import sum_over_devices
-from distributed.errors import LaunchError
+from training.distributed.collectives import all_gather_json, hosts_of, raise_if_different
+from training.distributed.devices import sum_over_devices
+from training.distributed.errors import LaunchError
 
 
 def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
@@ -39,7 +39,7 @@ def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
         )
     sum_over_devices(accelerator)
     report, seconds = describe(accelerator, config), system.launch_seconds()
-    folder = files.existing_parent(Path(config["train_params"]["log_dir"]))
+    folder = system.existing_parent(Path(config["train_params"]["log_dir"]))
     mark: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=".preflight-", dir=folder)
@@ -90,7 +90,7 @@ def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, A
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
-        "code": code_hash(Path(__file__).parents[1]),
+        "code": code_hash(Path(__file__).parents[2]),
         "data file": size,
     } | {f"{section}.{key}": repr(value) for section, keys in config.items() for key, value in keys.items()}
 
@@ -98,7 +98,7 @@ def describe(accelerator: Accelerator, config: Mapping[str, Any]) -> dict[str, A
 def code_hash(root: Path) -> str:
     """Hash of the Python files of this checkout, without tests, benchmarks and installed packages."""
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("*.py"), *root.glob("[a-z]*/*.py"))):
+    for path in sorted((*root.glob("*.py"), *root.glob("[a-z]*/**/*.py"))):
         if path.parent.name not in ("tests", "benchmarks"):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:8]

@@ -4,9 +4,9 @@
 `tensors`: live state as named tensors.
 """
 
-from checkpoint.manager import CheckpointManager
-from checkpoint.schema import NewerFormatError
-from checkpoint.storage import Checkpoint, CheckpointError, list_checkpoints, select
+from training.checkpoint.manager import CheckpointManager
+from training.checkpoint.schema import NewerFormatError
+from training.checkpoint.storage import Checkpoint, CheckpointError, list_checkpoints, select
 
 __all__ = [
     "Checkpoint",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import difflib
 import math
 import os
@@ -21,8 +24,6 @@ from pydantic import (
     model_validator,
 )
 
-import files
-
 # Upper bounds keep every product of two settings far inside 64-bit integers.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seeds = Annotated[int, Field(ge=1, le=10**6)]
@@ -34,10 +35,6 @@ Positive = Annotated[float, Field(gt=0)]
 
 MAX_ERROR_LINES = 20
 MAX_VALUE_LENGTH = 80  # characters of a value that an error message shows
-
-
-class ConfigError(ValueError):
-    """An experiment file that cannot be used; names the key, what was found and how to fix it."""
 
 
 class Section(BaseModel):
@@ -243,11 +240,11 @@ class Config(Section):
     def model_arguments(self, size: int) -> dict[str, Any]:
         """Arguments of `build_model` for cubes of `size` cells a side.
 
-        Raises ConfigError if there are more channels than slices along an axis.
+        Raises UserError if there are more channels than slices along an axis.
         """
         channels = self.data_params.channels
         if channels > size:
-            raise ConfigError(
+            raise UserError(
                 f"data_params.channels: found {channels}, allowed: at most {size}, the cube's side"
             )
         return self.model_params.model_dump(exclude={"name"}) | {
@@ -264,15 +261,15 @@ class Config(Section):
     ) -> Config:
         """This experiment with the settings of the accelerate configuration filled in.
 
-        Raises ConfigError if a batch cannot be split into equal parts of at least two slices (two pairs, with
+        Raises UserError if a batch cannot be split into equal parts of at least two slices (two pairs, with
         data_params.pairs), or if the device lacks the precision.
         """
         if device == "cpu" and mixed_precision == "fp16":
-            raise ConfigError("train_params.mixed_precision: found fp16, allowed on a CPU: no, bf16")
+            raise UserError("train_params.mixed_precision: found fp16, allowed on a CPU: no, bf16")
         batch, parts = self.train_params.batch_size, processes * accumulation
         multiple = parts * (2 if self.data_params.pairs else 1)
         if batch % multiple or batch // parts < 2:
-            raise ConfigError(
+            raise UserError(
                 f"train_params.batch_size: found {batch}, allowed: a multiple of {multiple}, at least "
                 f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation}"
                 f"{', pairs' if self.data_params.pairs else ''})"
@@ -283,7 +280,7 @@ class Config(Section):
     def save(self) -> None:
         """Write `config.yaml` into the run's folder. Raises OSError."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.to_dict(), sort_keys=False))
+        system.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 # Keys that may change when a run resumes, since they do not change what it computes.
@@ -336,20 +333,18 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The experiment in the YAML file `path`, with `section.key=value` overrides applied.
 
-    Raises ConfigError for a file that cannot be read and for any invalid key or value.
+    Raises UserError for a file that cannot be read and for any invalid key or value.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{_shorten(path)}: the experiment file cannot be read: {_shorten(error)}"
-        ) from error
+        raise UserError(f"{_shorten(path)}: the experiment file cannot be read: {_shorten(error)}") from error
     except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: not valid YAML: {_shorten(error)}") from error
+        raise UserError(f"{path}: not valid YAML: {_shorten(error)}") from error
     sections = ", ".join(Config.model_fields)
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
-        raise ConfigError(f"{path}: found {found}, allowed: a mapping of the sections {sections}")
+        raise UserError(f"{path}: found {found}, allowed: a mapping of the sections {sections}")
     for override in overrides or []:
         _apply(raw, override)
     try:
@@ -358,7 +353,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         lines = list(dict.fromkeys(_explain(one) for one in error.errors()))
         if len(lines) > MAX_ERROR_LINES:
             lines[MAX_ERROR_LINES - 1 :] = [f"... and {len(lines) - MAX_ERROR_LINES + 1} more errors"]
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -366,11 +361,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
     if not equals or not sections or not all([*sections, last]):
-        raise ConfigError(f"override: found '{_shorten(override)}', allowed: section.key=value")
+        raise UserError(f"override: found '{_shorten(override)}', allowed: section.key=value")
     try:
         value = yaml.load(text, _Loader)
     except YAML_ERRORS as error:
-        raise ConfigError(
+        raise UserError(
             f"override '{_shorten(override)}': the value is not valid YAML: {_shorten(error)}"
         ) from error
     mapping = raw
@@ -379,7 +374,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             mapping[section] = {}
         mapping = mapping[section]
         if not isinstance(mapping, dict):
-            raise ConfigError(f"override '{_shorten(override)}': '{_shorten(section)}' is not a section")
+            raise UserError(f"override '{_shorten(override)}': '{_shorten(section)}' is not a section")
     mapping[last] = value
 
 
@@ -447,7 +442,7 @@ def check_same_settings(
     current: dict[str, Any],
     may_change: Collection[str] = MAY_CHANGE,
 ) -> None:
-    """Raise ConfigError that lists each setting by which `current` would change the result of a saved run.
+    """Raise UserError that lists each setting by which `current` would change the result of a saved run.
 
     `path` is the run, or the file of the saved experiment. Keys in `may_change` are not compared. A key that
     did not exist when the run was saved had its default.
@@ -461,7 +456,7 @@ def check_same_settings(
             if f"{section}.{key}" not in may_change and before != now:
                 lines.append(f"{section}.{key}: the run has {before!r}, this experiment {now!r}")
     if lines:
-        raise ConfigError(
+        raise UserError(
             f"{path}: this run was started with other settings:\n  "
             + "\n  ".join(lines)
             + "\nUse the same settings, or another model_params.name."

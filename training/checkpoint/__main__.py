@@ -1,4 +1,4 @@
-"""`python -m checkpoint verify RUN` lists the checkpoints of a run and their problems; it never writes."""
+"""`python -m training.checkpoint verify RUN` lists the checkpoints of a run and their problems."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from checkpoint.schema import NewerFormatError
-from checkpoint.storage import Checkpoint
+from training.checkpoint.schema import NewerFormatError
+from training.checkpoint.storage import Checkpoint
 
 
 def verify(run_dir: Path) -> bool:
@@ -47,7 +47,7 @@ def verify(run_dir: Path) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns 0 if a checkpoint is complete and none is damaged, otherwise 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoint", description="List the checkpoints of a run and their problems."
+        prog="python -m training.checkpoint", description="List the checkpoints of a run and their problems."
     )
     parser.add_argument("command", choices=["verify"])
     parser.add_argument("run", type=Path, help="LOG_DIR/NAME")

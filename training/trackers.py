@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import importlib.util
 import logging
 import math
@@ -11,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import files
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 PROJECT = "gravity-cnn"
 UNSENT_FILE = "trackers.jsonl"
 log = logging.getLogger(__name__)
-
-
-class TrackerError(ValueError):
-    """A tracker that is unknown, not installed or cannot start."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,12 @@ TRACKERS = {
 
 
 def require_trackers(names: list[str]) -> None:
-    """Raise TrackerError for a tracker that is unknown or not installed."""
+    """Raise UserError for a tracker that is unknown or not installed."""
     for name in names:
         if name not in TRACKERS:
-            raise TrackerError(f"train_params.trackers: found {name!r}, allowed: {', '.join(TRACKERS)}")
+            raise UserError(f"train_params.trackers: found {name!r}, allowed: {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise TrackerError(
+            raise UserError(
                 f"train_params.trackers: {name} is not installed. Install it with `pip install {name}`, or "
                 "remove it from the list."
             )
@@ -97,18 +94,18 @@ class Trackers:
     ) -> None:
         """Start or continue the trackers of `accelerator.log_with` at `step`.
 
-        `runs` holds the ids of their runs; those of new runs are added. Raises TrackerError.
+        `runs` holds the ids of their runs; those of new runs are added. Raises UserError.
         """
         self._file = run_dir / UNSENT_FILE
         self._sent: dict[str, Any] = {"sent_step": -1, "names": []}
         self._unsent: list[dict[str, Any]] = []
-        for record in files.read_json_lines(self._file) if runs else []:
+        for record in system.read_json_lines(self._file) if runs else []:
             match record:
                 case {"sent_step": int(), "names": list()}:
                     self._sent = record
                 case {"step": int(), "values": dict()} if record["step"] <= step:
                     self._unsent.append(record)
-        files.write_json_lines(self._file, [self._sent, *self._unsent])
+        system.write_json_lines(self._file, [self._sent, *self._unsent])
         self._figures: list[tuple[int, str, Figure]] = []
         names = [str(tracker) for tracker in accelerator.log_with]
         arguments = {
@@ -123,7 +120,7 @@ class Trackers:
                     tracker.store_init_configuration(hyperparameters)
                     runs[tracker.name] = TRACKERS[tracker.name].id_of(tracker.tracker)
         except Exception as error:  # each tracker has its own
-            raise TrackerError(
+            raise UserError(
                 f"train_params.trackers: {', '.join(names)} cannot start: {type(error).__name__}: {error}\n"
                 "Correct the settings of the tracker, or remove it from the list."
             ) from error
@@ -137,7 +134,7 @@ class Trackers:
         }
         if new:
             self._unsent.append({"step": step, "values": new})
-            files.append_json_line(self._file, self._unsent[-1])
+            system.append_json_line(self._file, self._unsent[-1])
 
     def log_figure(self, name: str, figure: Figure, step: int) -> None:
         """Keep a figure until `step` is saved."""
@@ -164,7 +161,7 @@ class Trackers:
         if last == self._sent["sent_step"]:
             names += self._sent["names"]
         self._sent = {"sent_step": last, "names": names}
-        files.write_json_lines(self._file, [self._sent, *self._unsent])
+        system.write_json_lines(self._file, [self._sent, *self._unsent])
         for tracker in list(self._trackers):
             try:
                 for step in sorted({*scalars, *(step for step, _, _ in figures)}):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import system
+from system import UserError
+
 import os
 import signal
 import sys
@@ -14,8 +17,6 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-import system
-
 CONNECTION_LOST = (
     "closed by peer",
     "reset by peer",
@@ -25,7 +26,7 @@ CONNECTION_LOST = (
 )
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError):
     """The ranks of a launch cannot work together, or a rank cannot work with this set-up."""
 
     def __init__(self, message: str, *, on_all_ranks: bool = True) -> None:
@@ -38,7 +39,7 @@ def print_error(error: Exception) -> None:
     """Print `error` on standard error. An error that all ranks raise alike is printed by rank 0 alone."""
     if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_all_ranks", False):
         # A single write, so that the lines of several ranks do not mix.
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
 
 
@@ -72,17 +73,17 @@ def explain_error(error: Exception) -> LaunchError | None:
     return None
 
 
-def run_program(program: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> int:
+def run_program(program: Callable[[], None]) -> int:
     """Call `program` and return the exit status: 0, or 2 after printing an error that users can fix.
 
-    Those are `user_errors` and whatever `explain_error` explains. Any other error is raised, and ends the
-    process with status 1.
+    Those are UserError, OSError and whatever `explain_error` explains. Any other error is raised, and ends
+    the process with status 1.
     """
     error_to_print: Exception | None
     try:
         program()
         return 0
-    except user_errors as error:
+    except (UserError, OSError) as error:
         error_to_print = error
     except Exception as error:
         error_to_print = explain_error(error) if isinstance(error, RuntimeError | MemoryError) else None

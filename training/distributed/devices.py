@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import system
+
 import atexit
 import os
 import platform
@@ -17,10 +19,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-import system
-from distributed.collectives import all_gather_json, format_ranks, raise_if_different
-from distributed.errors import LaunchError, deadline, error_summary
-from distributed.launcher import read_flag
+from training.distributed.collectives import all_gather_json, format_ranks, raise_if_different
+from training.distributed.errors import LaunchError, deadline, error_summary
+from training.distributed.launcher import read_flag
 
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 PCI_ADDRESS = ("pci_domain_id", "pci_bus_id", "pci_device_id")

@@ -1,5 +1,0 @@
-"""Errors of the networks."""
-
-
-class ModelError(ValueError):
-    """A network that cannot be built or loaded."""

@@ -1,0 +1,1 @@
+"""Training: configuration, set-up of a run, metrics, log, checkpoints and the launch of several ranks."""
