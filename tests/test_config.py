@@ -325,8 +325,8 @@ def test_long_values_and_many_errors_are_shortened(template: Path) -> None:
 
 
 def test_the_readme_lists_every_key_with_its_docstring_and_default() -> None:
-    """The key table of the README is generated from config.py: `python tests/test_config.py` prints it."""
-    assert key_table() in Path("README.md").read_text(encoding="utf-8")
+    """The table of docs/keys.md is generated from config.py: `python tests/test_config.py` prints it."""
+    assert key_table() in Path("docs/keys.md").read_text(encoding="utf-8")
 
 
 def key_table() -> str:
