@@ -26,7 +26,7 @@ import models
 from training import checkpoint, distributed, metrics
 from training.config import Config, load_config
 from training.logger import RunLogger, setup_logging
-from training.run import Run, TrainState, check_setup, setup_run, start_logger
+from training.run import Run, TrainState, check_setup, describe_selection, setup_run, start_logger
 from training.trackers import require_trackers
 
 CHECK_FINITE_EVERY = 20  # steps between asynchronous checks that the logits are finite
@@ -266,6 +266,7 @@ def export(run: Run, state: TrainState) -> None:
             power=state.power,
             calibration=state.calibration,
             training={"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
+            selection=describe_selection(run.config, state.counters()),
         )
 
 

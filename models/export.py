@@ -39,7 +39,8 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
     `mean` and `std` standardize the slices ((0, 1) if the file is standardized). `power`, the isotropic power
     spectrum P(n) of the training slices at n = 0, ..., N/2 - 1, whitens them (`Whitening`). `calibration`
     holds `temperature` and `threshold` of slices and, under `cubes`, those of the mean logits of cubes.
-    `training` and `evaluation` are records that change no result.
+    `training`, `selection` (what selected the network; empty if unknown) and `evaluation` are records that
+    change no result.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
         power: list[float] | None = None,
         calibration: dict[str, Any] | None = None,
         training: dict[str, Any] | None = None,
+        selection: dict[str, Any] | None = None,
         evaluation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
         self.calibration = Calibration.from_dict(calibration) if calibration else Calibration(1.0, 0.0)
         self.is_calibrated = calibration is not None
         self.training_record, self.evaluation_record = training or {}, evaluation or {}
+        self.selection_record = selection or {}
         self.whitening = Whitening(power) if power is not None else nn.Identity()
         self.network = models.build_model(**self.settings)
 
@@ -97,6 +100,7 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
             power=self.power,
             calibration=asdict(self.calibration) if self.is_calibrated else None,
             training=self.training_record,
+            selection=self.selection_record,
         )
         if self.evaluation_record:
             record_evaluation(save_directory, self.evaluation_record)
@@ -123,10 +127,12 @@ def save(
     power: list[float] | None = None,
     calibration: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    selection: dict[str, Any] | None = None,
 ) -> None:
     """Write a network to `folder`; each file appears complete or not at all.
 
-    `settings` are the arguments of `build_model`; `training` is a JSON-able record of how it was trained.
+    `settings` are the arguments of `build_model`; `training` and `selection` are JSON-able records of how it
+    was trained and what selected it.
     The other arguments are those of `TrainedNetwork`. Raises OSError.
     """
     folder = Path(folder)
@@ -134,6 +140,8 @@ def save(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     weights = safetensors.torch.save(tensors, {"format": "pt"})
     config: dict[str, Any] = {**settings, "mean": mean, "std": std, "training": training or {}}
+    if selection:
+        config["selection"] = selection
     if power is not None:
         config["power"] = power
     if calibration is not None:

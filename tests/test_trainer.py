@@ -605,6 +605,28 @@ def test_validation_seeds_select_and_test_seeds_are_evaluated_once(
     assert calibration == saved["train_state"]["calibration"]
 
 
+def test_the_network_records_what_selected_it(experiment: Experiment, tmp_path: Path) -> None:
+    def selection(*overrides: str) -> dict[str, Any]:
+        assert trainer.main([str(experiment()), *overrides]) == 0
+        return json.loads((tmp_path / "runs/run/model/config.json").read_text())["selection"]
+
+    first = {"set": "test", "seeds": [3, 4], "early_stopping": None, "extended_at_epoch": None}
+    assert selection() == first | {"finished": True}
+    assert selection("train_params.early_stopping=5")["early_stopping"] == 5
+    assert selection()["extended_at_epoch"] == 2
+    assert models.load(tmp_path / "runs/run/model").selection_record["extended_at_epoch"] == 2
+    newest = max((tmp_path / "runs/run/checkpoints").iterdir())
+    counters = json.loads((newest / "state.json").read_text())["train_state"]
+    loaded = config.load_config(experiment(validation_seeds=1))
+    assert run.describe_selection(loaded, counters | {"step_in_epoch": 1}) == {
+        "set": "validation",
+        "seeds": [2, 3],
+        "early_stopping": None,
+        "extended_at_epoch": 2,
+        "finished": False,
+    }
+
+
 def test_a_stop_during_the_final_test_repeats_the_evaluation(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

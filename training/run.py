@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,25 @@ class TrainState:
         else:
             self.evaluations_without_improvement += 1
         self.stopped_early = patience is not None and self.evaluations_without_improvement >= patience
+
+
+def describe_selection(config: Config, counters: Mapping[str, Any]) -> dict[str, Any]:
+    """What selected the network of a training state, given by its `counters`.
+
+    `set` and `seeds` [first, last + 1]: those whose loss decides. `early_stopping`: evaluations without
+    improvement after which training stops, if set. `extended_at_epoch`: where the training had ended before a
+    person, who could know its results, extended it. `finished`: whether a training ends with this network.
+    """
+    data, ended = config.data_params, counters["epoch"] >= counters["target_epoch"]
+    seeds = data.validation_range or data.test_range
+    return {
+        "set": "validation" if data.validation_range else "test",
+        "seeds": [seeds.start, seeds.stop],
+        "early_stopping": config.train_params.early_stopping,
+        "extended_at_epoch": counters["first_epoch"] or None,
+        "finished": (ended or counters["stopped_early"])
+        and not (counters["evaluation_pending"] or counters["step_in_epoch"]),
+    }
 
 
 def check_setup(config: Config) -> None:
