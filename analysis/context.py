@@ -89,17 +89,15 @@ class EvaluationContext:
         return self._batches(self._share(seeds), cubes or self.cubes)
 
     def _batches(self, seeds: range, cubes: datasets.CubeFile) -> Iterator[datasets.Batch]:
-        options = self.config.data_params.model_dump(include={"axes", "channels", "newton_augmentation"})
         return datasets.WholeCubeDataset(
             cubes,
             seeds,
+            self.config.data_params,
             batch_size=ROWS,
-            seed=0,
             cache="disk",
             device=self.accelerator.device,
             mean=self.trained.mean,
             std=self.trained.std,
-            **options,
         ).evaluation_batches()
 
     def fields(

@@ -1,8 +1,8 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
 from .cube_file import GRAVITIES, CubeFile
-from .dataset import Batch, WholeCubeDataset
-from .normalization import check_normalization, measure_normalization
+from .dataset import Batch, DataSettings, WholeCubeDataset
+from .normalization import check_normalization, measure_normalization, measure_power
 from .preparation.synthetic import check_synthetic, write_synthetic
 from .sampler import SliceIndex, decode
 from .slicing import memory_format
@@ -11,12 +11,14 @@ __all__ = [
     "GRAVITIES",
     "Batch",
     "CubeFile",
+    "DataSettings",
     "SliceIndex",
     "WholeCubeDataset",
     "check_normalization",
     "check_synthetic",
     "decode",
     "measure_normalization",
+    "measure_power",
     "memory_format",
     "write_synthetic",
 ]

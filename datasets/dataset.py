@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from system import UserError
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,38 +49,66 @@ class Batch:
         return [Batch(ids, images, labels, mask, self.num_valid) for ids, images, labels, mask in pieces]
 
 
+class DataSettings(Protocol):
+    """What this package reads of an experiment's data section."""
+
+    @property
+    def axes(self) -> Sequence[int]:
+        """Axes of the cube that are sliced."""
+
+    @property
+    def channels(self) -> int:
+        """Adjacent slices stacked as channels."""
+
+    @property
+    def newton_augmentation(self) -> float:
+        """Factor on the Newtonian cubes."""
+
+    @property
+    def symmetries(self) -> bool:
+        """Random flips and quarter-turns in training."""
+
+    @property
+    def shifts(self) -> bool:
+        """Random periodic shifts in training."""
+
+    @property
+    def pairs(self) -> bool:
+        """Both twins of a slice in one batch."""
+
+    @property
+    def cache(self) -> str:
+        """auto, disk, memory or device."""
+
+
 class WholeCubeDataset:
     """The slices of the cubes of `seeds`, in batches.
 
     `batch_size` counts the slices of all `num_processes` ranks; rank `process_index` gets its rows. Cubes are
-    standardized to (cube - `mean`) / `std`; Newtonian ones are then multiplied by `newton_augmentation`.
+    standardized to (cube - `mean`) / `std`; Newtonian ones are then multiplied by `data.newton_augmentation`.
 
-    In training each slice is rolled at random along both axes with `shifts`, then gets a random symmetry of
-    the square with `symmetries`. With `pairs` the twin of each slice is in the next row of the batch, with
-    the same shift and symmetry. Order, shifts and symmetries depend on `seed`, the epoch and the sample ids
-    only.
+    In training each slice is rolled at random along both axes with `data.shifts`, then gets a random symmetry
+    of the square with `data.symmetries`. With `data.pairs` the twin of each slice is in the next row of the
+    batch, with the same shift and symmetry. Order, shifts and symmetries depend on `seed`, the epoch and the
+    sample ids only.
 
-    `cache` is auto, disk, memory or device. `transform` is applied to the images (b, C, N, N) of each batch.
-    Raises UserError if the file lacks seeds, or if the batch cannot be divided among the ranks.
+    `cache` (auto, disk, memory or device) replaces `data.cache`. `transform` is applied to the images
+    (b, C, N, N) of each batch. Raises UserError if the file lacks seeds, or if the batch cannot be divided
+    among the ranks.
     """
 
     def __init__(
         self,
         cubes: CubeFile,
         seeds: range,
+        data: DataSettings,
         *,
         batch_size: int,
-        seed: int,
         device: torch.device,
-        axes: tuple[int, ...] = (0, 1, 2),
-        channels: int = 1,
+        seed: int = 0,
         mean: float = 0.0,
         std: float = 1.0,
-        newton_augmentation: float = 1.0,
-        symmetries: bool = True,
-        shifts: bool = False,
-        pairs: bool = False,
-        cache: str = "auto",
+        cache: str | None = None,
         process_index: int = 0,
         num_processes: int = 1,
         transform: Callable[[Tensor], Tensor] | None = None,
@@ -90,24 +119,22 @@ class WholeCubeDataset:
                 f"train_params.batch_size {batch_size} is not divisible by the {num_processes} ranks of this "
                 f"launch.\nSet it to a multiple of {num_processes}."
             )
-        if pairs and (batch_size // num_processes) % 2:
+        if data.pairs and (batch_size // num_processes) % 2:
             raise UserError(
                 f"train_params.batch_size {batch_size} gives each of the {num_processes} ranks an odd number "
                 f"of slices, but data_params.pairs needs both twins.\n"
                 f"Set it to a multiple of {2 * num_processes}."
             )
-        self.cubes, self.seeds, self.device, self._transform = cubes, seeds, device, transform
-        self.batch_size, self.seed = batch_size, seed
-        self.axes, self.channels = tuple(sorted(axes)), channels
-        self.symmetries, self.shifts, self.pairs = symmetries, shifts, pairs
+        self.cubes, self.seeds, self.data, self.axes = cubes, seeds, data, tuple(sorted(data.axes))
+        self.batch_size, self.seed, self.device, self._transform = batch_size, seed, device, transform
         self.process_index, self.num_processes = process_index, num_processes
-        self.shape = (channels, cubes.size, cubes.size)
-        rotated = 2 in axes
+        self.shape = (data.channels, cubes.size, cubes.size)
+        rotated, cache = 2 in self.axes, cache or data.cache
         if cache == "auto":
             seed_bytes = 2 * 4 * cubes.size**3
             cache = choose_cache(seed_bytes, len(seeds), device, num_processes, rotated=rotated)
-        reader = CubeReader(cubes, seeds, mean, std, newton_augmentation)
-        self._cache = CubeCache(cache, reader, rotated=rotated, channels=channels, device=device)
+        reader = CubeReader(cubes, seeds, mean, std, data.newton_augmentation)
+        self._cache = CubeCache(cache, reader, rotated=rotated, channels=data.channels, device=device)
 
     def __len__(self) -> int:
         return len(self.seeds) * len(GRAVITIES) * len(self.axes) * self.cubes.size
@@ -134,11 +161,11 @@ class WholeCubeDataset:
         """This rank's rows of the batches of an epoch, from `first_step` on."""
         ids, mask = self.order(epoch)
         own = ids[:, self._columns]
-        keys = newtonian_twins(own, self.cubes.size) if self.pairs else own
+        keys = newtonian_twins(own, self.cubes.size) if self.data.pairs else own
         symmetries, shifts = np.zeros_like(own), np.zeros((*own.shape, 2), np.int64)
-        if self.symmetries:
+        if self.data.symmetries:
             symmetries = random_symmetries(self.seed, epoch, keys)
-        if self.shifts:
+        if self.data.shifts:
             shifts = random_shifts(self.seed, epoch, keys, self.cubes.size)
         yield from self._batches(
             own, mask[:, self._columns], symmetries, shifts, mask.sum(axis=1), first_step
@@ -167,7 +194,7 @@ class WholeCubeDataset:
                 f"Reduce batch_size to {len(self)} or less, or add seeds."
             )
         return EpochSampler(
-            self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed, pairs=self.pairs
+            self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed, pairs=self.data.pairs
         )
 
     def _batches(

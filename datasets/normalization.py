@@ -1,15 +1,21 @@
-"""Mean and standard deviation of cubes, and whether two files are standardized alike."""
+"""Mean, standard deviation and power spectrum of cubes; whether two files are standardized alike."""
 
 from __future__ import annotations
 
 from system import UserError
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .cube_file import GRAVITIES, CubeFile
+from .dataset import DataSettings, WholeCubeDataset
+
+POWER_POSITIONS = 16  # neighboring slices look nearly the same
 
 
 class Moments:
@@ -73,6 +79,33 @@ def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
             "Use another file, or set standardize to none. python -m datasets inspect lists its contents."
         )
     return moments.mean, moments.std
+
+
+def measure_power(
+    cubes: CubeFile,
+    seeds: range,
+    data: DataSettings,
+    mean: float,
+    std: float,
+    isotropic_power: Callable[[Tensor], Tensor],
+) -> list[float]:
+    """Isotropic power spectrum of the slices of `seeds`, from POWER_POSITIONS slices per axis of each cube.
+
+    `isotropic_power` gives the mean spectrum of images (b, C, N, N). Computed on the CPU in one order, so
+    that it is the same on every rank and device.
+    """
+    device, stride = torch.device("cpu"), max(1, cubes.size // POWER_POSITIONS)
+    slices = WholeCubeDataset(
+        cubes, seeds, data, batch_size=64, device=device, mean=mean, std=std, cache="disk"
+    )
+    spectra, weights = [], []
+    for batch in slices.evaluation_batches():
+        chosen = batch.images[(batch.mask > 0) & (batch.ids % cubes.size % stride == 0)]
+        if len(chosen):
+            spectra.append(isotropic_power(chosen))
+            weights.append(len(chosen))
+    power = (torch.stack(spectra) * torch.tensor(weights)[:, None]).sum(0) / sum(weights)
+    return [float(value) for value in power]
 
 
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,23 @@ def no_thread_remains() -> Iterator[None]:
     assert set(threading.enumerate()) <= before
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The data section of an experiment."""
+
+    axes: tuple[int, ...] = (0, 1, 2)
+    channels: int = 1
+    newton_augmentation: float = 1.0
+    symmetries: bool = True
+    shifts: bool = False
+    pairs: bool = False
+    cache: str = "memory"
+
+
 def make(path: Path, seeds: range = SEEDS, **options: Any) -> WholeCubeDataset:
-    defaults: dict[str, Any] = {"batch_size": 24, "seed": 3, "device": CPU, "cache": "memory"}
-    return WholeCubeDataset(CubeFile(path), seeds, **(defaults | options))
+    settings = {key: options.pop(key) for key in vars(Settings()) if key in options}
+    defaults: dict[str, Any] = {"batch_size": 24, "seed": 3, "device": CPU}
+    return WholeCubeDataset(CubeFile(path), seeds, Settings(**settings), **(defaults | options))
 
 
 def expected(

@@ -119,12 +119,6 @@ class DataParams(Section):
     """`size`, `physics`, `strength`, `grid`, `seed` of a synthetic universe if `datafile` is absent"""
 
     @property
-    def slicing(self) -> dict[str, Any]:
-        """How slices are taken from cubes: keyword arguments of WholeCubeDataset."""
-        keys = {"axes", "channels", "newton_augmentation", "symmetries", "shifts", "pairs", "cache"}
-        return self.model_dump(include=keys)
-
-    @property
     def train_range(self) -> range:
         """Seeds that train."""
         return range(self.train_seeds - self.validation_seeds)

@@ -20,8 +20,6 @@ from training.config import Config, check_same_settings
 from training.logger import RunLogger, flatten
 from training.trackers import Trackers
 
-POWER_POSITIONS = 16  # neighbouring slices look nearly the same
-
 
 @dataclass(frozen=True)
 class Run:
@@ -293,34 +291,9 @@ def initial_state(
         mean, std = datasets.measure_normalization(cubes, config.data_params.train_range)
     state = TrainState(predictions, mean, std)
     if config.data_params.whiten == "isotropic":
-        state.power = measure_power(config, cubes, state)
+        data = config.data_params
+        state.power = datasets.measure_power(cubes, data.train_range, data, mean, std, models.isotropic_power)
     return state
-
-
-def measure_power(config: Config, cubes: datasets.CubeFile, state: TrainState) -> list[float]:
-    """Isotropic power spectrum of the training slices, from POWER_POSITIONS slices per axis of each cube.
-
-    Computed on the CPU in one order, so that it is the same on every rank and device.
-    """
-    data, stride = config.data_params, max(1, cubes.size // POWER_POSITIONS)
-    slices = datasets.WholeCubeDataset(
-        cubes,
-        data.train_range,
-        batch_size=64,
-        seed=0,
-        device=torch.device("cpu"),
-        mean=state.mean,
-        std=state.std,
-        **data.slicing | {"cache": "disk", "pairs": False},
-    )
-    spectra, weights = [], []
-    for batch in slices.evaluation_batches():
-        chosen = batch.images[(batch.mask > 0) & (batch.ids % cubes.size % stride == 0)]
-        if len(chosen):
-            spectra.append(models.isotropic_power(chosen))
-            weights.append(len(chosen))
-    power = (torch.stack(spectra) * torch.tensor(weights)[:, None]).sum(0) / sum(weights)
-    return [float(value) for value in power]
 
 
 def build_datasets(
@@ -334,6 +307,7 @@ def build_datasets(
         return datasets.WholeCubeDataset(
             cubes,
             seeds,
+            data,
             batch_size=params.batch_size,
             seed=params.seed,
             device=accelerator.device,
@@ -342,7 +316,6 @@ def build_datasets(
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             transform=whitening,
-            **data.slicing,
         )
 
     validation_set = dataset(data.validation_range) if data.validation_range else None
