@@ -14,26 +14,26 @@ LOG_DIR/NAME-repeat/summary.json, summary.md and learning_curve.png and .pdf.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import system
 from system import UserError
 
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
-from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from processes import ROOT, deferred_interrupt, parse_launcher, start
-
-sys.path.insert(0, str(ROOT))
-
-import system
 
 import datasets
 from training import config as experiment

@@ -14,6 +14,12 @@ then no longer unseen: evaluate the best trial on other seeds (evaluation.py --c
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import system
 from system import UserError
 
 import argparse
@@ -23,18 +29,12 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TextIO
 
 from processes import ROOT, deferred_interrupt, parse_launcher, start
-
-sys.path.insert(0, str(ROOT))
-
-import system
 
 import datasets
 import models
