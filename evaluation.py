@@ -299,18 +299,17 @@ def predict(options: argparse.Namespace) -> None:
     units, std = training_units(config, trained)
     # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.
     of_cubes = trained.calibration.cubes
-    calibration = of_cubes or trained.calibration
     table = unlabelled.predict(
         trained.to(accelerator.device).eval(),
         options.predict,
         options.output,
-        size=trained.settings["size"],
-        channels=trained.settings["channels"],
+        size=trained.settings.size,
+        channels=trained.settings.channels,
         axes=config.data_params.axes,
         device=accelerator.device,
         std=std,
         units=units,
-        calibration=unlabelled.Calibration(calibration.threshold, calibration.temperature),
+        calibration=of_cubes or trained.calibration,
         calibrated=of_cubes is not None,
     )
     if of_cubes is None:

@@ -257,17 +257,15 @@ def export(run: Run, state: TrainState) -> None:
 
     weights = run.accelerator.get_state_dict(run.network)
     if run.accelerator.is_main_process:
-        export.save(
-            run.config.run_dir / "model",
-            weights,
-            settings=run.config.model_arguments(run.cubes.size),
-            mean=state.mean,
-            std=state.std,
-            power=state.power,
-            calibration=state.calibration,
-            training={"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
-            selection=describe_selection(run.config, state.counters()),
-        )
+        config = asdict(run.config.network_settings(run.cubes.size)) | {
+            "mean": state.mean,
+            "std": state.std,
+            "power": state.power,
+            "calibration": state.calibration,
+            "training": {"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
+            "selection": describe_selection(run.config, state.counters()),
+        }
+        export.save(run.config.run_dir / "model", weights, config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from system import UserError
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,12 @@ class EvaluationContext:
         return {
             "run": self.config.model_params.name,
             "model": {
-                **trained.settings,
+                **asdict(trained.settings),
                 "weights": self.checkpoint,
                 "parameters": sum(parameter.numel() for parameter in trained.parameters()),
                 "mean": trained.mean,
                 "std": trained.std,
-                **trained.training_record,
+                **trained.config["training"],
             },
             "data": {
                 "file": str(self.cubes.path),
@@ -226,7 +226,7 @@ def load_run(
     training_file = find_training_file(run, config, last, given)
     cubes = given or training_file
     assert cubes is not None
-    size = trained.settings["size"]
+    size = trained.settings.size
     if cubes.size != size:
         raise UserError(
             f"{cubes.path}: the cubes are {cubes.size}^3, but the network was trained on {size}^3. "
@@ -247,7 +247,7 @@ def load_run(
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     name = checkpoint_name or "final"
-    history = find_history(run, config, trained.training_record, saved, finished=name == "final")
+    history = find_history(run, config, trained.config["training"], saved, finished=name == "final")
     return EvaluationContext(
         run, config, accelerator, trained, network, name, cubes, selected, training_file, history
     )
@@ -320,7 +320,7 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
     trained = export.TrainedNetwork(
-        **config.model_arguments(selected.state["data_identity"]["shape"][0]),
+        **asdict(config.network_settings(selected.state["data_identity"]["shape"][0])),
         mean=selected.train_state["mean"],
         std=selected.train_state["std"],
         power=selected.train_state["power"],

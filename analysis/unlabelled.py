@@ -5,7 +5,6 @@ from __future__ import annotations
 from system import UserError
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.report import write_hdf5
+from models import Calibration
 
 Floats = NDArray[np.float64]
 Network = Callable[[Tensor], Tensor]
 
 ROWS = 64
 SPREAD = (0.5, 2.0)  # standard deviations, relative to the training's, of values in the same units
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Probability of GR = sigmoid((mean logit - threshold) / temperature)."""
-
-    threshold: float = 0.0
-    temperature: float = 1.0
-
-    def probability(self, mean_logit: Floats) -> Floats:
-        """Probability of each cube from the mean logit of its slices."""
-        return np.exp(-np.logaddexp(0, -(mean_logit - self.threshold) / self.temperature))
 
 
 def is_prediction(path: Path) -> bool:
@@ -166,5 +154,5 @@ def columns(logits: Mapping[str, Floats], calibration: Calibration) -> dict[str,
     return {f"logits/{name}": values for name, values in logits.items()} | {
         "cubes/name": np.array([name.encode() for name in logits]),
         "cubes/mean_logit": means,
-        "cubes/probability": calibration.probability(means),
+        "cubes/probability": calibration.probability(means).numpy(),
     }

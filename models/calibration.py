@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from system import UserError
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,21 +22,19 @@ class Calibration:
     slices, which varies far less than single logits do; None if it was not fitted.
     """
 
-    temperature: float
-    threshold: float
+    temperature: float = 1.0
+    threshold: float = 0.0
     cubes: Calibration | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """The inverse of `dataclasses.asdict`; `cubes` may be missing."""
         cubes = values.get("cubes")
-        return cls(
-            values["temperature"], values["threshold"], None if cubes is None else cls.from_dict(cubes)
-        )
+        return cls(values["temperature"], values["threshold"], cls.from_dict(cubes) if cubes else None)
 
-    def probability(self, logits: Tensor) -> Tensor:
+    def probability(self, logits: Tensor | Floats) -> Tensor:
         """Logits -> calibrated probabilities of General Relativity, of the same shape."""
-        return torch.sigmoid((logits - self.threshold) / self.temperature)
+        return torch.sigmoid((torch.as_tensor(logits) - self.threshold) / self.temperature)
 
 
 def fit_calibration(
@@ -50,36 +45,25 @@ def fit_calibration(
     This is Platt scaling (Platt 1999, Advances in Large Margin Classifiers): a logistic regression on the
     logit, with a positive slope and without a penalty. `cube_logits` (seeds, 2) are the mean logits of the
     validation cubes, Newtonian gravity first, to which `cubes` is fitted. Returns None if no positive slope
-    fits, because higher logits do not go with General Relativity on the validation seeds. Raises UserError
-    if scikit-learn is not installed.
+    fits, because on the validation seeds General Relativity does not have the higher logits.
     """
-    labels = np.asarray(labels)
-    slices = _fit(np.asarray(logits, np.float64), labels, np.ones(len(labels)))
-    if slices is None or cube_logits is None:
-        return slices
+    calibration = _fit(np.asarray(logits, np.float64), np.asarray(labels))
+    if calibration is None or cube_logits is None:
+        return calibration
+    # Few cubes are often separated without error. Maximum likelihood would be certain of every further cube
+    # then. Platt's targets (N + 1) / (N + 2) and 1 / (N + 2) for N cubes of each label, the means of a
+    # uniform prior over the share of errors, keep the slope finite. Each cube gets both labels, weighted.
     means = np.asarray(cube_logits, np.float64)
-    return replace(slices, cubes=_fit_regularized(means.ravel(), np.tile([0, 1], len(means))))
+    target = (np.array([0, len(means)]) + 1) / (len(means) + 2)
+    weights = np.stack([target, 1 - target]).repeat(len(means), axis=0)
+    labels = np.array([1, 0]).repeat(means.size)
+    return replace(calibration, cubes=_fit(np.tile(means.ravel(), 2), labels, weights.ravel()))
 
 
-def _fit_regularized(logits: Floats, labels: Integers) -> Calibration | None:
-    """As `_fit`, with Platt's targets (N+ + 1) / (N+ + 2) and 1 / (N- + 2) instead of the labels (n,).
-
-    Few cubes are often separated without error. Maximum likelihood would be certain of every further cube
-    then; these targets, the means of a uniform prior over the share of errors, keep the slope finite.
-    """
-    positive = int(labels.sum())
-    target = np.where(labels == 1, (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2))
-    # A target between the labels is each sample with both labels, weighted.
-    weights = np.concatenate([target, 1 - target])
-    return _fit(np.tile(logits, 2), np.repeat([1, 0], len(labels)), weights)
-
-
-def _fit(logits: Floats, labels: Integers, weights: Floats) -> Calibration | None:
+def _fit(logits: Floats, labels: NDArray[np.int64], weights: Floats | None = None) -> Calibration | None:
     """Logistic regression of labels on logits, with weights; all (n,). None without a positive slope."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise UserError('calibration needs scikit-learn: pip install -e ".[evaluation]"') from error
+    from sklearn.linear_model import LogisticRegression  # takes a second, which training need not wait
+
     center, scale = float(logits.mean()), float(logits.std())
     if scale == 0:
         return None

@@ -12,7 +12,8 @@ from system import UserError
 import hashlib
 import json
 import logging
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import models
 from models.calibration import Calibration
+from models.layers import NetworkSettings
 from models.model_card import model_card
 from models.whitening import Whitening
 
@@ -36,173 +37,106 @@ ONNX_TOLERANCE = 1e-4
 class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
     """A trained network that takes slices as the data file holds them, and calibrated probabilities.
 
-    `mean` and `std` standardize the slices ((0, 1) if the file is standardized). `power`, the isotropic power
-    spectrum P(n) of the training slices at n = 0, ..., N/2 - 1, whitens them (`Whitening`). `calibration`
-    holds `temperature` and `threshold` of slices and, under `cubes`, those of the mean logits of cubes.
-    `training`, `selection` (what selected the network; empty if unknown) and `evaluation` are records that
-    change no result.
+    Its arguments are the entries of `config.json`: those of `NetworkSettings`, and
+
+    - `mean` and `std`, which standardize the slices; 0 and 1 if the file is standardized;
+    - `power`, the isotropic power spectrum P(n) of the training slices at n = 0, ..., N/2 - 1, which whitens
+      them (`Whitening`); None without whitening;
+    - `calibration`, a `Calibration` as a dictionary; None without validation seeds;
+    - `training`, `selection` (what selected the network) and `evaluation`, records that change no result.
     """
 
-    def __init__(
-        self,
-        *,
-        architecture: str,
-        layer_param: int,
-        dropout: float = 0.0,
-        activation: str = "relu",
-        padding: str = "zeros",
-        channels: int = 1,
-        size: int = 256,
-        mean: float = 0.0,
-        std: float = 1.0,
-        power: list[float] | None = None,
-        calibration: dict[str, Any] | None = None,
-        training: dict[str, Any] | None = None,
-        selection: dict[str, Any] | None = None,
-        evaluation: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "architecture": architecture,
-            "layer_param": layer_param,
-            "dropout": dropout,
-            "activation": activation,
-            "padding": padding,
-            "channels": channels,
-            "size": size,
-        }
-        self.mean, self.std, self.power = float(mean), float(std), power
-        self.calibration = Calibration.from_dict(calibration) if calibration else Calibration(1.0, 0.0)
+        self.config = config
+        self.settings = NetworkSettings(
+            **{f.name: config[f.name] for f in fields(NetworkSettings) if f.name in config}
+        )
+        self.mean, self.std = float(config.get("mean", 0.0)), float(config.get("std", 1.0))
+        power, calibration = config.get("power"), config.get("calibration")
         self.is_calibrated = calibration is not None
-        self.training_record, self.evaluation_record = training or {}, evaluation or {}
-        self.selection_record = selection or {}
+        self.calibration = Calibration.from_dict(calibration) if calibration else Calibration()
         self.whitening = Whitening(power) if power is not None else nn.Identity()
-        self.network = models.build_model(**self.settings)
+        self.network = models.build(self.settings)
 
     def forward(self, slices: Tensor) -> Tensor:
-        """Slices (b, channels, N, N) in the units of the data file -> logits (b,); positive means GR."""
+        """Slices (b, C, N, N) in the units of the data file -> logits (b,); positive means GR."""
         return self.network(self.whitening((slices - self.mean) / self.std))
 
     def probability(self, slices: Tensor) -> Tensor:
-        """Slices (b, channels, N, N) -> calibrated probabilities of General Relativity (b,).
+        """Slices (b, C, N, N) -> calibrated probabilities of General Relativity (b,).
 
         Without calibration (no validation seeds in training) the sigmoid of the logit.
         """
         return self.calibration.probability(self(slices))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save(
-            save_directory,
-            self.network.state_dict(),
-            settings=self.settings,
-            mean=self.mean,
-            std=self.std,
-            power=self.power,
-            calibration=asdict(self.calibration) if self.is_calibrated else None,
-            training=self.training_record,
-            selection=self.selection_record,
-        )
-        if self.evaluation_record:
-            record_evaluation(save_directory, self.evaluation_record)
+        save(save_directory, self.network.state_dict(), self.config)
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        # always strict: a network with some random weights left in it is worse than an error
-        model.network.load_state_dict(_read_weights(Path(model_file)), strict=True)
-        return model.to(map_location).eval()
+        return model._load_weights(Path(model_file)).to(map_location)
 
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        # the mixin would fall back on this for a repository without safetensors
+        # The mixin falls back on this for a repository without safetensors.
         raise UserError(f"{model_file}: pickled weights are never read; {WEIGHTS} is needed")
 
+    def _load_weights(self, path: Path) -> TrainedNetwork:
+        """This network, in eval mode, with the tensors of `path`. Raises UserError if it is damaged."""
+        data = path.read_bytes()
+        if self.config.get(HASH) not in (None, hashlib.sha256(data).hexdigest()):
+            raise UserError(f"{path}: damaged, its SHA-256 differs from {CONFIG}. Copy or train it again.")
+        self.network.load_state_dict(safetensors.torch.load(data))
+        return self.eval()
 
-def save(
-    folder: str | Path,
-    state_dict: dict[str, Tensor],
-    *,
-    settings: dict[str, Any],
-    mean: float,
-    std: float,
-    power: list[float] | None = None,
-    calibration: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
-    selection: dict[str, Any] | None = None,
-) -> None:
+
+def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write a network to `folder`; each file appears complete or not at all.
 
-    `settings` are the arguments of `build_model`; `training` and `selection` are JSON-able records of how it
-    was trained and what selected it.
-    The other arguments are those of `TrainedNetwork`. Raises OSError.
+    `weights` is the state of the bare network, `config` the arguments of `TrainedNetwork`. Raises OSError.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    weights = safetensors.torch.save(tensors, {"format": "pt"})
-    config: dict[str, Any] = {**settings, "mean": mean, "std": std, "training": training or {}}
-    if selection:
-        config["selection"] = selection
-    if power is not None:
-        config["power"] = power
-    if calibration is not None:
-        config["calibration"] = calibration
-    config[HASH] = hashlib.sha256(weights).hexdigest()
-    system.write_atomically(folder / WEIGHTS, weights)
-    _write_description(folder, config)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    data = safetensors.torch.save(tensors, {"format": "pt"})
+    system.write_atomically(folder / WEIGHTS, data)
+    _write_description(folder, {**config, HASH: hashlib.sha256(data).hexdigest()})
 
 
 def load(folder: str | Path) -> TrainedNetwork:
     """The network in `folder`, in eval mode on the CPU. Raises UserError if it is missing or damaged."""
     folder = Path(folder)
-    config = read_config(folder)
-    parameters = set(TrainedNetwork._hub_mixin_init_parameters) - {"self"}
     try:
-        network = TrainedNetwork(**{key: config[key] for key in parameters & set(config)})
-        return TrainedNetwork._load_as_safetensor(network, str(folder / WEIGHTS), "cpu", strict=True)
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder}: weights and {CONFIG} do not belong together: {error}") from error
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The content of `config.json`. Raises UserError if it is missing or not what `save` writes."""
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(config, allow_nan=False)  # Python reads NaN and infinity, which are not JSON
+        return TrainedNetwork(**_read_config(folder))._load_weights(folder / WEIGHTS)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(
-            f"{path}: no trained network is here ({error.strerror}). Give LOG_DIR/NAME/model of a "
-            "finished run."
+            f"{folder}: no trained network is here ({error}). Give LOG_DIR/NAME/model of a finished run."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "architecture" not in config or "layer_param" not in config:
-        raise UserError(f"{path}: does not describe a network of gravity-cnn")
-    return config
+    except Exception as error:  # config.json may contain anything
+        raise UserError(
+            f"{folder}: damaged, {CONFIG} and {WEIGHTS} do not make a network: "
+            f"{type(error).__name__}: {str(error)[:500]}. Copy or train it again."
+        ) from error
 
 
-def record_evaluation(folder: str | Path, results: dict[str, Any]) -> None:
+def record_evaluation(folder: Path, results: dict[str, Any]) -> None:
     """Add the results of an evaluation to `config.json` and the model card.
 
     `results`: `data` (name of the data), `seeds` [first, last + 1], `slices` (their number), `estimates`
     {key: [value, low, high]} with keys of `model_card.TITLES`, and any other JSON-able record.
-    Raises UserError if `config.json` is missing or damaged.
     """
-    folder = Path(folder)
-    config = {**read_config(folder), "evaluation": results}
-    try:
-        _write_description(folder, config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{folder / CONFIG}: damaged ({type(error).__name__}: {str(error)[:200]}). Train the run again."
-        ) from error
+    _write_description(folder, {**_read_config(folder), "evaluation": results})
 
 
-def weights_hash(folder: str | Path) -> str:
-    """SHA-256 of the weights in `folder`, as recorded in `config.json`."""
-    return str(read_config(folder).get(HASH))
+def _read_config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+
+
+def _write_description(folder: Path, config: dict[str, Any]) -> None:
+    system.write_atomically(folder / CARD, str(model_card(config)))
+    system.write_atomically(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
 
 
 def require_onnx() -> None:
@@ -211,7 +145,7 @@ def require_onnx() -> None:
         raise UserError(f'ONNX export needs {", ".join(missing)}: pip install -e ".[onnx]"')
 
 
-def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
+def export_onnx(network: TrainedNetwork, path: Path) -> float:
     """Write `network` as ONNX with a free batch size; returns the largest difference from torch's logits.
 
     Raises UserError if packages are missing or the difference exceeds 1e-4 (relative to logits above 1).
@@ -219,12 +153,10 @@ def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
     require_onnx()
     import onnxruntime
 
-    path = Path(path)
     settings, network = network.settings, network.cpu().eval()
-    shape = (int(settings["channels"]), int(settings["size"]), int(settings["size"]))
-    generator = torch.Generator().manual_seed(0)
-    slices = torch.randn((5, *shape), generator=generator) * network.std + network.mean
-    # the exporter lists the operators of torchvision that it lacks
+    shape = (5, settings.channels, settings.size, settings.size)
+    slices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * network.std + network.mean
+    # The exporter lists the operators of torchvision that it lacks.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     program = torch.onnx.export(
         network,
@@ -240,30 +172,9 @@ def export_onnx(network: TrainedNetwork, path: str | Path) -> float:
     session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         expected = network(slices)
-    found = torch.from_numpy(session.run(None, {"slices": slices.numpy()})[0])
-    difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+    logits = torch.from_numpy(session.run(None, {"slices": slices.numpy()})[0])
+    difference = float(((logits - expected).abs() / expected.abs().clamp(min=1)).max())
     if not difference <= ONNX_TOLERANCE:
         raise UserError(f"{path}: ONNX logits differ from torch's by {difference:.1e}; nothing was written")
     system.write_atomically(path, serialized)
     return difference
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, whose hash must be the one recorded in `config.json` beside it."""
-    try:
-        data = path.read_bytes()
-        recorded = read_config(path.parent).get(HASH)
-        if recorded and recorded != hashlib.sha256(data).hexdigest():
-            raise UserError(
-                f"{path}: damaged, its SHA-256 differs from the one in {CONFIG}. Copy or train it again."
-            )
-        return safetensors.torch.load(data)
-    except OSError as error:
-        raise UserError(f"{path}: the weights cannot be read: {error.strerror}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged, not a safetensors file: {error}") from error
-
-
-def _write_description(folder: Path, config: dict[str, Any]) -> None:
-    system.write_atomically(folder / CARD, str(model_card(config)))
-    system.write_atomically(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")

@@ -1,7 +1,10 @@
-"""Layers that the networks share."""
+"""The settings of a network, and the layers that networks share."""
 
 from __future__ import annotations
 
+from system import UserError
+
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +21,31 @@ Padding = Literal["zeros", "circular"]
 PADDINGS: tuple[str, ...] = get_args(Padding)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """What determines a network but for its weights. Raises UserError if a value is not allowed."""
+
+    architecture: str
+    """A key of `models.REGISTRY`, in any case."""
+    layer_param: int
+    """The width L."""
+    dropout: float = 0.0
+    """Probability, on the fully connected layers."""
+    activation: str = "relu"
+    padding: Padding = "zeros"
+    """Of the convolutions; `circular` for a periodic box."""
+    channels: int = 1
+    size: int = 256
+    """N, a multiple of 64, of slices (b, channels, N, N)."""
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("activation", ACTIVATIONS), ("padding", PADDINGS)):
+            if (value := getattr(self, key)) not in allowed:
+                raise UserError(f"model_params.{key}: found {value!r}, allowed: {', '.join(allowed)}")
+        if self.size < 64 or self.size % 64:
+            raise UserError(f"side of a slice: found {self.size}, allowed: a multiple of 64")
+
+
 class CircularConv2d(nn.Conv2d):
     """Convolution with periodic boundaries that keeps channels_last images channels_last.
 
@@ -28,10 +56,8 @@ class CircularConv2d(nn.Conv2d):
         """(b, C, N, N) -> (b, outputs, N / stride, N / stride)."""
         for dimension in (2, 3):
             width, padding = input.shape[dimension], int(self.padding[dimension - 2])
-            last, first = (
-                input.narrow(dimension, width - padding, padding),
-                input.narrow(dimension, 0, padding),
-            )
+            last = input.narrow(dimension, width - padding, padding)
+            first = input.narrow(dimension, 0, padding)
             input = torch.cat([last, input, first], dimension)
         return nn.functional.conv2d(input, self.weight, self.bias, self.stride)
 
@@ -46,9 +72,9 @@ def convolution_block(
     activation: str,
     padding_mode: Padding = "zeros",
 ) -> nn.Sequential:
-    """Convolution, batch normalisation, activation; the stride does the downsizing.
+    """Convolution, batch normalization, activation; the stride does the downsizing.
 
-    The convolution has no bias: the normalisation that follows would subtract it again.
+    The convolution has no bias: the normalization that follows would subtract it again.
     """
     convolution = CircularConv2d if padding_mode == "circular" and padding else nn.Conv2d
     return nn.Sequential(

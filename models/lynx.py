@@ -7,13 +7,13 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from models.layers import Padding
+from models.layers import NetworkSettings
 
 KERNEL = 9  # cells along the side of a filter
 
 
 class Lynx(nn.Module):
-    """For width L: (C, N, N) -> power of each of L filters of 9 x 9 -> logarithm, normalised -> 1 logit.
+    """For width L: (C, N, N) -> power of each of L filters of 9 x 9 -> logarithm, normalized -> 1 logit.
 
     The power of a filter w is the mean over the slice of (w * x)^2, the square of their convolution.
 
@@ -33,16 +33,15 @@ class Lynx(nn.Module):
     by convolution, which takes far longer and L times the memory of the slices.
     """
 
-    def __init__(
-        self, layer_param: int, dropout: float, activation: str, channels: int, size: int, padding: Padding
-    ) -> None:
+    def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
+        width, mode = settings.layer_param, settings.padding
         self.filters = nn.Conv2d(
-            channels, layer_param, KERNEL, padding=KERNEL // 2, padding_mode=padding, bias=False
+            settings.channels, width, KERNEL, padding=KERNEL // 2, padding_mode=mode, bias=False
         )
         # The variance of a log power is about 2 / modes: at N = 256 the default eps of 1e-5 would matter.
-        self.normalization = nn.BatchNorm1d(layer_param, eps=1e-8, affine=False)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(layer_param, 1))
+        self.normalization = nn.BatchNorm1d(width, eps=1e-8, affine=False)
+        self.classifier = nn.Sequential(nn.Dropout(settings.dropout), nn.Linear(width, 1))
 
     def forward(self, slices: Tensor) -> Tensor:
         """Slices (b, C, N, N) -> logits (b,); positive means General Relativity."""

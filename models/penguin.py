@@ -6,44 +6,32 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, Padding, convolution_block
+from models.layers import ACTIVATIONS, NetworkSettings, convolution_block
 
 
 class Penguin(nn.Module):
     """For N = 256, width L: (C, 256, 256) -> (L, 128, 128) -> (2L, 64, 64) -> (4L, 32, 32) -> (6L, 16, 16)
-    -> (8L, 8, 8) -> (10L, 4, 4) -> 10L -> L -> 1 logit. The fully connected layers are normalised too.
+    -> (8L, 8, 8) -> (10L, 4, 4) -> 10L -> L -> 1 logit. The fully connected layers are normalized too.
     """
 
-    def __init__(
-        self,
-        layer_param: int,
-        dropout: float,
-        activation: str,
-        channels: int,
-        size: int,
-        padding: Padding,
-    ) -> None:
+    def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
-        widths = [channels, *(factor * layer_param for factor in (1, 2, 4, 6, 8, 10))]
+        width, activation, mode = settings.layer_param, settings.activation, settings.padding
+        widths = [settings.channels, *(factor * width for factor in (1, 2, 4, 6, 8, 10))]
         self.features = nn.Sequential(
             *(
                 convolution_block(
-                    i, o, kernel=4, stride=2, padding=1, activation=activation, padding_mode=padding
+                    i, o, kernel=4, stride=2, padding=1, activation=activation, padding_mode=mode
                 )
                 for i, o in pairwise(widths)
             )
         )
-        side = size // 2**6
+        side = settings.size // 2**6
         layers: list[nn.Module] = [nn.Flatten()]
-        connected = [10 * layer_param * side * side, 10 * layer_param, layer_param]
-        for i, o in pairwise(connected):
-            layers += [
-                nn.Linear(i, o, bias=False),
-                nn.BatchNorm1d(o),
-                ACTIVATIONS[activation](),
-                nn.Dropout(dropout),
-            ]
-        self.classifier = nn.Sequential(*layers, nn.Linear(layer_param, 1))
+        for i, o in pairwise([10 * width * side * side, 10 * width, width]):
+            layers += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o)]
+            layers += [ACTIVATIONS[activation](), nn.Dropout(settings.dropout)]
+        self.classifier = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, slices: Tensor) -> Tensor:
         """Slices (b, C, N, N) -> logits (b,); positive means General Relativity."""

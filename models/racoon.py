@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from models.layers import ACTIVATIONS, Padding, convolution_block
+from models.layers import ACTIVATIONS, NetworkSettings, convolution_block
 
 
 class Racoon(nn.Module):
@@ -15,30 +15,22 @@ class Racoon(nn.Module):
     The convolutions have no padding: every `padding` gives the same network.
     """
 
-    def __init__(
-        self,
-        layer_param: int,
-        dropout: float,
-        activation: str,
-        channels: int,
-        size: int,
-        padding: Padding,
-    ) -> None:
+    def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
-        widths = [channels, layer_param, 4 * layer_param, 8 * layer_param]
+        width, activation = settings.layer_param, settings.activation
         self.features = nn.Sequential(
             *(
                 convolution_block(i, o, kernel=4, stride=4, padding=0, activation=activation)
-                for i, o in pairwise(widths)
+                for i, o in pairwise([settings.channels, width, 4 * width, 8 * width])
             )
         )
-        side = size // 4**3
+        side = settings.size // 4**3
         self.classifier = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(8 * layer_param * side * side, layer_param),
+            nn.Linear(8 * width * side * side, width),
             ACTIVATIONS[activation](),
-            nn.Dropout(dropout),
-            nn.Linear(layer_param, 1),
+            nn.Dropout(settings.dropout),
+            nn.Linear(width, 1),
         )
 
     def forward(self, slices: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def save_network(architecture: str, folder: Path) -> torch.nn.Module:
     network(torch.randn(8, 2, 64, 64))  # running statistics other than the first
     network.eval()
     weights = network.state_dict()
-    export.save(folder, weights, settings=settings, mean=3.0, std=2.0, training={"run": "name"})
+    export.save(folder, weights, settings | {"mean": 3.0, "std": 2.0, "training": {"run": "name"}})
     return network
 
 

@@ -614,7 +614,7 @@ def test_the_network_records_what_selected_it(experiment: Experiment, tmp_path: 
     assert selection() == first | {"finished": True}
     assert selection("train_params.early_stopping=5")["early_stopping"] == 5
     assert selection()["extended_at_epoch"] == 2
-    assert models.load(tmp_path / "runs/run/model").selection_record["extended_at_epoch"] == 2
+    assert models.load(tmp_path / "runs/run/model").config["selection"]["extended_at_epoch"] == 2
     newest = max((tmp_path / "runs/run/checkpoints").iterdir())
     counters = json.loads((newest / "state.json").read_text())["train_state"]
     loaded = config.load_config(experiment(validation_seeds=1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from analysis import unlabelled
-from analysis.unlabelled import Calibration
+from models import Calibration
 
 SIZE = 8
 UNITS = {"mean": 1.0, "std": 2.0}

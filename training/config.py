@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from models import NetworkSettings
+
 # Upper bounds keep every product of two settings far inside 64-bit integers.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seeds = Annotated[int, Field(ge=1, le=10**6)]
@@ -231,8 +233,8 @@ class Config(Section):
         """Folder of the run."""
         return Path(self.train_params.log_dir) / self.model_params.name
 
-    def model_arguments(self, size: int) -> dict[str, Any]:
-        """Arguments of `build_model` for cubes of `size` cells a side.
+    def network_settings(self, size: int) -> NetworkSettings:
+        """The settings of the network for cubes of `size` cells a side.
 
         Raises UserError if there are more channels than slices along an axis.
         """
@@ -241,10 +243,7 @@ class Config(Section):
             raise UserError(
                 f"data_params.channels: found {channels}, allowed: at most {size}, the cube's side"
             )
-        return self.model_params.model_dump(exclude={"name"}) | {
-            "channels": channels,
-            "size": size,
-        }
+        return NetworkSettings(**self.model_params.model_dump(exclude={"name"}), channels=channels, size=size)
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as YAML and JSON hold it."""

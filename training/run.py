@@ -181,7 +181,7 @@ def check_setup(config: Config) -> None:
         if data.synthetic is None or Path(data.datafile).exists():
             cubes = datasets.CubeFile(data.datafile)
             cubes.require(range(data.train_seeds + data.test_seeds))
-            config.model_arguments(cubes.size)
+            config.network_settings(cubes.size)
 
 
 def check_network(config: Config) -> None:
@@ -189,7 +189,7 @@ def check_network(config: Config) -> None:
     data = config.data_params
     smallest = -(-data.channels // 64) * 64  # smallest cubes with so many slices
     with torch.device("meta"):
-        models.build_model(**config.model_arguments(data.synthetic.size if data.synthetic else smallest))
+        models.build(config.network_settings(data.synthetic.size if data.synthetic else smallest))
 
 
 def setup_run(
@@ -332,7 +332,7 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Every batch has the same shape. On ROCm the search takes seconds per shape and rank (ROCm/MIOpen#1878).
     torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
-    network = models.build_model(**config.model_arguments(cubes.size))
+    network = models.build(config.network_settings(cubes.size))
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]
     if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):
