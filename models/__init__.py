@@ -8,21 +8,18 @@ from __future__ import annotations
 from system import UserError
 
 import difflib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from models.batch_norm import synchronize_batch_norm
 from models.calibration import Calibration, fit_calibration
+from models.export import TrainedNetwork, load
 from models.layers import ACTIVATIONS, PADDINGS, NetworkSettings
 from models.lynx import Lynx
 from models.penguin import Penguin
 from models.racoon import Racoon
 from models.whitening import Whitening, isotropic_power
-
-if TYPE_CHECKING:
-    from models.export import TrainedNetwork
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +27,7 @@ __all__ = [
     "REGISTRY",
     "Calibration",
     "NetworkSettings",
+    "TrainedNetwork",
     "Whitening",
     "build",
     "build_model",
@@ -40,7 +38,6 @@ __all__ = [
 ]
 
 REGISTRY: dict[str, type[nn.Module]] = {"RACOON": Racoon, "PENGUIN": Penguin, "LYNX": Lynx}
-SPELLINGS = {"RACCOON": "RACOON"}
 
 
 def build_model(**keywords: Any) -> nn.Module:
@@ -53,8 +50,7 @@ def build(settings: NetworkSettings) -> nn.Module:
 
     The weights are drawn from torch's generator in its current state. Raises UserError.
     """
-    name = settings.architecture.upper()
-    name = SPELLINGS.get(name, name)
+    name = settings.architecture.upper().replace("RACCOON", "RACOON")
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, 1)
         raise UserError(
@@ -62,10 +58,3 @@ def build(settings: NetworkSettings) -> nn.Module:
             + (f"; did you mean {near[0]}?" if near else "")
         )
     return REGISTRY[name](settings)
-
-
-def load(folder: str | Path) -> TrainedNetwork:
-    """The trained network in `folder`, in eval mode on the CPU. Raises UserError if missing or damaged."""
-    from models import export  # imports huggingface_hub, which takes half a second
-
-    return export.load(folder)

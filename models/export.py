@@ -20,13 +20,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 import models
 from models.calibration import Calibration
 from models.layers import NetworkSettings
-from models.model_card import model_card
 from models.whitening import Whitening
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -34,7 +32,7 @@ HASH = "weights_sha256"
 ONNX_TOLERANCE = 1e-4
 
 
-class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
+class TrainedNetwork(nn.Module):
     """A trained network that takes slices as the data file holds them, and calibrated probabilities.
 
     Its arguments are the entries of `config.json`: those of `NetworkSettings`, and
@@ -70,25 +68,12 @@ class TrainedNetwork(nn.Module, PyTorchModelHubMixin):
         """
         return self.calibration.probability(self(slices))
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save(save_directory, self.network.state_dict(), self.config)
-
     @classmethod
-    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        return model._load_weights(Path(model_file)).to(map_location)
+    def from_pretrained(cls, repository: str, **options: Any) -> TrainedNetwork:
+        """The network in a repository of the Hugging Face Hub; `options` are those of snapshot_download."""
+        from huggingface_hub import snapshot_download
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        # The mixin falls back on this for a repository without safetensors.
-        raise UserError(f"{model_file}: pickled weights are never read; {WEIGHTS} is needed")
-
-    def _load_weights(self, path: Path) -> TrainedNetwork:
-        """This network, in eval mode, with the tensors of `path`. Raises UserError if it is damaged."""
-        data = path.read_bytes()
-        if self.config.get(HASH) not in (None, hashlib.sha256(data).hexdigest()):
-            raise UserError(f"{path}: damaged, its SHA-256 differs from {CONFIG}. Copy or train it again.")
-        self.network.load_state_dict(safetensors.torch.load(data))
-        return self.eval()
+        return load(snapshot_download(repository, **options))
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -107,7 +92,12 @@ def load(folder: str | Path) -> TrainedNetwork:
     """The network in `folder`, in eval mode on the CPU. Raises UserError if it is missing or damaged."""
     folder = Path(folder)
     try:
-        return TrainedNetwork(**_read_config(folder))._load_weights(folder / WEIGHTS)
+        config, data = _read_config(folder), (folder / WEIGHTS).read_bytes()
+        if config.get(HASH) not in (None, hashlib.sha256(data).hexdigest()):
+            raise UserError(f"{folder / WEIGHTS}: damaged, its SHA-256 differs. Copy or train it again.")
+        trained = TrainedNetwork(**config)
+        trained.network.load_state_dict(safetensors.torch.load(data))
+        return trained.eval()
     except UserError:
         raise
     except OSError as error:
@@ -135,6 +125,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _write_description(folder: Path, config: dict[str, Any]) -> None:
+    from models.model_card import model_card  # imports huggingface_hub, which takes half a second
+
     system.write_atomically(folder / CARD, str(model_card(config)))
     system.write_atomically(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
 
@@ -148,9 +140,8 @@ def require_onnx() -> None:
 def export_onnx(network: TrainedNetwork, path: Path) -> float:
     """Write `network` as ONNX with a free batch size; returns the largest difference from torch's logits.
 
-    Raises UserError if packages are missing or the difference exceeds 1e-4 (relative to logits above 1).
+    Raises UserError if the difference exceeds 1e-4 (relative to logits above 1).
     """
-    require_onnx()
     import onnxruntime
 
     settings, network = network.settings, network.cpu().eval()

@@ -63,22 +63,15 @@ class CircularConv2d(nn.Conv2d):
 
 
 def convolution_block(
-    inputs: int,
-    outputs: int,
-    *,
-    kernel: int,
-    stride: int,
-    padding: int,
-    activation: str,
-    padding_mode: Padding = "zeros",
+    settings: NetworkSettings, inputs: int, outputs: int, *, kernel: int, stride: int, padding: int = 0
 ) -> nn.Sequential:
     """Convolution, batch normalization, activation; the stride does the downsizing.
 
     The convolution has no bias: the normalization that follows would subtract it again.
     """
-    convolution = CircularConv2d if padding_mode == "circular" and padding else nn.Conv2d
+    convolution = CircularConv2d if settings.padding == "circular" and padding else nn.Conv2d
     return nn.Sequential(
         convolution(inputs, outputs, kernel, stride, padding, bias=False),
         nn.BatchNorm2d(outputs),
-        ACTIVATIONS[activation](),
+        ACTIVATIONS[settings.activation](),
     )

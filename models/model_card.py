@@ -7,12 +7,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TITLES = {  # key of the report -> (Hugging Face's name of the metric, its name on the card)
-    "accuracy": ("accuracy", "accuracy of slices"),
-    "auc": ("roc_auc", "area under the ROC curve, slices"),
-    "log_loss": ("log_loss", "log loss of slices"),
-    "cube_accuracy": ("accuracy", "accuracy of cubes, by their mean logit"),
-    "pair_accuracy": ("accuracy", "twins ranked correctly, by their mean logit"),
+TITLES = {  # by key of the report
+    "accuracy": "accuracy of slices",
+    "auc": "area under the ROC curve, slices",
+    "log_loss": "log loss of slices",
+    "cube_accuracy": "accuracy of cubes, by their mean logit",
+    "pair_accuracy": "twins ranked correctly, by their mean logit",
 }
 
 TEXT = """# {name}
@@ -23,7 +23,7 @@ General Relativity (positive logit) or Newtonian gravity (negative logit).
 Input: slices (b, {channels}, {size}, {size}) with the values of the data file that it was trained on. The
 network standardizes{whitens} them. Output: one logit per slice; its `probability` is {calibrated}.{cubes}
 
-It needs a checkout of gravity-cnn, torch, safetensors and huggingface_hub, in any folder:
+It needs a checkout of gravity-cnn, torch, safetensors, numpy and psutil, in any folder:
 
 ```python
 import sys
@@ -36,8 +36,7 @@ logits = network(slices)
 probability = network.probability(slices)
 ```
 
-From the Hugging Face Hub: `import models.export`, then
-`models.export.TrainedNetwork.from_pretrained("user/{name}")`.
+From the Hugging Face Hub: `models.TrainedNetwork.from_pretrained("user/{name}")`.
 
 ## Training
 
@@ -67,24 +66,21 @@ def model_card(config: dict[str, Any]) -> ModelCard:
     training, evaluation = config.get("training") or {}, config.get("evaluation") or {}
     calibration = config.get("calibration") or {}
     name = str(training.get("run", "gravity-cnn"))
-    estimates = {
-        key: values
-        for key, values in evaluation.get("estimates", {}).items()
-        if key in TITLES and values[0] is not None
-    }
+    estimates = evaluation.get("estimates", {})
+    estimates = {key: estimates[key] for key in TITLES if estimates.get(key, [None])[0] is not None}
     metadata = ModelCardData(
         license="mit",
         library_name="gravity-cnn",
         pipeline_tag="image-classification",
-        tags=["cosmology", "general-relativity", "pytorch_model_hub_mixin", "model_hub_mixin"],
+        tags=["cosmology", "general-relativity", "pytorch"],
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
                 dataset_type="cosmological-simulations",
                 dataset_name=str(evaluation["data"]),
-                metric_type=TITLES[key][0],
-                metric_name=TITLES[key][1],
+                metric_type=key,
+                metric_name=TITLES[key],
                 metric_value=round(value, 5),
             )
             for key, (value, *_) in estimates.items()
@@ -107,7 +103,7 @@ def _results(evaluation: dict[str, Any], estimates: dict[str, list[float]]) -> s
     if not estimates:
         return "Not evaluated yet: `accelerate launch evaluation.py RUN` adds the results."
     factor, (first, after) = evaluation.get("newton_augmentation", 1), evaluation["seeds"]
-    rows = "\n".join(f"| {TITLES[key][1]} | {_interval(*values)} |" for key, values in estimates.items())
+    rows = "\n".join(f"| {TITLES[key]} | {_interval(*values)} |" for key, values in estimates.items())
     return (
         f"{PIPELINE_TEST.format(factor) if factor != 1 else ''}Seeds {first} to {after - 1} of "
         f"{_text(evaluation['data'])}, {evaluation['slices']} slices; 95 % intervals over seeds.\n\n"

@@ -16,21 +16,16 @@ class Penguin(nn.Module):
 
     def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
-        width, activation, mode = settings.layer_param, settings.activation, settings.padding
+        width = settings.layer_param
         widths = [settings.channels, *(factor * width for factor in (1, 2, 4, 6, 8, 10))]
         self.features = nn.Sequential(
-            *(
-                convolution_block(
-                    i, o, kernel=4, stride=2, padding=1, activation=activation, padding_mode=mode
-                )
-                for i, o in pairwise(widths)
-            )
+            *(convolution_block(settings, i, o, kernel=4, stride=2, padding=1) for i, o in pairwise(widths))
         )
         side = settings.size // 2**6
         layers: list[nn.Module] = [nn.Flatten()]
         for i, o in pairwise([10 * width * side * side, 10 * width, width]):
             layers += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o)]
-            layers += [ACTIVATIONS[activation](), nn.Dropout(settings.dropout)]
+            layers += [ACTIVATIONS[settings.activation](), nn.Dropout(settings.dropout)]
         self.classifier = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, slices: Tensor) -> Tensor:

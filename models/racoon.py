@@ -17,10 +17,10 @@ class Racoon(nn.Module):
 
     def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
-        width, activation = settings.layer_param, settings.activation
+        width = settings.layer_param
         self.features = nn.Sequential(
             *(
-                convolution_block(i, o, kernel=4, stride=4, padding=0, activation=activation)
+                convolution_block(settings, i, o, kernel=4, stride=4)
                 for i, o in pairwise([settings.channels, width, 4 * width, 8 * width])
             )
         )
@@ -28,7 +28,7 @@ class Racoon(nn.Module):
         self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(8 * width * side * side, width),
-            ACTIVATIONS[activation](),
+            ACTIVATIONS[settings.activation](),
             nn.Dropout(settings.dropout),
             nn.Linear(width, 1),
         )

@@ -31,12 +31,12 @@ class Whitening(nn.Module):
         power = torch.as_tensor(power, dtype=torch.float64)
         shells = _shells(2 * len(power))
         inside = (shells > 0) & (shells < len(power))
-        power = torch.where(inside, power[shells.clamp(max=len(power) - 1)], 0.0)
-        gain = torch.where(power > NEGLIGIBLE * power.mean(), power.rsqrt(), 0.0)
+        power = power[shells.clamp(max=len(power) - 1)]
+        gain = torch.where(inside & (power > NEGLIGIBLE * power.mean()), power.rsqrt(), 0.0)
         if not gain.any():
             raise UserError(
-                "whitening: the training slices have no power. Set data_params.whiten to none, or use data "
-                "with structure."
+                "whitening: the training slices have no power. Set data_params.whiten to none, or use "
+                "other data."
             )
         self.register_buffer("gain", gain.float(), persistent=False)
 

@@ -29,9 +29,9 @@ def test_fourier_powers_are_those_of_the_convolution(channels: int) -> None:
     convolution = lynx(channels=channels).filters
     slices = randn(4, channels, 64, 64) + 0.3  # the mean of a slice counts too
     expected = convolution(slices).square().mean((2, 3))
-    found = fourier_power(slices, convolution.weight)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
-    gradients = [torch.autograd.grad(p.log().sum(), convolution.weight)[0] for p in (expected, found)]
+    powers = fourier_power(slices, convolution.weight)
+    torch.testing.assert_close(powers, expected, rtol=1e-5, atol=0.0)
+    gradients = [torch.autograd.grad(p.log().sum(), convolution.weight)[0] for p in (expected, powers)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
