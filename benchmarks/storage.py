@@ -3,9 +3,9 @@
     python benchmarks/storage.py [--size 256] [--seeds 6] [--folder DIR]
 
 The emulation delays every read: 5 ms of latency, then 160 MB/s per stream, which are the figures of a Lustre
-file system without striping. Four threads read the cubes of a file, as in training, each with 1 to 8 streams
-or with the number that `datasets` chooses (auto). The table gives MB/s over all threads; data are in the page
-cache. Two more threads check the cubes for NaN at the same time.
+file system without striping. Four threads read the cubes of a file, as in training, each with 1 to 8 streams.
+The table gives MB/s over all threads; data are in the page cache. Two more threads check the cubes for NaN at
+the same time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from datasets import streams as streams_module
 from datasets.buffers import BufferPool
 from datasets.cache import READERS, SEEDS_AHEAD, CubeReader, Prefetcher
 from datasets.cube_file import GRAVITIES, CubeFile
@@ -38,11 +39,10 @@ def delayed_preadv(descriptor: int, buffers: list[Any], offset: int) -> int:
     return count
 
 
-def read_speed(path: Path, streams: int | None, rounds: int) -> float:
-    """MB/s of the prefetcher of `cache: disk`; the best round counts. `streams` per cube, None for auto."""
+def read_speed(path: Path, streams: int, rounds: int) -> float:
+    """MB/s of the prefetcher of `cache: disk`; the best round counts. `streams` per cube."""
     cubes = CubeFile(path)
-    if streams is not None:
-        cubes.set_streams(streams)
+    streams_module.STREAMS = streams
     reader = CubeReader(cubes, range(len(cubes.seeds)), 0.0, 1.0, 1.0)
     pool = BufferPool((2, 1, *(cubes.size,) * 3), len(cubes.seeds))
     best = 0.0
@@ -77,13 +77,13 @@ def main() -> None:
                 for gravity in GRAVITIES:
                     new_cube(file, seed, gravity, options.size).write_direct(values)
         print("| streams per cube | emulated MB/s | share of the limit | local MB/s |\n|---|---|---|---|")
-        for streams in (1, 2, 4, 8, None):
+        for streams in (1, 2, 4, 8):
             local = read_speed(path, streams, rounds=6)
             os.preadv = delayed_preadv
-            emulated = read_speed(path, streams, rounds=10 if streams is None else 3)
+            emulated = read_speed(path, streams, rounds=3)
             os.preadv = preadv
-            share = f"{emulated * 1e6 / (READERS * streams * STREAM_SPEED):.2f}" if streams else ""
-            print(f"| {streams or 'auto'} | {emulated:.0f} | {share} | {local:.0f} |", flush=True)
+            share = f"{emulated * 1e6 / (READERS * streams * STREAM_SPEED):.2f}"
+            print(f"| {streams} | {emulated:.0f} | {share} | {local:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ class CubeCache:
         iteration. Raises UserError for a cube that cannot be read.
         """
         with self._one_loop():
+            # Which seeds the epoch needs, when, and where its slices lie in their buffers.
             seeds = ids // (6 * self._size) - self._reader.seeds.start
             uses = deque(self._prepare(seeds, first_step))
             views = slicing.views(
@@ -207,6 +208,7 @@ class CubeCache:
             images: Tensor | None = None
             try:
                 for step in range(first_step, len(ids)):
+                    # Wait for the cubes that this step is the first to use.
                     prefetcher.fill()
                     while uses and uses[0].first <= step:
                         use = uses.popleft()
@@ -217,10 +219,12 @@ class CubeCache:
                             self._device_cubes.upload(use.seed, self._pool[use.seed][:, 0])
                             self._pool.release(use.seed)
                             prefetcher.fill()
+                    # The caller trains on one batch while the next one is sliced.
                     slicer.start(step)
                     if images is not None:
-                        yield images  # trained on while the next batch is sliced
+                        yield images
                     images = slicer.result()
+                    # Free the buffers of cubes that no later step uses.
                     for seed in last_uses.pop(step, ()):
                         self._pool.release(seed)
                 if images is not None:

@@ -34,15 +34,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .streams import StreamTuner, read_into
+from .streams import read_into
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
 CHECKED_BYTES = 1 << 30  # cubes up to this size in total are searched for NaN before a run starts
 CHUNK_BYTES = 64 * 1024  # smaller chunks take longer to find than to copy
 CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
-
-MAX_LINKS = 16
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
 
@@ -82,10 +80,8 @@ def _packed(file: h5py.File) -> Iterator[tuple[int, str, str]]:
 
 def _nested(file: h5py.File) -> Iterator[tuple[int, str, str]]:
     for name in file:
-        if not re.fullmatch(r"\d{1,9}", str(name)):  # names that are not UTF-8 are bytes
-            continue
-        _check_links(file, name)
-        if isinstance(group := file.get(name), h5py.Group):
+        # Names that are not UTF-8 are bytes.
+        if re.fullmatch(r"\d{1,9}", str(name)) and isinstance(group := file.get(name), h5py.Group):
             for gravity in GRAVITIES:
                 if gravity in group:
                     yield int(name), gravity, f"{name}/{gravity}"
@@ -139,68 +135,12 @@ def _require_hdf5(path: Path) -> None:
         raise UserError(f"{path}: is not an HDF5 file, or its start is damaged: {start!r}. Create it again.")
 
 
-def _check_links(file: h5py.File, name: str, depth: int = 0) -> None:
-    """Raise UserError if an object is reached through a link to something that is not a regular file.
-
-    HDF5 opens the targets of links itself; a pipe would block it for ever.
-    """
-    if depth > MAX_LINKS:
-        raise UserError(f"{file.filename}: /{name} is a chain of more than {MAX_LINKS} links. Remove it.")
-    group: h5py.Group = file["/"]
-    parts = [part for part in name.split("/") if part]
-    for k, part in enumerate(parts):
-        link = group.get(part, getlink=True)
-        rest = "/".join(parts[k + 1 :])
-        if isinstance(link, h5py.ExternalLink):
-            target = Path(file.filename).parent / link.filename
-            if target.exists() and not target.is_file():
-                raise UserError(f"{file.filename}: /{name} is a link to {target}, not to a file. Remove it.")
-            if target.exists():
-                with open_cubes(target) as other:
-                    _check_links(other, f"{link.path}/{rest}", depth + 1)
-            return
-        if isinstance(link, h5py.SoftLink):
-            start = "" if link.path.startswith("/") else f"{group.name}/"
-            _check_links(file, f"{start}{link.path}/{rest}", depth + 1)
-            return
-        item = group.get(part)
-        if not isinstance(item, h5py.Group):
-            return
-        group = item
-
-
-def _check_sources(data: h5py.Dataset, file: h5py.File) -> None:
-    """Raise UserError if a virtual data set refers to its own file, or if values are not in regular files.
-
-    HDF5 follows a virtual data set that refers to itself until the stack overflows.
-    """
-    where = f"{file.filename}: /{data.name.strip('/')}"
-    creation, folder = data.id.get_create_plist(), Path(data.file.filename).parent
-    names = [creation.get_external(i)[0].decode() for i in range(creation.get_external_count())]
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{where} has its values in {name}, which is not a file. Repack the file.")
-    for source in data.virtual_sources() if data.is_virtual else ():
-        target = folder / source.file_name
-        if source.file_name == "." or not target.is_file() or target.samefile(data.file.filename):
-            raise UserError(
-                f"{where} is a virtual data set of {source.file_name}; another file is needed. Repack it."
-            )
-        with h5py.File(target, "r", locking=False) as other:
-            _check_links(other, source.dset_name)
-            inner = other.get(source.dset_name)
-            if isinstance(inner, h5py.Dataset) and inner.is_virtual:
-                raise UserError(f"{where} is a virtual data set of virtual data sets. Repack the file.")
-
-
 def _cube(file: h5py.File, name: str) -> Cube:
-    _check_links(file, name)
     data = file.get(name)
     if not isinstance(data, h5py.Dataset):
         raise UserError(
             f"{file.filename}: /{name} is named as a cube, but is no readable data set. Rename it."
         )
-    _check_sources(data, file)
     creation = data.id.get_create_plist()
     filters = [creation.get_filter(i)[3].decode() for i in range(creation.get_nfilters())]
     in_file = data.file.filename == file.filename  # the data of an external link are in another file
@@ -326,7 +266,6 @@ class CubeFile:
         self.size: int = next(iter(self.cubes.values())).shape[0]
         seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(seeds["newton"] & seeds["gr"]))
-        self._tuner = StreamTuner()
         self._bytes_read = 0
         self._lock = threading.Lock()  # several threads may read cubes at the same time
 
@@ -337,10 +276,6 @@ class CubeFile:
     def bytes_read(self) -> int:
         """Bytes of cubes read from the file so far."""
         return self._bytes_read
-
-    def set_streams(self, count: int) -> None:
-        """Read each cube with this number of streams instead of the number that the storage rewards."""
-        self._tuner.fix(count)
 
     def attr_float(self, key: str) -> float | None:
         """An attribute of the file, if it is a finite number; otherwise None."""
@@ -412,7 +347,7 @@ class CubeFile:
         assert cube.offset is not None
         target = out.data.cast("B")
         try:
-            done = read_into(self.path, cube.offset, target, self._tuner)
+            done = read_into(self.path, cube.offset, target)
         except OSError as error:
             raise UserError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if done < len(target):
