@@ -19,8 +19,7 @@ PHOTONS = 2.4728e-5  # omega of photons at T_cmb = 2.7255 K
 # perturbations of a Boltzmann code in its initial conditions, Newton in the N-body gauge, and both evolved
 # without radiation perturbations. The excess is frozen from z = 10 to z = 1. Measured in gevolution twins in
 # a box of 5120 Mpc/h: 1.067, 1.061, 1.056, 1.035, 1.026, 0.996.
-_LINEAR_BOX = 5120.0  # Mpc/h
-_LINEAR_N = np.array([1, 2**0.5, 3**0.5, 2, 3, 4, 5])
+_LINEAR_BOX, _LINEAR_N = 5120.0, np.array([1, 2**0.5, 3**0.5, 2, 3, 4, 5])  # Mpc/h
 _LINEAR_RATIO = np.array([1.072, 1.059, 1.049, 1.041, 1.019, 1.006, 1.0])
 
 
@@ -73,16 +72,14 @@ class Cosmology:
     def potential_growth(self, redshift: float) -> float:
         """The linear growth g(z) = D(z)/a of the Newtonian potential, 1 in pure matter domination.
 
-        By the Poisson equation, k^2 phi = -4 pi G a^2 rho_m delta, with rho_m ~ a^-3 and delta ~ D, phi grows
-        as D/a. D is the growing solution of (Dodelson & Schmidt 2020, chapter 8)
+        By the Poisson equation, k^2 phi = -4 pi G a^2 rho_m delta, phi grows as D/a. D is the growing
+        solution of (Dodelson & Schmidt 2020, chapter 8)
 
             D'' + (2 + dlnH/dlna) D' = (3/2) Omega_m(a) D,      ' = d/dlna,
 
-        in which radiation drives the expansion but does not cluster, as in the simulations. The initial
-        condition is the growing solution for a negligible cosmological constant, D = a + (2/3) a_eq (Meszaros
-        1974). Without radiation D is the integral (5/2) Omega_m H(a)/H_0 int_0^a da' [a' H(a')/H_0]^-3.
-        Radiation adds 0.2 % to g at z = 10 and 0.05 % at z = 1, which is the size of the relativistic effects
-        in question.
+        in which radiation drives the expansion but does not cluster, as in the simulations. It starts as the
+        growing solution for a negligible cosmological constant, D = a + (2/3) a_eq (Meszaros 1974). Radiation
+        adds 0.2 % to g at z = 10 and 0.05 % at z = 1, the size of the relativistic effects in question.
         """
         from scipy.integrate import solve_ivp  # takes a second, which training need not wait
 

@@ -8,24 +8,18 @@ much; for `linear` the physical value is s = 1, and larger values are for demons
 
 `linear`: what linear theory predicts for gevolution twins, and what they show on large scales: P_GR is 7 %
 above P_Newton for the longest wave of the box and equal to it from the fifth harmonic on. The relativistic
-Poisson equation in the longitudinal (Poisson) gauge, for Psi = Phi (Ma & Bertschinger 1995, ApJ 455, 7,
-eq. 23a, with delta T^0_0 = -delta rho), is
+Poisson equation for the growing mode in the Poisson gauge (Ma & Bertschinger 1995, ApJ 455, 7, eq. 23a),
 
-    k^2 Phi + 3 H (dPhi/dtau + H Phi) = -4 pi G a^2 rho_m delta,    H = (da/dtau)/a, conformal Hubble rate.
+    (k^2 + 3 H^2 f) Phi = -4 pi G a^2 rho_m delta,    H = (da/dtau)/a,    f = dlnD/dlna (0.875 at z = 1),
 
-The growing mode, Phi ~ D/a, has dPhi/dtau = (f - 1) H Phi with f = dlnD/dlna (0.875 at z = 1), so
-
-    (k^2 + 3 H^2 f) Phi = -4 pi G a^2 rho_m delta.
-
-The density contrast in the Poisson gauge exceeds that of a Newtonian simulation by the same factor,
-1 + 3 H^2 f/k^2 (Chisari & Zaldarriaga 2011, PRD 83, 123505), so it cancels in Phi. What remains is how the
-two simulations treat radiation when they start (`cosmology.linear_theory_ratio`):
+makes no difference: delta in this gauge exceeds that of a Newtonian simulation by the same factor,
+1 + 3 H^2 f/k^2 (Chisari & Zaldarriaga 2011, PRD 83, 123505). What remains is how the two simulations treat
+radiation when they start (`cosmology.linear_theory_ratio`):
 
     P_GR(k) = P_Newton(k) linear_theory_ratio(k)^s
 
-`toy`: a larger difference, with the opposite sign. If the potential were constant and the same density
-contrast entered both equations, GR would reduce the potential of waves that are not small compared to the
-horizon:
+`toy`: a larger difference, with the opposite sign. If the potential were constant (f = 1) and the same delta
+entered both equations, GR would reduce the potential of waves that are not small compared to the horizon:
 
     Phi_GR(k) = Phi_Newton(k) k^2 / (k^2 + 3 s H^2)
 
@@ -45,7 +39,7 @@ from system import UserError
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,70 +55,98 @@ log = logging.getLogger(__name__)
 
 BOX_SIZE = 5120.0  # Mpc/h
 REDSHIFT = 1.0
-PHYSICS = ("toy", "linear")
+PHYSICS = {
+    "toy": "a toy difference with the opposite sign of gevolution twins",
+    "linear": "the linear-theory difference of gevolution twins",
+}
 LATTICE_OFFSET, LATTICE_SLOPE = 0.0425, 0.054  # fitted to gevolution twins at n = 12 to 16
 MAX_LINEAR_STRENGTH = 100.0  # an exponent: the ratio of powers is then 1,000
 MAX_GRID = 50.0  # keeps the power of every mode positive
 
 
-class Universe:
-    """The ensemble of all seeds; `physics`, `strength` and `grid` are those of the module docstring."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What determines a universe; the module docstring explains. Raises UserError."""
 
-    def __init__(self, size: int, strength: float, physics: str = "toy", grid: float = 0.0):
+    size: int = SIZE_UNIT
+    """Cells along each side of a cube."""
+    physics: str = "toy"
+    strength: float = 1.0
+    grid: float = 0.0
+    seed: int = 0
+    """Random seed of the universe."""
+
+    def __post_init__(self) -> None:
+        strongest = MAX_LINEAR_STRENGTH if self.physics == "linear" else np.inf
+        if (
+            self.size < SIZE_UNIT
+            or self.size % SIZE_UNIT
+            or self.physics not in PHYSICS
+            or not 0 <= self.strength < strongest
+            or not 0 <= self.grid <= MAX_GRID
+            or self.seed < 0
+        ):
+            raise UserError(
+                f"synthetic universe: found {self}; allowed: size a multiple of {SIZE_UNIT}, physics "
+                f"{' or '.join(PHYSICS)}, strength >= 0 (linear: below {MAX_LINEAR_STRENGTH:g}), "
+                f"0 <= grid <= {MAX_GRID:g}, seed >= 0"
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in asdict(self).items())
+
+
+class Universe:
+    """The ensemble of all seeds."""
+
+    def __init__(self, settings: Settings):
+        self.settings, size = settings, settings.size
         cosmology = Cosmology()
-        self.size = size
         # Amplitudes are tables over |n|^2, where k = 2 pi n / L with three integers n.
         whole = np.fft.fftfreq(size, 1 / size).astype(np.int32) ** 2
         half = np.arange(size // 2 + 1, dtype=np.int32) ** 2  # half of the modes determine a real field
         self._n2 = whole[:, None, None] + whole[None, :, None] + half
         k = 2 * np.pi / BOX_SIZE * np.sqrt(np.arange(1, self._n2.max() + 1))
         power = {"newton": cosmology.potential_power(k, REDSHIFT)}
-        if physics == "linear":
-            power["gr"] = power["newton"] * linear_theory_ratio(k) ** strength
+        if settings.physics == "linear":
+            power["gr"] = power["newton"] * linear_theory_ratio(k) ** settings.strength
         else:
-            horizon = 3 * strength * cosmology.conformal_hubble(REDSHIFT) ** 2
+            horizon = 3 * settings.strength * cosmology.conformal_hubble(REDSHIFT) ** 2
             power["gr"] = power["newton"] * (k**2 / (k**2 + horizon)) ** 2
-        modes = dict.fromkeys(GRAVITIES, self._count_modes())
-        self._lattice_amplitude = None
-        if grid:
-            lattice = lattice_ratio(size, grid)
-            modes["gr"] = self._count_modes(lattice)
-            self._lattice_amplitude = np.sqrt(lattice)
+        lattice = lattice_ratio(size, settings.grid)
+        self._lattice_amplitude = np.sqrt(lattice)
+        modes = {"newton": self._count_modes(np.ones_like(lattice)), "gr": self._count_modes(lattice)}
         variances = [float(modes[gravity][1:] @ power[gravity]) / BOX_SIZE**3 for gravity in GRAVITIES]
-        # of the potential in units of c^4, expected over seeds
-        self.variance = sum(variances) / len(variances)
+        self.variance = sum(variances) / len(variances)  # of the potential in c^4, expected over seeds
         scale = (size / BOX_SIZE) ** 3 / self.variance
         self._amplitude = {
             gravity: np.concatenate([[0], np.sqrt(power[gravity] * scale)]).astype(np.float32)
             for gravity in GRAVITIES
         }
 
-    def _count_modes(self, factor: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
-        """The number of Fourier modes of the cube for each |n|^2, each counted `factor` times."""
-        weights = np.full(self.size // 2 + 1, 2.0)  # a mode and its conjugate
+    def _count_modes(self, factor: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The Fourier modes of the cube by |n|^2, each counted `factor` (N, N, N/2 + 1) times."""
+        weights = np.full(self.settings.size // 2 + 1, 2.0)  # a mode and its conjugate
         weights[[0, -1]] = 1.0  # on these two planes both are in the half
         counts = np.zeros(int(self._n2.max()) + 1)
         for index, plane in enumerate(self._n2):
-            weighted = np.broadcast_to(weights, plane.shape) * (1 if factor is None else factor[index])
-            counts += np.bincount(plane.ravel(), weighted.ravel(), len(counts))
+            counts += np.bincount(plane.ravel(), (weights * factor[index]).ravel(), len(counts))
         return counts
 
-    def twins(self, seed: int, index: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """The two cubes of one seed, (N, N, N), in units of the standard deviation of the ensemble.
+    def twins(self, index: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """The two cubes (N, N, N) of seed `index`, in units of the standard deviation of the ensemble.
 
-        `seed` is the random seed of the universe, `index` the number of the seed in it. A cube depends on
-        nothing else, so it does not change when a file gets more seeds.
+        A cube depends on the settings and `index` alone, so it does not change when a file gets more seeds.
         """
         from scipy import fft  # takes a second, which training need not wait
 
-        noise = np.random.default_rng([seed, index]).standard_normal((self.size,) * 3, dtype=np.float32)
-        modes = fft.rfftn(noise, workers=-1)
-        del noise
+        shape, generator = (self.settings.size,) * 3, np.random.default_rng([self.settings.seed, index])
+        modes = fft.rfftn(generator.standard_normal(shape, dtype=np.float32), workers=-1)
         for gravity in GRAVITIES:
             shaped = modes * self._amplitude[gravity][self._n2]
-            if gravity == "gr" and self._lattice_amplitude is not None:
+            if gravity == "gr":
                 shaped *= self._lattice_amplitude
-            yield gravity, fft.irfftn(shaped, (self.size,) * 3, overwrite_x=True, workers=-1)
+            yield gravity, fft.irfftn(shaped, shape, overwrite_x=True, workers=-1)
 
 
 def lattice_ratio(size: int, grid: float) -> NDArray[np.float32]:
@@ -138,43 +160,21 @@ def lattice_ratio(size: int, grid: float) -> NDArray[np.float32]:
     return np.asarray(ratio, dtype=np.float32)
 
 
-def check_synthetic(
-    cubes: CubeFile, *, size: int, physics: str, strength: float, grid: float, seed: int
-) -> None:
-    """Raise UserError unless `cubes` are the synthetic universe of these settings. Logs what it is."""
-    expected = {"size": size, "physics": physics, "strength": strength, "grid": grid, "seed": seed}
-    written = {"physics": "toy", "grid": 0.0} | cubes.attributes  # older files have neither
-    found = {"size": cubes.size} | {key: written.get(key) for key in expected if key != "size"}
-    if found != expected:
+def check_synthetic(cubes: CubeFile, **settings: Any) -> None:
+    """Raise UserError unless `cubes` are the synthetic universe of these `Settings`. Logs what it is."""
+    expected = asdict(Settings(**settings))
+    attributes = {"physics": "toy", "grid": 0.0} | cubes.attributes | {"size": cubes.size}
+    written = {key: attributes.get(key) for key in expected}  # older files have neither physics nor grid
+    if written != expected:
         raise UserError(
-            f"{cubes.path}: data_params.synthetic is {expected}, but the file has {found}.\n"
+            f"{cubes.path}: data_params.synthetic is {expected}, but the file has {written}.\n"
             "Remove the file, choose another data_params.datafile, or remove data_params.synthetic."
         )
-    log.info("%s: %s", cubes.path, describe(physics, strength, grid))
+    log.info("%s: synthetic universe, %s: %s", cubes.path, Settings(**settings), PHYSICS[expected["physics"]])
 
 
-def describe(physics: str, strength: float, grid: float) -> str:
-    """One line that names the mode of a synthetic universe."""
-    texts = {
-        "linear": "the linear-theory difference of gevolution twins",
-        "toy": "a toy difference with the opposite sign of gevolution twins",
-    }
-    lattice = f", with {grid:g} times their lattice effect" if grid else ""
-    return f"synthetic universe ({physics}): {texts[physics]}, strength {strength:g}{lattice}"
-
-
-def write_synthetic(
-    path: str | Path,
-    *,
-    seeds: int,
-    size: int,
-    physics: str = "toy",
-    strength: float = 1.0,
-    grid: float = 0.0,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> None:
-    """Write a packed file of `seeds` pairs of twins, each cube (size, size, size) float32.
+def write_synthetic(path: str | Path, *, seeds: int, overwrite: bool = False, **settings: Any) -> None:
+    """Write a packed file of `seeds` pairs of twins of the universe of these `Settings`.
 
     The values are the potential divided by its standard deviation over the ensemble of both gravities
     (attribute `std`, in c^2; the mean is 0), so a cube is bit-identical in files with more seeds. The same
@@ -182,43 +182,17 @@ def write_synthetic(
 
     Raises UserError if an argument is out of range, or if the file exists or cannot be written.
     """
-    if (
-        seeds < 1
-        or size < SIZE_UNIT
-        or size % SIZE_UNIT
-        or seed < 0
-        or physics not in PHYSICS
-        or not 0 <= strength < (MAX_LINEAR_STRENGTH if physics == "linear" else np.inf)
-        or not 0 <= grid <= MAX_GRID
-    ):
-        raise UserError(
-            f"{path}: found seeds = {seeds}, size = {size}, physics = {physics}, strength = {strength}, "
-            f"grid = {grid}, seed = {seed}; allowed: seeds >= 1, size a multiple of {SIZE_UNIT}, "
-            f"physics {' or '.join(PHYSICS)}, strength >= 0 "
-            f"(linear: below {MAX_LINEAR_STRENGTH:g}), 0 <= grid <= {MAX_GRID:g}, seed >= 0"
-        )
-    with new_file(Path(path), bytes_needed=seeds * 2 * size**3 * 4, overwrite=overwrite) as file:
-        universe = Universe(size, strength, physics, grid)
-        settings = {"physics": physics, "strength": strength, "grid": grid, "seed": seed}
-        file.attrs.update(_attributes(universe, settings))
-        for index in tqdm(range(seeds), desc=f"synthetic universe ({physics})", unit="pair", disable=None):
-            for gravity, cube in universe.twins(seed, index):
-                new_cube(file, index, gravity, size).write_direct(cube)
-
-
-def _attributes(universe: Universe, settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "field": "phi",
-        "mean": 0.0,
-        "std": float(np.sqrt(universe.variance)),
-        "variance": universe.variance,
-        "box_size": BOX_SIZE,
-        "box_size_unit": "Mpc/h",
-        "redshift": REDSHIFT,
-        "gravities": list(GRAVITIES),
-        "source": "python -m datasets synthesize, "
-        + ", ".join(f"{key} {value}" for key, value in settings.items()),
-        "synthetic": True,
-        **settings,
-        **asdict(Cosmology()),
-    }
+    if seeds < 1:
+        raise UserError(f"{path}: found seeds = {seeds}, allowed: seeds >= 1")
+    chosen = Settings(**settings)
+    with new_file(Path(path), bytes_needed=seeds * 2 * chosen.size**3 * 4, overwrite=overwrite) as file:
+        universe = Universe(chosen)
+        file.attrs.update({key: value for key, value in asdict(chosen).items() if key != "size"})
+        file.attrs.update(asdict(Cosmology()))
+        file.attrs.update(field="phi", redshift=REDSHIFT, box_size=BOX_SIZE, box_size_unit="Mpc/h")
+        file.attrs.update(mean=0.0, std=float(np.sqrt(universe.variance)), variance=universe.variance)
+        file.attrs.update(source=f"python -m datasets synthesize, {chosen}", synthetic=True)
+        file.attrs["gravities"] = list(GRAVITIES)
+        for index in tqdm(range(seeds), desc="synthetic universe", unit="pair", disable=None):
+            for gravity, cube in universe.twins(index):
+                new_cube(file, index, gravity, chosen.size).write_direct(cube)
