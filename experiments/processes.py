@@ -1,4 +1,4 @@
-"""Child processes of the programs that start many runs."""
+"""How the programs that start many runs start and stop them."""
 
 from __future__ import annotations
 
@@ -7,57 +7,59 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import UserError
-
-import ctypes
+import argparse
 import os
 import shlex
-import shutil
-import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
-ROOT = Path(__file__).resolve().parent.parent
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+from training import config
+from training.distributed import run_program
+from training.distributed.process import end_with_launcher
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_CHANGE = config.MAY_CHANGE - {"train_params.epochs", "data_params.datafile"}
+"""Keys that may change when a command resumes: the others, of one run or another, change its results."""
 
 
-def parse_launcher(text: str) -> list[str]:
-    """The words of --launcher. Raises UserError unless the first is a program."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--launcher: found {text!r}: {error}") from None
-    if not words or shutil.which(words[0]) is None:
-        raise UserError(f"--launcher: found {text!r}, but no such program is in PATH")
-    return words
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with an experiment, its overrides, and the command that starts programs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument("experiment", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
+    parser.add_argument(
+        "--launcher",
+        type=shlex.split,
+        default=[sys.executable],
+        help="command that starts the programs, e.g. 'accelerate launch'",
+    )
+    return parser
 
 
 def start(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a program of this project without its output; it gets SIGTERM if this process is killed."""
+    """Start a program of this project without its output.
+
+    It stops when this process is killed (on Linux): two trainers must not share a run.
+    """
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_launcher,
         env={**os.environ, **(environment or {})},
     )
 
 
-def _end_with_parent() -> None:
-    """Two trainers must not share a run: the child stops when its parent is killed (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a run save and stop; returns when it has ended."""
+    process.terminate()
+    process.wait()
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[list[int]]:
-    """Collect SIGINT in a list; the caller stops its children, then raises KeyboardInterrupt.
-
-    An exception raised inside a callback of a database or an import could be lost.
-    """
-    received: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+def run(program: Callable[[], None]) -> int:
+    """Call `program`; returns the exit status: 0, 2 after an error that users can fix, 130 after Ctrl-C."""
     try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, handler)
+        return run_program(program)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130

@@ -1,6 +1,7 @@
 """Search for the hyperparameters with the lowest loss on validation seeds.
 
     python experiments/sweep.py experiments/temp.yaml --trials 20 [section.key=value ...]
+        [--search train_params.lr=1e-4:1e-2:log] [--search data_params.whiten=none,isotropic] ...
 
 Each trial is an ordinary run of trainer.py, NAME-000, NAME-001, ..., with its own folder under log_dir. After
 three complete trials, a trial is pruned if its lowest loss so far is above the median of the complete ones at
@@ -25,272 +26,189 @@ from system import UserError
 import argparse
 import fcntl
 import json
-import os
-import secrets
-import signal
-import socket
+import re
 import time
-from contextlib import suppress
-from datetime import datetime
-from typing import Any, TextIO
+from functools import reduce
+from typing import Any
 
-from processes import ROOT, deferred_interrupt, parse_launcher, start
+from processes import MAY_CHANGE, ROOT, make_parser, run, start, stop
 
 import datasets
-import models
-from training import config as experiment
+from training.config import Config, check_same_settings, load_config
 
 try:
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
     from optuna.trial import Trial, TrialState
 except ModuleNotFoundError as missing:
-    print(f"a sweep needs {missing.name}: pip install -e '.[sweep]'", file=sys.stderr)
+    print(f"error: a sweep needs {missing.name}. Install it: pip install -e '.[sweep]'", file=sys.stderr)
     sys.exit(2)
 
 POLL_SECONDS = 0.5  # between readings of a trial's metrics
-RANGES = {"layer_param": "4:64", "dropout": "0:0.7", "lr": "1e-4:1e-2"}
-CHOICES = {
-    "architecture": tuple(models.REGISTRY),
-    "whiten": ("none", "isotropic"),
-    "pairs": ("false", "true"),
-    "shifts": ("false", "true"),
-}
-NAMING_SECONDS = 60  # within which a worker records that a trial is its own
-SECTION = dict.fromkeys(("whiten", "pairs", "shifts"), "data_params") | {"lr": "train_params"}
+LOCK = ".sweep-lock"  # in the folder of a run, held by the worker of its trial
+SEARCH = [
+    "model_params.layer_param=4:64:log",
+    "model_params.dropout=0:0.7",
+    "train_params.lr=1e-4:1e-2:log",
+]
+FORMS = "section.key=LOW:HIGH, section.key=LOW:HIGH:log, section.key=A,B,..."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("experiment", help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
+    parser = make_parser(__doc__)
     parser.add_argument("--trials", type=int, default=20, help="trials in the study (%(default)s)")
-    for key, default in RANGES.items():
-        name = f"--{key.replace('_', '-')}"
-        parser.add_argument(name, default=default, metavar="LOW:HIGH", help="range (%(default)s)")
-    for key, values in CHOICES.items():
-        parser.add_argument(f"--{key}", metavar=",".join(values), help="values to search (not searched)")
     parser.add_argument(
-        "--launcher", default=sys.executable, help="command that starts trainer.py, e.g. 'accelerate launch'"
+        "--search",
+        action="append",
+        metavar="section.key=VALUES",
+        help=f"values of a key to search, once per key: {FORMS} (default: {' '.join(SEARCH)})",
     )
     options = parser.parse_intermixed_args(arguments)
-    try:
-        options.launcher = parse_launcher(options.launcher)
-        config = experiment.load_config(options.experiment, options.overrides)
+
+    def program() -> None:
+        config = load_config(options.experiment, options.overrides)
+        space = {text.partition("=")[0]: parse_search(text, options) for text in options.search or SEARCH}
         data = config.data_params
         if data.synthetic is None or Path(data.datafile).exists():
             datasets.CubeFile(data.datafile).require(range(data.test_range.stop))
-        search(config, options)
-    except (UserError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        search(config, space, options)
+
+    return run(program)
 
 
-def search(config: experiment.Config, options: argparse.Namespace) -> None:
-    """Run trials until the study holds `options.trials`, then print the best one."""
-    ranges = {key: parse_range(key, getattr(options, key)) for key in RANGES}
-    for key in CHOICES:
-        parse_choices(key, getattr(options, key) or CHOICES[key][0])
+def parse_search(text: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The method of Trial that draws a value of a --search, and its arguments. Raises UserError.
+
+    The experiment with each value says whether the value is allowed, and whether it is an integer.
+    """
+    key, _, values = text.partition("=")
+    is_range = re.fullmatch(r"[^,:\[]+:[^,:\[]+(:log)?", values)
+    log = values.endswith(":log")
+    texts = values.removesuffix(":log").split(":") if is_range else re.split(r",(?![^\[]*\])", values)
+
+    def read(value: str) -> Any:
+        config = load_config(options.experiment, [*options.overrides, f"{key}={value}"])
+        return reduce(getattr, key.split("."), config)
+
+    found = [read(value) for value in texts]
+    if not is_range and len(set(texts)) == len(texts) > 1:
+        return "suggest_categorical", {"choices": texts}
+    numbers = is_range and all(type(value) in (int, float) for value in found)
+    if not numbers or not found[0] <= found[1] or (log and found[0] <= 0):
+        raise UserError(f"--search: found '{text}', allowed: {FORMS}; LOW <= HIGH, with log LOW > 0")
+    method = "suggest_int" if isinstance(found[0], int) else "suggest_float"
+    return method, {"low": found[0], "high": found[1], "log": log}
+
+
+def search(config: Config, space: dict[str, Any], options: argparse.Namespace) -> None:
+    """Run trials until the study has `options.trials`, then print the best one."""
     name, folder = config.model_params.name, Path(config.train_params.log_dir)
     phase = "validation" if config.data_params.validation_seeds else "test"
-    folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal, workers = folder / f"{name}-sweep.journal", folder / f"{name}-sweep-workers"
-    with Worker(workers) as worker:
-        if worker.alone:
-            remove_unfinished_line(journal)
-        try:
-            study = optuna.create_study(
-                study_name=name,
-                storage=JournalStorage(JournalFileBackend(str(journal))),
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
-                load_if_exists=True,
-            )
-        except json.JSONDecodeError as error:
-            raise UserError(f"{journal}: damaged: {error}. Remove the damaged lines.") from None
-        check_experiment(study, config, journal)
-        worker.requeue_orphans(study)
-        while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
-            trial = study.ask()
-            # Seeded by the trial: workers, and a resumed sweep, must not draw the same settings again.
-            study.sampler = optuna.samplers.TPESampler(
-                seed=(config.train_params.seed + trial.number) % 2**32, n_startup_trials=5, constant_liar=True
-            )
-            run_name = trial.user_attrs.get("run", f"{name}-{trial.number:03}")
+    study = open_study(config, space)
+    requeue_orphans(study, folder)
+    while count_trials(study) < options.trials or study.get_trials(states=[TrialState.WAITING]):
+        trial = study.ask()
+        # Seeded by the trial: workers, and a resumed sweep, must not draw the same settings again.
+        study.sampler = optuna.samplers.TPESampler(
+            seed=(config.train_params.seed + trial.number) % 2**32, n_startup_trials=5, constant_liar=True
+        )
+        run_name = trial.user_attrs.get("run", f"{name}-{trial.number:03}")
+        (folder / run_name).mkdir(exist_ok=True)
+        with (folder / run_name / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             trial.set_user_attr("run", run_name)
-            trial.set_user_attr("worker", worker.name)
-            settings = suggest(trial, ranges, options)
+            settings = {key: getattr(trial, draw)(key, **values) for key, (draw, values) in space.items()}
             state, loss = run_trial(trial, folder / run_name, settings, options, phase)
             study.tell(trial, loss if state is TrialState.COMPLETE else None, state)
-            print(
-                f"{run_name}  {format_settings(settings)}  {state.name.lower()}  {phase} loss {loss}",
-                flush=True,
-            )
+        print(f"{run_name}  {describe(settings)}  {state.name.lower()}  {phase} loss {loss}", flush=True)
     complete = study.get_trials(states=[TrialState.COMPLETE])
     if not complete:
         raise UserError(f"{folder}: no trial of {name} completed. Read the errors of the trials above.")
-    best = min(complete, key=lambda trial: trial.value if trial.value is not None else float("inf"))
-    print(
-        f"best: {folder / best.user_attrs['run']}  {format_settings(best.params)}  "
-        f"{phase} loss {best.value:.4f}"
-    )
+    best = study.best_trial
+    run_dir = folder / best.user_attrs["run"]
+    print(f"best: {run_dir}  {describe(best.params)}  {phase} loss {best.value:.4f}")
 
 
-def suggest(
-    trial: Trial, ranges: dict[str, tuple[float, float]], options: argparse.Namespace
-) -> dict[str, Any]:
-    """The settings of a trial."""
-    settings: dict[str, Any] = {
-        "layer_param": trial.suggest_int("layer_param", *map(int, ranges["layer_param"]), log=True),
-        "dropout": trial.suggest_float("dropout", *ranges["dropout"]),
-        "lr": trial.suggest_float("lr", *ranges["lr"], log=True),
-    }
-    for key in CHOICES:
-        if getattr(options, key) is not None:
-            settings[key] = trial.suggest_categorical(key, parse_choices(key, getattr(options, key)))
-    return settings
+def open_study(config: Config, space: dict[str, Any]) -> optuna.Study:
+    """The study in its journal, created or resumed.
 
-
-def parse_choices(key: str, text: str) -> list[str]:
-    """The values A,B,... of a setting. Raises UserError."""
-    values = text.split(",")
-    if not set(values) <= set(CHOICES[key]) or len(set(values)) < len(values):
-        raise UserError(f"--{key}: found '{text}', allowed: some of {','.join(CHOICES[key])}")
-    return values
-
-
-def parse_range(key: str, text: str) -> tuple[float, float]:
-    """The ends of a range LOW:HIGH. Raises UserError."""
-    try:
-        low, high = (float(end) for end in text.split(":"))
-    except ValueError:
-        low, high = 1.0, 0.0
-    least = {"layer_param": 1.0, "dropout": 0.0, "lr": 1e-12}[key]
-    if not least <= low <= high < float("inf") or (key == "dropout" and high > 1):
-        raise UserError(f"--{key.replace('_', '-')}: found '{text}', allowed: LOW:HIGH from {least:g} on")
-    return low, high
-
-
-def remove_unfinished_line(journal: Path) -> None:
-    """Remove the line that a killed worker left unfinished: the next record would be appended to it."""
-    if journal.exists():
-        content = journal.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)
-
-
-def check_experiment(study: optuna.Study, config: experiment.Config, journal: Path) -> None:
-    """Record the experiment of a new study; raise UserError if a resumed one was started with another.
-
-    Losses of different data, seeds or epochs cannot be compared. The searched keys may differ.
+    Losses of different data, seeds or epochs cannot be compared: raises UserError if the study was started
+    with another experiment or another search.
     """
-    current = config.to_dict()
-    saved = study.user_attrs.get("experiment")
-    if saved is None:
-        study.set_user_attr("experiment", current)
-        return
-    for key in (*RANGES, *CHOICES):
-        section = SECTION.get(key, "model_params")
-        current[section][key] = saved[section][key]
-    may_change = experiment.MAY_CHANGE - {"train_params.epochs", "data_params.datafile"}
-    experiment.check_same_settings(journal, saved, current, may_change)
+    folder, name = Path(config.train_params.log_dir), config.model_params.name
+    journal = folder / f"{name}-sweep.journal"
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            study_name=name,
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
+            load_if_exists=True,
+        )
+    except ValueError as error:
+        raise UserError(f"{journal}: damaged: {error}. Remove the damaged lines.") from None
+    if "experiment" not in study.user_attrs:
+        study.set_user_attr("experiment", config.to_dict())
+        study.set_user_attr("search", json.dumps(space))
+    if study.user_attrs.get("search") != json.dumps(space):
+        raise UserError(
+            f"{journal}: this study was started with another --search. Use the same one, or another "
+            "model_params.name."
+        )
+    saved = study.user_attrs["experiment"]
+    check_same_settings(journal, saved, config.to_dict(), MAY_CHANGE | space.keys())
+    return study
+
+
+def requeue_orphans(study: optuna.Study, folder: Path) -> None:
+    """Queue again, with the same run, the trials whose worker was killed: nobody locks their folders."""
+    for trial in study.get_trials(states=[TrialState.RUNNING]):
+        if "run" not in trial.user_attrs:
+            continue  # another worker has just asked for it
+        with (folder / trial.user_attrs["run"] / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if study.trials[trial.number].state is TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+                study.enqueue_trial(trial.params, {"run": trial.user_attrs["run"]})
 
 
 def count_trials(study: optuna.Study) -> int:
     """Trials that ended or run; one that was requeued has the run of the interrupted one."""
-    started = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-    return len({trial.user_attrs.get("run", trial.number) for trial in study.get_trials(states=started)})
-
-
-class Worker:
-    """One process that works on a study. It holds a file lock, so that others see whether it is alive."""
-
-    def __init__(self, folder: Path) -> None:
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._folder = folder
-        self._lock: TextIO | None = None
-
-    def __enter__(self) -> Worker:
-        self._folder.mkdir(exist_ok=True)
-        self._lock = (self._folder / self.name).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        (self._folder / self.name).unlink(missing_ok=True)
-        assert self._lock is not None
-        self._lock.close()
-        with suppress(OSError):  # other workers are still there
-            self._folder.rmdir()
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other worker of the study is alive."""
-        others = [path.name for path in self._folder.iterdir() if path.name != self.name]
-        return not any(self._alive(name) for name in others)
-
-    def requeue_orphans(self, study: optuna.Study) -> None:
-        """Queue again, with the same run, the trials whose worker was killed."""
-        for trial in study.get_trials(states=[TrialState.RUNNING]):
-            age = datetime.now() - (trial.datetime_start or datetime.now())
-            if "worker" not in trial.user_attrs and age.total_seconds() < NAMING_SECONDS:
-                continue  # another worker has just asked for it
-            if self._alive(trial.user_attrs.get("worker", "")):
-                continue
-            study.tell(trial.number, state=TrialState.FAIL)
-            if "run" in trial.user_attrs:
-                study.enqueue_trial(trial.params, {"run": trial.user_attrs["run"]})
-
-    def _alive(self, name: str) -> bool:
-        try:
-            with (self._folder / name).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        (self._folder / name).unlink(missing_ok=True)
-        return False
+    started = [trial for trial in study.get_trials() if trial.state is not TrialState.WAITING]
+    return len({trial.user_attrs["run"] for trial in started if "run" in trial.user_attrs})
 
 
 def run_trial(
     trial: Trial, run_dir: Path, settings: dict[str, Any], options: argparse.Namespace, phase: str
 ) -> tuple[TrialState, float | None]:
     """Train one trial, from its start or its last checkpoint; returns how it ended and its lowest loss."""
-    overrides = {"model_params.name": run_dir.name}
-    overrides |= {f"{SECTION.get(key, 'model_params')}.{key}": value for key, value in settings.items()}
-    command = [*options.launcher, str(ROOT / "trainer.py"), options.experiment]
-    command += [*options.overrides, *(f"{key}={value}" for key, value in overrides.items())]
-    finished, reported = run_dir / "model" / "config.json", dict[int, float]()
-    if not finished.exists():  # otherwise only the study missed its end
-        with deferred_interrupt() as interrupts, start(command) as process:
-            try:
-                while process.poll() is None:
-                    if interrupts:
-                        raise KeyboardInterrupt
-                    time.sleep(POLL_SECONDS)
-                    for epoch, loss in losses(run_dir, phase).items():
-                        if epoch not in reported:
-                            reported[epoch] = loss
-                            trial.report(loss, epoch)
-                    if reported and trial.should_prune():
-                        process.send_signal(signal.SIGTERM)  # the run saves and stops
-                        process.wait()
-                        return TrialState.PRUNED, min(reported.values())
-                if interrupts:
-                    raise KeyboardInterrupt
-            except BaseException:
-                process.send_signal(signal.SIGTERM)
-                raise
-    found = losses(run_dir, phase)
-    if not finished.exists() or not found:
+    command = [*options.launcher, str(ROOT / "trainer.py"), options.experiment, *options.overrides]
+    command += [f"{key}={value}" for key, value in settings.items()]
+    command += [f"model_params.name={run_dir.name}"]
+    finished, reported = run_dir / "model" / "config.json", set[int]()
+    if not finished.exists():  # otherwise a killed sweep did not record that the training had ended
+        process = start(command)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_SECONDS)
+                for epoch, loss in losses(run_dir, phase).items():
+                    if epoch not in reported:
+                        trial.report(loss, epoch)
+                        reported.add(epoch)
+                if reported and trial.should_prune():
+                    stop(process)
+                    return TrialState.PRUNED, min(losses(run_dir, phase).values())
+        finally:
+            stop(process)
+    values = losses(run_dir, phase).values()
+    if not finished.exists() or not values:
         return TrialState.FAIL, None
-    return TrialState.COMPLETE, min(found.values())
+    return TrialState.COMPLETE, min(values)
 
 
 def losses(run_dir: Path, phase: str) -> dict[int, float]:
@@ -299,12 +217,10 @@ def losses(run_dir: Path, phase: str) -> dict[int, float]:
     return {record["epoch"]: record["loss"] for record in records if record.get("phase") == phase}
 
 
-def format_settings(settings: dict[str, Any]) -> str:
-    """Settings in one line."""
-    return "  ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in settings.items()
-    )
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in one line, as the command line of the trainer takes them."""
+    texts = (f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in settings.values())
+    return " ".join(f"{key}={text}" for key, text in zip(settings, texts, strict=True))
 
 
 if __name__ == "__main__":
