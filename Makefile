@@ -16,7 +16,7 @@ ifeq ($(findstring --system-site-packages,$(VENV_OPTIONS)),)
 	$(PIP_INSTALL) --requirement requirements.txt
 else
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > .venv/torch.txt
-	$(PIP_INSTALL) --constraint .venv/torch.txt --editable ".[evaluation,test]"
+	$(PIP_INSTALL) --constraint .venv/torch.txt --editable ".[test]"
 endif
 	touch $@
 

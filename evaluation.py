@@ -54,7 +54,7 @@ try:
     from analysis.interventions import Bands
     from analysis.simulation_spectra import Partitions, SimulationSpectra
 except ModuleNotFoundError as missing:
-    print(f"Evaluation needs {missing.name}. Install it: pip install -e '.[evaluation]'", file=sys.stderr)
+    print(f"Evaluation needs {missing.name}. Install it: pip install -e .", file=sys.stderr)
     sys.exit(2)
 
 
@@ -221,7 +221,7 @@ def write(
     clock: report.Stopwatch,
 ) -> None:
     """Write the report, its figures and predictions, and update the model card."""
-    history = logger.read_records(context.run / logger.METRICS_FILE)
+    history = system.read_json_lines(context.run / logger.METRICS_FILE)
     drawn = figures.of_predictions(predictions, summary.curves(predictions), results, history)
     if not options.quick:
         drawn |= spectral_figures.of_spectra(results, context.box)

@@ -25,11 +25,8 @@ import datasets
 import models
 from training import checkpoint, distributed, metrics
 from training.config import Config, load_config
-from training.logger import RunLogger, setup_logging
-from training.run import Run, TrainState, check_setup, describe_selection, setup_run, start_logger
-from training.trackers import require_trackers
-
-CHECK_FINITE_EVERY = 20  # steps between asynchronous checks that the logits are finite
+from training.logger import RunLogger, require_trackers, setup_logging
+from training.run import Run, TrainState, check_setup, describe_selection, setup_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +72,8 @@ def train(config: Config, *, preflight_only: bool) -> None:
     checkpoints = checkpoint.CheckpointManager(config.run_dir, accelerator, keep=params.keep_checkpoints)
     with distributed.StopSignals(minutes=params.max_minutes) as stop, closing(checkpoints):
         run, state = setup_run(config, accelerator, stop, checkpoints)
-        logger = start_logger(config, accelerator, state)
+        with distributed.raise_on_all_ranks():
+            logger = RunLogger(config, accelerator, state)
         try:
             with closing(logger):
                 if state.step == 0:
@@ -101,8 +99,8 @@ def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
             # Saved last: a run killed before this is not finished, a run killed after it is.
             save(run, state)
     run.checkpoints.wait()
-    # After a stop the evaluation of the last step may follow in the next program: that step is not complete.
-    logger.send_to_trackers(run.checkpoints.saved_step - (not completed))
+    # The next program may evaluate the last step. A tracker takes all values of a step at once.
+    logger.send_to_trackers(run.checkpoints.saved_step - (not completed and state.step_in_epoch == 0))
     if not completed:
         logger.print(
             f"stopped at step {state.step} ({run.stop.reason or 'requested by another rank'}); "
@@ -117,16 +115,9 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     """Train to the end of the running epoch; False if a stop was requested (the state is then saved)."""
     params, train_set = run.config.train_params, run.train_set
     started = time.perf_counter() - state.seconds
-    running = metrics.RunningMetrics(state.running_sums)
+    running = metrics.RunningMetrics(run.accelerator, state.running_sums)
     run.network.train()
-    logger.start_epoch(
-        state.epoch,
-        state.target_epoch,
-        first_step=state.step - state.step_in_epoch,
-        step=state.step,
-        steps=train_set.steps,
-        params=params,
-    )
+    logger.start_epoch(state, train_set.steps)
     for batch in state.measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch)):
         if state.step == 0:
             logger.log_images(batch.images[:4, 0], batch.labels[:4])
@@ -139,28 +130,28 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         logger.send_to_trackers(run.checkpoints.saved_step)
         if state.step_in_epoch == train_set.steps:
             break
-        logger.log_step(running, state.step, lr)
-        if state.step % CHECK_FINITE_EVERY == 0:
-            state.predictions.check_finite_async(state.step)
+        # Log points: the only steps after which the host waits for the device.
+        log_point = logger.is_log_point(state.step_in_epoch)
+        if log_point:
+            state.predictions.require_finite(state.step)
+        logger.log_step(state, running.read() | {"lr": lr} if log_point else {})
+        # The state is saved at regular times, and when any rank was asked to stop.
         stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
         if stop or save_due:
             state.seconds = time.perf_counter() - started
             state.predictions.require_finite(state.step)
-            logger.log_running(running.finish())
             state.running_sums = running.sums()
             save(run, state)
         if stop:
             return False
+    # The epoch is complete: its metrics are those of the predictions made while it trained.
     state.predictions.require_finite(state.step)
-    logger.log_running(running.finish())
     seconds, waiting = time.perf_counter() - started, state.waiting_seconds
     state.end_epoch(params.test_every)
-    values = state.step_info | metrics.compute(
-        run.gather(state.predictions), label_smoothing=params.label_smoothing
-    )
+    values = metrics.compute(run.gather(state.predictions), label_smoothing=params.label_smoothing)
     state.predictions.reset()
-    logger.log_scalar("lr", lr, state.step)
-    logger.log_metrics("train", values, seconds=seconds, waiting=waiting, target_epoch=state.target_epoch)
+    logger.log_scalars({"lr": lr}, state.step)
+    logger.log_metrics("train", state, values, seconds=seconds, waiting=waiting)
     return True
 
 
@@ -226,14 +217,14 @@ def evaluate_phase(
     buffer.require_finite(state.step, phase=phase)
     predictions = run.gather(buffer)
     smoothing = run.config.train_params.label_smoothing
-    values = state.step_info | metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
+    values = metrics.compute(predictions, simulations=True, label_smoothing=smoothing)
     if run.accelerator.is_main_process:
         # Imported here: matplotlib takes a second, for which the first step need not wait.
         from analysis import figures
 
         logger.log_figures(phase, predictions, figures.evaluation_figures(predictions), state.step)
     seconds = time.perf_counter() - started
-    logger.log_metrics(phase, values, seconds=seconds, target_epoch=state.target_epoch)
+    logger.log_metrics(phase, state, values, seconds=seconds)
     return predictions
 
 
@@ -253,8 +244,6 @@ def save(run: Run, state: TrainState) -> None:
 
 def export(run: Run, state: TrainState) -> None:
     """Write the trained network to RUN/model, for use anywhere. Collective."""
-    from models import export  # imports huggingface_hub, which the first step need not wait for
-
     weights = run.accelerator.get_state_dict(run.network)
     if run.accelerator.is_main_process:
         config = asdict(run.config.network_settings(run.cubes.size)) | {
@@ -265,7 +254,7 @@ def export(run: Run, state: TrainState) -> None:
             "training": {"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
             "selection": describe_selection(run.config, state.counters()),
         }
-        export.save(run.config.run_dir / "model", weights, config)
+        models.export.save(run.config.run_dir / "model", weights, config)
 
 
 if __name__ == "__main__":

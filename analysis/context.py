@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import system
 from system import UserError
 
 import copy
@@ -118,7 +119,7 @@ class EvaluationContext:
 
     def predictions(self, ids: Integers, logits: Floats) -> metrics.Predictions:
         """Logits (slices,) with the seed, label and place of each slice."""
-        return metrics.Predictions(ids, *datasets.decode(ids, self.cubes.size), logits)
+        return metrics.Predictions.from_ids(ids, logits, self.cubes.size)
 
     def gather(self, ids: Integers, rows: Floats) -> tuple[Integers, Floats]:
         """Ids (n,), ascending, and `rows` (n, ...) of all ranks. Collective."""
@@ -274,7 +275,7 @@ def find_history(
         ended = ended and not state["evaluation_pending"] and state["step_in_epoch"] == 0
         return TrainingHistory(state["first_epoch"], finished or ended, newest)
     # Its checkpoint was deleted. With validation seeds, test seeds are evaluated only where a training ends.
-    records = logger.read_records(run / logger.METRICS_FILE) if config.data_params.validation_range else []
+    records = system.read_json_lines(run / logger.METRICS_FILE) if config.data_params.validation_range else []
     ends = [line["epoch"] for line in records if line["phase"] == "test" and line["epoch"] < epoch]
     return TrainingHistory(max(ends, default=0), finished, newest)
 

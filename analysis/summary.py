@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import average_precision_score
 
 from analysis import significance, statistics
 from analysis.statistics import Estimate
@@ -68,7 +69,7 @@ def curves(predictions: Predictions) -> dict[str, Any]:
         "recall": true / true[-1],
         "precision": true / (last + 1),
         "auc": metrics.auc(predictions),
-        "average_precision": metrics.average_precision(predictions),
+        "average_precision": float(average_precision_score(predictions.label, predictions.logit)),
         "balance": float(predictions.label.mean()),
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import system
 from system import UserError
 
-import contextlib
 import copy
 import json
 import os
@@ -28,9 +27,9 @@ from test_checkpoint import rewrite
 import evaluation
 import models
 import trainer
-from analysis import comparison, figures
+from analysis import comparison
 from models import export
-from training import config, logger, metrics, run
+from training import config, metrics, run
 from training.checkpoint import __main__ as checkpoint_command
 from training.checkpoint import schema
 
@@ -344,29 +343,6 @@ def manifests(finished: Path, tmp_path: Path, generator: random.Random) -> Itera
         )
 
 
-def metric_lines(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
-    """Damaged lines of metrics.jsonl, many in one file, since opening a log takes a while."""
-    good = (finished / "run" / "metrics.jsonl").read_bytes().splitlines()
-
-    def attempt(lines: list[bytes]) -> None:
-        folder = tmp_path / "log"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
-        with contextlib.closing(logger.RunLogger(folder, main=True, step=10**9)):
-            kept = (folder / "metrics.jsonl").read_bytes().splitlines()
-        assert all(isinstance(json.loads(line)["step"], int) for line in kept)
-        figures.training_curves(logger.read_records(folder / "metrics.jsonl"))
-
-    for _ in range(max(1, INPUTS // 150)):
-        lines = []
-        for _ in range(150):
-            line = generator.choice(good)
-            changed = json.dumps(change_document(json.loads(line), generator)).encode()
-            lines.append(generator.choice([changed, change_bytes(line, generator).replace(b"\n", b" ")]))
-        yield "150 lines", lambda lines=lines: attempt(lines)  # type: ignore[misc]
-
-
 def reports(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
     """Damaged report.json, as --compare reads it."""
     shutil.copytree(finished / "run" / "evaluation", tmp_path / "run" / "evaluation")
@@ -400,7 +376,7 @@ def trained_networks(
 
 
 CATEGORIES: list[Category] = [settings, experiment_files, environments, accelerate_environments, states]
-CATEGORIES += [manifests, metric_lines, reports, trained_networks]
+CATEGORIES += [manifests, reports, trained_networks]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")

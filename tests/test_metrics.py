@@ -2,7 +2,9 @@
 
 from system import UserError
 
+import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -38,23 +40,6 @@ def test_metrics_agree_with_scikit_learn() -> None:
     assert values["f1"] == pytest.approx(sk.f1_score(p.label, predicted))
     assert values["auc"] == pytest.approx(sk.roc_auc_score(p.label, p.logit))
     assert values["loss"] == pytest.approx(sk.log_loss(p.label, p.probability))
-    assert metrics.average_precision(p) == pytest.approx(sk.average_precision_score(p.label, p.logit))
-    assert metrics.brier_score(p) == pytest.approx(sk.brier_score_loss(p.label, p.probability))
-
-
-def test_calibration_error_is_the_mean_gap_over_equal_bins() -> None:
-    p = random_predictions()
-    gap = 0.0
-    for low in np.arange(15) / 15:
-        inside = (p.probability >= low) & (p.probability < low + 1 / 15)
-        if inside.any():
-            gap += inside.mean() * abs(p.probability[inside].mean() - p.label[inside].mean())
-    assert metrics.calibration_error(p) == pytest.approx(gap)
-
-
-def test_a_certain_prediction_stays_in_the_last_bin() -> None:
-    p = predictions(np.array([1000.0, -1000.0]), np.array([1, 0]), np.zeros(2, np.int64))
-    assert metrics.calibration_error(p) == 0
 
 
 def test_label_smoothing_enters_the_loss() -> None:
@@ -123,48 +108,27 @@ def test_the_first_step_that_is_not_finite_is_named_with_its_slices() -> None:
         kept.require_finite(step=14)
 
 
-def test_an_asynchronous_check_raises_what_the_previous_one_started() -> None:
-    kept = buffer([([1, 2], [0.0, 0.0], [1, 1]), ([3, 4], [0.0, math.inf], [1, 1])])
-    kept.check_finite_async(step=20)
-    kept.add(torch.tensor([5, 6]), torch.tensor([0.0, math.nan]), torch.ones(2))
-    with pytest.raises(UserError, match=r"step 20: .* sample ids \[4\]"):
-        kept.check_finite_async(step=21)
+BATCHES = [([1.0, -2.0], [1.0, 1.0], [1.0, 1.0]), ([0.5, math.inf], [0.0, 0.0], [1.0, 0.0])]
 
 
-def test_a_full_check_replaces_the_pending_one() -> None:
-    kept = buffer([([1, 2], [0.0, 1.0], [1, 1])])
-    kept.check_finite_async(step=1)
-    kept.require_finite(step=1)
-    kept.add(torch.tensor([3]), torch.tensor([math.inf]), torch.ones(1))
-    kept.check_finite_async(step=2)  # nothing is known of step 2 yet
-    with pytest.raises(UserError, match=r"step 2: .* sample ids \[3\]"):
-        kept.require_finite(step=2)
-
-
-def running(batches: list[tuple[list[float], list[float], list[float]]]) -> metrics.RunningMetrics:
-    filled = metrics.RunningMetrics()
+def running(
+    batches: list[tuple[list[float], ...]], sums: Sequence[float] = (0, 0, 0)
+) -> metrics.RunningMetrics:
+    filled = metrics.RunningMetrics(Accelerator(), sums)
     for batch in batches:
         filled.add(*(torch.tensor(column) for column in batch))
     return filled
 
 
-BATCHES = [([1.0, -2.0], [1.0, 1.0], [1.0, 1.0]), ([0.5, 9.0], [0.0, 0.0], [1.0, 0.0])]
-
-
-def test_a_reading_returns_the_values_of_the_one_before() -> None:
+def test_running_metrics_are_means_since_the_last_reading() -> None:
     values = running(BATCHES)
-    assert values.read(step=2) is None
-    values.add(torch.tensor([3.0, 3.0]), torch.ones(2), torch.ones(2))
     losses = [math.log1p(math.exp(-1)), math.log1p(math.exp(2)), math.log1p(math.exp(0.5))]
-    assert values.read(step=3) == {"step": 2, "loss": pytest.approx(sum(losses) / 3), "accuracy": 1 / 3}
-    assert values.finish() == {"step": 3, "loss": pytest.approx(math.log1p(math.exp(-3))), "accuracy": 1.0}
-    assert values.finish() is None
+    assert values.read() == {"loss": pytest.approx(sum(losses) / 3), "accuracy": pytest.approx(1 / 3)}
+    values.add(torch.tensor([3.0, 3.0]), torch.ones(2), torch.ones(2))
+    assert values.read() == {"loss": pytest.approx(math.log1p(math.exp(-3))), "accuracy": 1.0}
 
 
 def test_running_metrics_continue_from_their_sums() -> None:
-    uninterrupted, first = running(BATCHES), running(BATCHES[:1])
-    resumed = metrics.RunningMetrics(first.sums())
-    resumed.add(*(torch.tensor(column) for column in BATCHES[1]))
-    for values in (uninterrupted, resumed):
-        values.read(step=2)
-    assert uninterrupted.finish() == resumed.finish()
+    sums = running(BATCHES[:1]).sums()
+    assert json.loads(json.dumps(sums)) == sums
+    assert running(BATCHES[1:], sums).read() == running(BATCHES).read()

@@ -1,29 +1,32 @@
-"""Logging of a run: console lines, TensorBoard events and `metrics.jsonl`."""
+"""Logging of a run: console lines, TensorBoard events, experiment trackers and `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import system
+from system import UserError
 
+import importlib.util
 import json
 import logging
 import math
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from matplotlib.figure import Figure
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
-    from training.config import TrainParams
-    from training.metrics import Predictions, RunningMetrics
-    from training.trackers import Trackers
-
+    from training.config import Config
+    from training.metrics import Predictions
+    from training.run import TrainState
 
 # Scalars that TensorBoard shows as NAME/PHASE.
 SCALARS = (
@@ -45,45 +48,54 @@ METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
 PACKAGES = ("system", "training", "datasets", "models")
+PROJECT = "gravity-cnn"  # in the trackers
 log = logging.getLogger(__name__)
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
+@dataclass(frozen=True)
+class TrackerInterface:
+    """How a tracker names its runs."""
+
+    new: Callable[[str], dict[str, Any]]
+    """Arguments of Accelerate's tracker that start a run of this name."""
+    resumed: Callable[[str], dict[str, Any]]
+    """Arguments that continue the run of this id."""
+    id_of: Callable[[Any], str]
+    """The id of a started run."""
 
 
-class MetricsRecord(BaseModel):
-    """A line of metrics.jsonl; further keys are allowed."""
+TRACKERS = {
+    "wandb": TrackerInterface(
+        new=lambda name: {"name": name},
+        resumed=lambda run_id: {"id": run_id, "resume": "allow"},
+        id_of=lambda run: run.id,
+    ),
+    "mlflow": TrackerInterface(
+        new=lambda name: {"run_name": name},
+        resumed=lambda run_id: {"run_id": run_id},
+        id_of=lambda run: run.info.run_id,
+    ),
+    # Trackio resumes the newest run of a name, so every run gets a name that no other has.
+    "trackio": TrackerInterface(
+        new=lambda name: {"name": f"{name}-{uuid.uuid4().hex[:8]}"},
+        resumed=lambda run_id: {"name": run_id, "resume": "allow"},
+        id_of=lambda run: run.name,
+    ),
+}
+# Otherwise Weights & Biases keeps a step until it receives the next one.
+TRACKER_OPTIONS = {"wandb": {"commit": True}}
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    phase: Literal["train", "validation", "test"]
-    epoch: Annotated[int, Field(ge=0, lt=2**63)]
-    step: Annotated[int, Field(ge=0, lt=2**63)]
-    loss: Annotated[float, Field(ge=0, lt=1e39)]  # logits are float32
-    accuracy: Share
-    auc: Share
-
-
-class EvaluationRecord(MetricsRecord):
-    """A line of an evaluation."""
-
-    cube_accuracy: Share
-    pair_accuracy: Share
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; damaged ones are skipped with a warning."""
-    records = []
-    for record in system.read_json_lines(path):
-        schema = MetricsRecord if record.get("phase") == "train" else EvaluationRecord
-        try:
-            schema.model_validate(record)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            log.warning("%s: a damaged record is skipped: %s: %s", path, first["loc"][0], first["msg"])
-        else:
-            records.append(record)
-    return records
+def require_trackers(names: list[str]) -> None:
+    """Raise UserError for a tracker that is unknown or not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"train_params.trackers: found {name!r}, allowed: {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train_params.trackers: {name} is not installed. Install it with `pip install {name}`, or "
+                "remove it from the list."
+            )
 
 
 def setup_logging(*, main: bool) -> None:
@@ -94,32 +106,67 @@ def setup_logging(*, main: bool) -> None:
 
 
 class RunLogger:
-    """The log of one run. Only the main process writes; on other ranks every method does nothing."""
+    """The log of one run. Only the main process writes; on other ranks every method does nothing.
 
-    def __init__(self, run_dir: Path, *, main: bool, step: int, trackers: Trackers | None = None) -> None:
-        """Open the log to resume at `step`: records of later steps are dropped."""
-        self._main, self._trackers = main, trackers
+    A tracker cannot take a step back, and a run that is killed resumes from its last checkpoint. Scalars
+    therefore wait in memory until a checkpoint that includes their step is on disk: no step is sent twice. A
+    kill in between may leave a gap in the tracker, never in TensorBoard or metrics.jsonl.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, state: TrainState) -> None:
+        """Open the log to resume at `state.step`: records of later steps are dropped."""
+        self._params, self._accelerator = config.train_params, accelerator
+        self._main = accelerator.is_main_process
         self._bar: tqdm[Any] | None = None
-        if not main:
+        self._unsent: dict[int, dict[str, float]] = {}
+        self._sent_step = -1
+        if not self._main:
             return
-        self._lines = run_dir / METRICS_FILE
-        self._logged = self._drop_records_after(step)
+        self._lines = config.run_dir / METRICS_FILE
+        records = [line for line in system.read_json_lines(self._lines) if line["step"] <= state.step]
+        if self._lines.exists():
+            system.write_json_lines(self._lines, records)
+        self._logged = {(record["phase"], record["step"]) for record in records}
         # Imported here: it takes a second, which the other ranks need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard reads event files in the order of their names: the second, then the process id. Of two
         # files of one second the later could come first, and purge steps that it should not.
-        while any(run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
+        while any(config.run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
             time.sleep(0.02)
-        self._events: SummaryWriter = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
+        purged = state.step + 1 if state.step else 0
+        self._events: SummaryWriter = SummaryWriter(str(config.run_dir), purge_step=purged)
+        if self._params.trackers:
+            self._start_trackers(config, state)
+            # Steps up to the newest checkpoint were sent, even if it is damaged and an older one is resumed.
+            folders = (config.run_dir / "checkpoints").glob("step_*")
+            newest = max((int(path.name[5:].partition(".")[0]) for path in folders), default=-1)
+            self._sent_step = newest if newest > state.step else state.step - 1
+            # A program that was stopped before an evaluation has not sent the metrics of its epoch.
+            for record in records if state.evaluation_pending else ():
+                if record["step"] == state.step:
+                    self._unsent.setdefault(state.step, {}).update(scalars_of(record))
 
-    def _drop_records_after(self, step: int) -> set[tuple[str, int]]:
-        """Keep the records up to `step`; returns their phases and steps."""
-        if not self._lines.exists():
-            return set()
-        kept = [record for record in read_records(self._lines) if record["step"] <= step]
-        system.write_json_lines(self._lines, kept)
-        return {(record["phase"], record["step"]) for record in kept}
+    def _start_trackers(self, config: Config, state: TrainState) -> None:
+        """Start or continue the runs of the trackers; adds the ids of new ones to `state`."""
+        runs, name, names = state.tracker_runs, config.model_params.name, self._params.trackers
+        arguments = {
+            tracker: TRACKERS[tracker].resumed(runs[tracker])
+            if tracker in runs
+            else TRACKERS[tracker].new(name)
+            for tracker in names
+        }
+        try:
+            self._accelerator.init_trackers(PROJECT, init_kwargs=arguments)
+            for tracker in self._accelerator.trackers:
+                if tracker.name not in runs:
+                    tracker.store_init_configuration(flatten(config.to_dict()))
+                    runs[tracker.name] = TRACKERS[tracker.name].id_of(tracker.tracker)
+        except Exception as error:  # each tracker has its own
+            raise UserError(
+                f"train_params.trackers: {', '.join(names)} cannot start: {type(error).__name__}: {error}\n"
+                "Correct the settings of the tracker, or remove it from the list."
+            ) from error
 
     def print(self, text: str) -> None:
         """Print one line from the main process."""
@@ -130,93 +177,80 @@ class RunLogger:
     def log_metrics(
         self,
         phase: str,
+        state: TrainState,
         values: dict[str, Any],
         *,
         seconds: float,
-        target_epoch: int,
         waiting: float | None = None,
     ) -> None:
         """Record the metrics of a phase that took `seconds`, of which `waiting` for data, once.
 
         They are on disk when this returns: the next checkpoint relies on them.
         """
-        if not self._main or (phase, values["step"]) in self._logged:
+        if not self._main or (phase, state.step) in self._logged:
             return  # logged before a kill between an evaluation and its checkpoint
         speed = values["slices"] / seconds
         record = {
             "phase": phase,
+            "epoch": state.epoch,
+            "step": state.step,
             **values,
             "seconds": round(seconds, 3),
             "slices_per_second": round(speed, 1),
         }
-        self._log_scalars(
-            {f"{name}/{phase}": record[name] for name in SCALARS if name in record}, record["step"]
-        )
+        self.log_scalars(scalars_of(record), state.step)
         self._events.flush()
         system.append_json_line(self._lines, record)
         shown = "  ".join(f"{name} {record[name]:.4f}" for name in HEADLINE_METRICS if name in record)
         share = "" if waiting is None else f", {100 * waiting / seconds:.0f} % of the time waiting for data"
         if waiting is not None:
-            self._log_scalars({"data_waiting_share/train": waiting / seconds}, record["step"])
+            self.log_scalars({"data_waiting_share/train": waiting / seconds}, state.step)
         self.end_progress()
         self.print(
-            f"epoch {record['epoch']:>3}/{target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s{share})"
+            f"epoch {state.epoch:>3}/{state.target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s{share})"
         )
 
-    def start_epoch(
-        self, epoch: int, target_epoch: int, *, first_step: int, step: int, steps: int, params: TrainParams
-    ) -> None:
-        """Prepare for an epoch of `steps` steps that began after `first_step`; training resumes at `step`.
-
-        `epoch` epochs of `target_epoch` are completed.
-        """
-        self._every = params.log_every_steps or math.ceil(steps / POINTS_PER_EPOCH)
-        self._line_seconds = 0.0 if params.log_every_steps else LINE_SECONDS
-        self._epoch = f"epoch {epoch + 1:>3}/{target_epoch}"
-        self._first_step, self._started_from = first_step, step
-        self._steps, self._steps_left = steps, (target_epoch - epoch) * steps
-        self._batch_size = params.batch_size
+    def start_epoch(self, state: TrainState, steps: int) -> None:
+        """Prepare for the running epoch of `steps` steps."""
+        every = self._params.log_every_steps
+        self._every = every or math.ceil(steps / POINTS_PER_EPOCH)
+        self._line_seconds = 0.0 if every else LINE_SECONDS
+        self._epoch, self._steps = f"epoch {state.epoch + 1:>3}/{state.target_epoch}", steps
+        self._started_from = state.step_in_epoch
         self._started_at = self._line_at = time.perf_counter()
         if self._main and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=steps, initial=step - first_step, desc=self._epoch, unit="step", leave=False
-            )
+            initial = state.step_in_epoch
+            self._bar = tqdm(total=steps, initial=initial, desc=self._epoch, unit="step", leave=False)
 
-    def log_step(self, running: RunningMetrics, step: int, lr: float) -> None:
-        """Log running metrics at every log point within an epoch. Does not synchronize with the device."""
+    def is_log_point(self, step_in_epoch: int) -> bool:
+        """Whether the running metrics are read after this step; the same on all ranks."""
+        return step_in_epoch % self._every == 0
+
+    def log_step(self, state: TrainState, values: dict[str, float]) -> None:
+        """Log the running metrics of a log point, or show the progress if there are no `values`."""
         if not self._main:
             return
         if self._bar is not None:
             self._bar.update()
-        if (step - self._first_step) % self._every == 0:
-            values = running.read(step)
-            self._log_scalars({"lr/step": lr}, step)
-            self.log_running(values)
+        if values:
+            self.log_scalars({f"{name}/step": value for name, value in values.items()}, state.step)
+            self._show(state, f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}  ")
         elif time.perf_counter() - self._line_at >= LINE_SECONDS:
-            self._show(step, "")
+            self._show(state, "")
 
-    def log_running(self, values: dict[str, float] | None) -> None:
-        """Log the running metrics of one log point."""
-        if not self._main or values is None:
-            return
-        step = int(values["step"])
-        self._log_scalars({f"{name}/step": values[name] for name in ("loss", "accuracy")}, step)
-        self._show(step, f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}  ")
-
-    def _show(self, step: int, metrics: str) -> None:
-        """Show the metrics of `step`, the speed and the time remaining: on the bar, or else on a line."""
+    def _show(self, state: TrainState, metrics: str) -> None:
+        """Show metrics, speed and the time remaining: on the bar, or else on a line."""
         now = time.perf_counter()
-        speed = (step - self._started_from) / (now - self._started_at)  # steps per second
-        if speed <= 0:
-            return  # a log point before the resume
-        remaining = format_duration((self._steps_left - (step - self._first_step)) / speed)
+        speed = (state.step_in_epoch - self._started_from) / (now - self._started_at)  # steps per second
+        steps_left = (state.target_epoch - state.epoch) * self._steps - state.step_in_epoch
+        remaining = format_duration(steps_left / speed)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{metrics}{remaining} left")
         elif now - self._line_at >= self._line_seconds:
             self._line_at = now
             self.print(
-                f"{self._epoch}  step {step - self._first_step}/{self._steps}  {metrics}"
-                f"({speed * self._batch_size:.0f} slices/s, {remaining} left)"
+                f"{self._epoch}  step {state.step_in_epoch}/{self._steps}  {metrics}"
+                f"({speed * self._params.batch_size:.0f} slices/s, {remaining} left)"
             )
 
     def end_progress(self) -> None:
@@ -235,22 +269,24 @@ class RunLogger:
         for summary in hparams(flatten(config), metrics):
             self._events._get_file_writer().add_summary(summary)
 
-    def log_scalar(self, name: str, value: float, step: int) -> None:
-        """Log one scalar that is no metric."""
-        if self._main:
-            self._log_scalars({name: value}, step)
-
-    def _log_scalars(self, values: dict[str, float], step: int) -> None:
-        """Log scalars to TensorBoard and the trackers."""
+    def log_scalars(self, values: dict[str, float], step: int) -> None:
+        """Log scalars to TensorBoard and, once a checkpoint includes `step`, to the trackers."""
+        if not self._main:
+            return
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        if self._trackers is not None:
-            self._trackers.log_scalars(values, step)
+        if self._accelerator.trackers and step > self._sent_step:
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._unsent.setdefault(step, {}).update(finite)
 
     def send_to_trackers(self, saved_step: int) -> None:
-        """Send what was logged up to the last checkpoint on disk."""
-        if self._trackers is not None:
-            self._trackers.send(saved_step)
+        """Send what was logged up to `saved_step`, the last checkpoint on disk."""
+        for step in [step for step in self._unsent if step <= saved_step]:
+            try:
+                self._accelerator.log(self._unsent.pop(step), step, log_kwargs=TRACKER_OPTIONS)
+            except Exception as error:  # a server that fails must not end a training
+                log.warning("the trackers receive nothing more until the run is resumed: %s", error)
+                self._accelerator.trackers.clear()
 
     def log_images(self, images: Tensor, labels: Tensor) -> None:
         """Log slices (b, N, N), in standard deviations, as images that map -3..3 to black..white."""
@@ -263,23 +299,29 @@ class RunLogger:
     def log_figures(
         self, phase: str, predictions: Predictions, figures: dict[str, Figure], step: int
     ) -> None:
-        """Log the figures of an evaluation, and to TensorBoard also its precision-recall curve."""
+        """Log the figures of an evaluation and its precision-recall curve to TensorBoard."""
         if self._main and (phase, step) not in self._logged:
             self._events.add_pr_curve(
                 f"precision_recall/{phase}", predictions.label, predictions.probability, step
             )
             for name, figure in figures.items():
                 self._events.add_figure(f"{name}/{phase}", figure, step)
-                if self._trackers is not None:
-                    self._trackers.log_figure(f"{name}/{phase}", figure, step)
 
     def close(self) -> None:
-        """Write pending events."""
+        """Write pending events, and end the runs of the trackers; a later start continues them."""
         self.end_progress()
         if self._main:
             self._events.close()
-        if self._trackers is not None:
-            self._trackers.close()
+        for tracker in self._accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                log.warning("%s failed at its end: %s", tracker.name, error)
+
+
+def scalars_of(record: dict[str, Any]) -> dict[str, float]:
+    """The scalars of a record of metrics.jsonl by their tags."""
+    return {f"{name}/{record['phase']}": record[name] for name in SCALARS if name in record}
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:

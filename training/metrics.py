@@ -17,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import datasets
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-
-CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.logit)
+
+    @classmethod
+    def from_ids(cls, ids: Integers, logits: Floats, size: int) -> Predictions:
+        """The logits of sample ids, both (slices,), of cubes with `size` cells a side."""
+        return cls(ids, *datasets.decode(ids, size), logits)
 
     def where(self, mask: NDArray[np.bool_]) -> Predictions:
         """The slices that `mask` (slices,) selects."""
@@ -122,31 +128,6 @@ def auc(predictions: Predictions) -> float:
     return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
-def average_precision(predictions: Predictions) -> float:
-    """Mean precision over recall, without interpolation: sum of (R_i - R_(i-1)) P_i over thresholds."""
-    thresholds, group = np.unique(predictions.logit, return_inverse=True)
-    group = len(thresholds) - 1 - group  # descending
-    true = np.bincount(group, predictions.label).cumsum()
-    predicted = np.bincount(group).cumsum()
-    return float(np.sum(np.diff(true, prepend=0) / max(1, true[-1]) * true / predicted))
-
-
-def brier_score(predictions: Predictions) -> float:
-    """Mean squared difference between probability and label."""
-    return float(np.mean((predictions.probability - predictions.label) ** 2))
-
-
-def calibration_error(predictions: Predictions) -> float:
-    """Expected calibration error: mean |probability - share of GR| over bins of equal width.
-
-    L1 over CALIBRATION_BINS bins (Guo et al. 2017, arXiv:1706.04599).
-    """
-    bins = np.minimum((predictions.probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    return float(
-        np.abs(np.bincount(bins, predictions.probability - predictions.label)).sum() / len(predictions)
-    )
-
-
 def cube_accuracy(predictions: Predictions) -> float:
     """Share of cubes whose mean logit is on the right side of 0."""
     return float(np.mean((predictions.cube_logits > 0) == [False, True]))
@@ -211,8 +192,6 @@ class PredictionBuffer:
         """Drop everything."""
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self._checked = 0
-        self._submitted = 0
-        self._pending_check: HostCopy | None = None
         self._restored = (torch.empty(0, dtype=torch.int64), torch.empty(0))
 
     def add(self, ids: Tensor, logits: Tensor, mask: Tensor) -> None:
@@ -238,20 +217,6 @@ class PredictionBuffer:
         self.reset()
         self._restored = (ids, logits)
 
-    def check_finite_async(self, step: int) -> None:
-        """Raise UserError if the previous call saw a logit that is not finite. Collective.
-
-        Does not wait for the device: each call starts a copy to the host, and the next one reads it.
-        """
-        previous = self._pending_check
-        recent = [logits for _, logits, _ in self._batches[self._submitted :]]
-        self._submitted = len(self._batches)
-        self._pending_check = HostCopy(
-            self._accelerator.gather(torch.isfinite(torch.stack(recent)).all()[None])
-        )
-        if previous is not None and not previous.read().all():
-            self.require_finite(step)
-
     def require_finite(self, step: int, *, phase: str = "train") -> None:
         """Raise UserError if a rank added a logit that is not finite since the last call.
 
@@ -259,8 +224,7 @@ class PredictionBuffer:
         Collective.
         """
         recent = self._batches[self._checked :]
-        self._checked = self._submitted = len(self._batches)
-        self._pending_check = None
+        self._checked = len(self._batches)
         if not recent:
             return
         finite = torch.isfinite(
@@ -280,70 +244,35 @@ class PredictionBuffer:
             )
 
 
-class HostCopy:
-    """A copy of a tensor to the host that does not wait for the device until it is read."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        asynchronous = tensor.device.type in ("cuda", "xpu")
-        self._host = tensor.to("cpu", non_blocking=asynchronous)
-        self._copied = None
-        if asynchronous:
-            backend = torch.get_device_module(tensor.device)
-            # By default a host that waits for a CUDA event spins on a core.
-            self._copied = backend.Event(blocking=True) if tensor.device.type == "cuda" else backend.Event()
-            self._copied.record(backend.current_stream(tensor.device))
-
-    def read(self) -> Tensor:
-        """The tensor on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._host
-
-
 class RunningMetrics:
-    """Loss and accuracy within an epoch, of this rank's slices since the previous reading.
+    """Loss and accuracy within an epoch, over the slices of all ranks since the last reading.
 
-    A reading does not wait for the device: `read` starts a copy to the host and returns the values of the
-    reading before, whose copy has long arrived.
+    Their sums are kept on the device, so that only a reading waits for it.
     """
 
-    def __init__(self, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
-        """`sums`: loss, correct predictions and slices since the last reading of a saved run."""
-        self._sums = list(sums)
-        self._batches: list[Tensor] = []
-        self._pending: tuple[int, HostCopy] | None = None
+    def __init__(self, accelerator: Accelerator, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
+        """`sums`: the loss, correct predictions and slices since the last reading of a saved run."""
+        self._accelerator = accelerator
+        self._start_from(torch.tensor(sums, dtype=torch.float32, device=accelerator.device))
 
     def add(self, logits: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Add this rank's part (rows,) of a batch; rows with mask 0 do not count."""
-        self._batches.append(torch.stack([logits, labels, mask]))
+        loss = binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        rows = torch.stack([loss, ((logits > 0) == (labels > 0)).float(), torch.ones_like(logits)])
+        self._sums += torch.where(mask > 0, rows, 0).sum(1)
 
-    def read(self, step: int) -> dict[str, float] | None:
-        """Start the reading of `step`; returns the values of the previous one, if there is one."""
-        previous = self.finish()
-        self._pending = step, HostCopy(torch.stack(self._batches))
-        self._batches = []
-        return previous
-
-    def finish(self) -> dict[str, float] | None:
-        """The values of the last reading that was started: `step`, `loss`, `accuracy`; None without one."""
-        if self._pending is None:
-            return None
-        (step, rows), self._pending = self._pending, None
-        self._accumulate(rows.read())
-        (loss, correct, count), self._sums = self._sums, [0.0, 0.0, 0.0]
-        return {"step": step, "loss": loss / count, "accuracy": correct / count}
+    def read(self) -> dict[str, float]:
+        """The mean `loss` and `accuracy`; the next reading starts from here. Collective."""
+        loss, correct, slices = self.sums()
+        self._sums.zero_()
+        return {"loss": loss / slices, "accuracy": correct / slices}
 
     def sums(self) -> list[float]:
-        """What a checkpoint holds, after `finish`: the sums since the last reading."""
-        if self._batches:
-            self._accumulate(torch.stack(self._batches).cpu())
-            self._batches = []
-        return list(self._sums)
+        """The sums of all ranks, for a checkpoint. Collective."""
+        # A resumed run starts from their sum, so this run must as well, to round in the same way.
+        total = self._accelerator.reduce(self._sums)
+        self._start_from(total)
+        return total.tolist()
 
-    def _accumulate(self, rows: Tensor) -> None:
-        # Batch after batch, so that a resumed run rounds as an uninterrupted one does.
-        for logits, labels, mask in rows.double().numpy():
-            with np.errstate(invalid="ignore"):  # a network that diverged is reported by require_finite
-                loss = np.logaddexp(0, logits) - labels * logits
-            for index, values in enumerate((loss, (logits > 0) == (labels == 1), np.ones_like(loss))):
-                self._sums[index] += float(np.sum(values[mask > 0]))
+    def _start_from(self, total: Tensor) -> None:
+        self._sums = total if self._accelerator.is_main_process else torch.zeros_like(total)

@@ -17,8 +17,6 @@ import datasets
 import models
 from training import checkpoint, distributed, metrics
 from training.config import Config, check_same_settings
-from training.logger import RunLogger, flatten
-from training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,7 @@ class Run:
     def gather(self, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
         """The logits of all ranks with the seed, label and place of each slice. Collective."""
         ids, logits = buffer.gather()
-        index = datasets.decode(ids.numpy(), self.cubes.size)
-        return metrics.Predictions(ids.numpy(), *index, logits.double().numpy())
+        return metrics.Predictions.from_ids(ids.numpy(), logits.double().numpy(), self.cubes.size)
 
 
 @dataclass
@@ -73,7 +70,7 @@ class TrainState:
     waiting_seconds: float = 0.0
     """Part of it spent on waiting for data."""
     running_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Sums of the main process's running metrics since the last log point within the epoch."""
+    """Sums of the running metrics since the last log point within the epoch."""
     evaluation_pending: bool = False
     """The last epoch is complete, its evaluation is not."""
     first_epoch: int = 0
@@ -95,11 +92,6 @@ class TrainState:
     def finished(self) -> bool:
         """Whether the target epoch is trained and evaluated, or training stopped early."""
         return not self.evaluation_pending and (self.epoch >= self.target_epoch or self.stopped_early)
-
-    @property
-    def step_info(self) -> dict[str, int]:
-        """The first entries of a line of metrics.jsonl."""
-        return {"epoch": self.epoch, "step": self.step}
 
     def extend(self, epochs: int) -> None:
         """Train `epochs` more."""
@@ -393,18 +385,3 @@ def extend_training(config: Config, accelerator: Accelerator, state: TrainState)
         accelerator.print(
             f"train_params.epochs {epochs} applies after epoch {state.target_epoch} of the interrupted run"
         )
-
-
-def start_logger(config: Config, accelerator: Accelerator, state: TrainState) -> RunLogger:
-    """The log of the run from `state.step` on, and on the main process its trackers. Collective."""
-    main, trackers = accelerator.is_main_process, None
-    with distributed.raise_on_all_ranks():
-        if config.train_params.trackers and main:
-            trackers = Trackers(
-                accelerator,
-                config.run_dir,
-                runs=state.tracker_runs,
-                step=state.step,
-                hyperparameters=flatten(config.to_dict()),
-            )
-        return RunLogger(config.run_dir, main=main, step=state.step, trackers=trackers)
