@@ -123,7 +123,7 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
             logger.log_images(batch.images[:4, 0], batch.labels[:4])
         lr = state.learning_rate(params.lr, params.schedule, params.warmup_epochs, train_set.steps)
         logits = train_step(run, batch, lr)
-        state.predictions.add(batch.ids, logits, batch.mask)
+        run.predictions.add(batch.ids, logits, batch.mask)
         running.add(logits, batch.labels, batch.mask)
         state.end_step()
         run.checkpoints.raise_write_error()
@@ -133,23 +133,23 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         # Log points: the only steps after which the host waits for the device.
         log_point = logger.is_log_point(state.step_in_epoch)
         if log_point:
-            state.predictions.require_finite(state.step)
+            run.predictions.require_finite(state.step)
         logger.log_step(state, running.read() | {"lr": lr} if log_point else {})
         # The state is saved at regular times, and when any rank was asked to stop.
         stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
         if stop or save_due:
             state.seconds = time.perf_counter() - started
-            state.predictions.require_finite(state.step)
+            run.predictions.require_finite(state.step)
             state.running_sums = running.sums()
             save(run, state)
         if stop:
             return False
     # The epoch is complete: its metrics are those of the predictions made while it trained.
-    state.predictions.require_finite(state.step)
+    run.predictions.require_finite(state.step)
     seconds, waiting = time.perf_counter() - started, state.waiting_seconds
     state.end_epoch(params.test_every)
-    values = metrics.compute(run.gather(state.predictions), label_smoothing=params.label_smoothing)
-    state.predictions.reset()
+    values = metrics.compute(run.gather(run.predictions), label_smoothing=params.label_smoothing)
+    run.predictions.reset()
     logger.log_scalars({"lr": lr}, state.step)
     logger.log_metrics("train", state, values, seconds=seconds, waiting=waiting)
     return True
@@ -234,8 +234,8 @@ def save(run: Run, state: TrainState) -> None:
     run.checkpoints.save(
         run.network,
         run.optimizer,
-        train_state=state.counters(),
-        tensors=dict(zip(("ids", "logits"), state.predictions.gather(), strict=True)) if in_epoch else {},
+        train_state=asdict(state),
+        tensors=dict(zip(("ids", "logits"), run.predictions.gather(), strict=True)) if in_epoch else {},
         config=run.config.to_dict(),
         data_identity=run.data_identity,
         test_loss=None if in_epoch else state.test_loss,
@@ -252,7 +252,7 @@ def export(run: Run, state: TrainState) -> None:
             "power": state.power,
             "calibration": state.calibration,
             "training": {"run": run.config.model_params.name, "step": state.step, "epoch": state.epoch},
-            "selection": describe_selection(run.config, state.counters()),
+            "selection": describe_selection(run.config, state),
         }
         models.export.save(run.config.run_dir / "model", weights, config)
 

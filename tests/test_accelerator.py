@@ -6,8 +6,6 @@ imported everything once forks these processes.
 
 from __future__ import annotations
 
-from system import UserError
-
 import functools
 import json
 import multiprocessing
@@ -288,19 +286,13 @@ def test_a_copy_arrives_when_somebody_waits() -> None:
 
 
 @on("cuda")
-def test_a_check_finite_async_does_not_wait_for_the_device() -> None:
-    buffer, waits = metrics.PredictionBuffer(accelerate.Accelerator()), []
-    ids, logits, mask = torch.tensor([0]), torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
-    for step in (1, 2):
-        buffer.add(ids, logits, mask)
-        buffer.check_finite_async(step)
-        waits.append(ACCELERATOR.counts["synchronizing"] + ACCELERATOR.counts["event.synchronize"])
-    assert waits == [0, 1]  # for the copy that the first check started
-    buffer.add(ids, logits / 0, mask)
-    buffer.check_finite_async(3)
-    buffer.add(ids, logits, mask)
-    with pytest.raises(UserError, match="step 3"):
-        buffer.check_finite_async(4)
+def test_running_metrics_wait_for_the_device_only_when_they_are_read() -> None:
+    running, rows = metrics.RunningMetrics(accelerate.Accelerator()), torch.ones(2, device="cuda")
+    before = ACCELERATOR.counts["synchronizing"]
+    running.add(rows, rows, rows)
+    assert ACCELERATOR.counts["synchronizing"] == before
+    assert running.read()["accuracy"] == 1
+    assert ACCELERATOR.counts["synchronizing"] > before
 
 
 @on("cuda")

@@ -20,7 +20,6 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from test_checkpoint import rewrite
 
@@ -29,7 +28,7 @@ import models
 import trainer
 from analysis import comparison
 from models import export
-from training import config, metrics, run
+from training import config, run
 from training.checkpoint import __main__ as checkpoint_command
 from training.checkpoint import schema
 
@@ -310,7 +309,7 @@ def states(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator
             state = schema.parse_state(content)
         except ValueError as error:  # Checkpoint.state raises a CheckpointError of it
             raise schema.CheckpointError(str(error)) from None
-        run.TrainState(metrics.PredictionBuffer(Accelerator()), **state["train_state"])
+        run.TrainState(**state["train_state"])
 
     (path,) = (finished / "run" / "checkpoints").glob("step_*/state.json")
     for content in damaged(path, generator):

@@ -11,13 +11,12 @@ from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
 import datasets
-from training import metrics
 from training.config import load_config
 from training.run import TrainState, build_network, prepare
 
 
 def new_state() -> TrainState:
-    return TrainState(metrics.PredictionBuffer(Accelerator()), mean=0.0, std=1.0)
+    return TrainState(mean=0.0, std=1.0)
 
 
 def rates(state: TrainState, steps: int, epochs: int, schedule: str, warmup: float) -> list[float]:

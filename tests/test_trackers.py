@@ -60,8 +60,7 @@ def file_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ty
     """Makes FileTracker known to Accelerate and the trainer."""
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, FileTracker.name, FileTracker)
     interface = logger.TrackerInterface(
-        new=lambda name: {"run_name": name},
-        resumed=lambda run_id: {"run_id": run_id},
+        arguments=lambda name, run_id: {"run_id": run_id} if run_id else {"run_name": name},
         id_of=lambda run: run.run_id,
     )
     monkeypatch.setitem(logger.TRACKERS, FileTracker.name, interface)

@@ -616,7 +616,8 @@ def test_the_network_records_what_selected_it(experiment: Experiment, tmp_path: 
     newest = max((tmp_path / "runs/run/checkpoints").iterdir())
     counters = json.loads((newest / "state.json").read_text())["train_state"]
     loaded = config.load_config(experiment(validation_seeds=1))
-    assert run.describe_selection(loaded, counters | {"step_in_epoch": 1}) == {
+    state = run.TrainState(**counters | {"step_in_epoch": 1})
+    assert run.describe_selection(loaded, state) == {
         "set": "validation",
         "seeds": [2, 3],
         "early_stopping": None,

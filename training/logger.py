@@ -13,8 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -28,22 +27,10 @@ if TYPE_CHECKING:
     from training.metrics import Predictions
     from training.run import TrainState
 
-# Scalars that TensorBoard shows as NAME/PHASE.
-SCALARS = (
-    "loss",
-    "accuracy",
-    "precision",
-    "recall",
-    "f1",
-    "tpr",
-    "fpr",
-    "auc",
-    "cube_accuracy",
-    "pair_accuracy",
-    "slices_per_second",
-)
 # Metrics on the console and in TensorBoard's comparison of runs.
 HEADLINE_METRICS = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
+# Scalars that TensorBoard shows as NAME/PHASE.
+SCALARS = (*HEADLINE_METRICS, "precision", "recall", "f1", "fpr", "slices_per_second")
 METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
@@ -52,34 +39,28 @@ PROJECT = "gravity-cnn"  # in the trackers
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrackerInterface:
+class TrackerInterface(NamedTuple):
     """How a tracker names its runs."""
 
-    new: Callable[[str], dict[str, Any]]
-    """Arguments of Accelerate's tracker that start a run of this name."""
-    resumed: Callable[[str], dict[str, Any]]
-    """Arguments that continue the run of this id."""
+    arguments: Callable[[str, str | None], dict[str, Any]]
+    """Arguments of Accelerate's tracker that start a run of a name, or continue the run of an id."""
     id_of: Callable[[Any], str]
     """The id of a started run."""
 
 
 TRACKERS = {
     "wandb": TrackerInterface(
-        new=lambda name: {"name": name},
-        resumed=lambda run_id: {"id": run_id, "resume": "allow"},
-        id_of=lambda run: run.id,
+        lambda name, run_id: {"id": run_id, "resume": "allow"} if run_id else {"name": name},
+        lambda run: run.id,
     ),
     "mlflow": TrackerInterface(
-        new=lambda name: {"run_name": name},
-        resumed=lambda run_id: {"run_id": run_id},
-        id_of=lambda run: run.info.run_id,
+        lambda name, run_id: {"run_id": run_id} if run_id else {"run_name": name},
+        lambda run: run.info.run_id,
     ),
-    # Trackio resumes the newest run of a name, so every run gets a name that no other has.
+    # Trackio continues the newest run of a name, so every run gets a name that no other has.
     "trackio": TrackerInterface(
-        new=lambda name: {"name": f"{name}-{uuid.uuid4().hex[:8]}"},
-        resumed=lambda run_id: {"name": run_id, "resume": "allow"},
-        id_of=lambda run: run.name,
+        lambda name, run_id: {"name": run_id or f"{name}-{uuid.uuid4().hex[:8]}", "resume": "allow"},
+        lambda run: run.name,
     ),
 }
 # Otherwise Weights & Biases keeps a step until it receives the next one.
@@ -150,12 +131,7 @@ class RunLogger:
     def _start_trackers(self, config: Config, state: TrainState) -> None:
         """Start or continue the runs of the trackers; adds the ids of new ones to `state`."""
         runs, name, names = state.tracker_runs, config.model_params.name, self._params.trackers
-        arguments = {
-            tracker: TRACKERS[tracker].resumed(runs[tracker])
-            if tracker in runs
-            else TRACKERS[tracker].new(name)
-            for tracker in names
-        }
+        arguments = {tracker: TRACKERS[tracker].arguments(name, runs.get(tracker)) for tracker in names}
         try:
             self._accelerator.init_trackers(PROJECT, init_kwargs=arguments)
             for tracker in self._accelerator.trackers:

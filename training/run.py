@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,29 @@ from accelerate.utils import DynamoBackend, set_seed
 import datasets
 import models
 from training import checkpoint, distributed, metrics
-from training.config import Config, check_same_settings
+from training.config import Config, DataParams, check_same_settings
 
 
 @dataclass(frozen=True)
 class Run:
     """The parts of a run."""
 
+    # The experiment, the ranks that compute it, and who may stop it.
     config: Config
     accelerator: Accelerator
     stop: distributed.StopSignals
     flags: distributed.AnyRankFlags
+    # The data: cubes, what identifies them, and their slices in batches.
     cubes: datasets.CubeFile
+    data_identity: dict[str, Any]
     train_set: datasets.WholeCubeDataset
     validation_set: datasets.WholeCubeDataset | None
     test_set: datasets.WholeCubeDataset
+    # What a checkpoint saves beside the TrainState: the network, Adam, the predictions of the running epoch.
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    predictions: metrics.PredictionBuffer
     checkpoints: checkpoint.CheckpointManager
-    data_identity: dict[str, Any]
 
     def save_due(self, step: int) -> bool:
         """Whether this rank's clock or the step count asks for a checkpoint after `step`."""
@@ -50,9 +54,8 @@ class Run:
 
 @dataclass
 class TrainState:
-    """Progress of a run: counters, and the predictions of the running epoch."""
+    """Progress of a run, as JSON-able values. Checkpoints hold its fields; a new one needs a default."""
 
-    predictions: metrics.PredictionBuffer
     mean: float
     std: float
     """The cubes are standardized by these."""
@@ -84,14 +87,11 @@ class TrainState:
     tracker_runs: dict[str, str] = field(default_factory=dict)
     """The run's id in each tracker."""
 
-    def counters(self) -> dict[str, Any]:
-        """Everything but the predictions, as JSON-able values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "predictions"}
-
     @property
     def finished(self) -> bool:
         """Whether the target epoch is trained and evaluated, or training stopped early."""
-        return not self.evaluation_pending and (self.epoch >= self.target_epoch or self.stopped_early)
+        between_epochs = not (self.step_in_epoch or self.evaluation_pending)
+        return between_epochs and (self.epoch >= self.target_epoch or self.stopped_early)
 
     def extend(self, epochs: int) -> None:
         """Train `epochs` more."""
@@ -146,22 +146,20 @@ class TrainState:
         self.stopped_early = patience is not None and self.evaluations_without_improvement >= patience
 
 
-def describe_selection(config: Config, counters: Mapping[str, Any]) -> dict[str, Any]:
-    """What selected the network of a training state, given by its `counters`.
+def describe_selection(config: Config, state: TrainState) -> dict[str, Any]:
+    """What selected the network of a training state.
 
     `set` and `seeds` [first, last + 1]: those whose loss decides. `early_stopping`: evaluations without
     improvement after which training stops, if set. `extended_at_epoch`: where the training had ended before a
     person, who could know its results, extended it. `finished`: whether a training ends with this network.
     """
-    data, ended = config.data_params, counters["epoch"] >= counters["target_epoch"]
-    seeds = data.validation_range or data.test_range
+    data, seeds = config.data_params, config.data_params.validation_range or config.data_params.test_range
     return {
         "set": "validation" if data.validation_range else "test",
         "seeds": [seeds.start, seeds.stop],
         "early_stopping": config.train_params.early_stopping,
-        "extended_at_epoch": counters["first_epoch"] or None,
-        "finished": (ended or counters["stopped_early"])
-        and not (counters["evaluation_pending"] or counters["step_in_epoch"]),
+        "extended_at_epoch": state.first_epoch or None,
+        "finished": state.finished,
     }
 
 
@@ -205,7 +203,7 @@ def setup_run(
     cubes = open_cubes(config, accelerator, seeds)
     last = checkpoints.latest_complete()
     with distributed.raise_on_all_ranks():
-        state = initial_state(config, accelerator, cubes, last)
+        state = initial_state(data, cubes, last)
         train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
         if state.step_in_epoch >= train_set.steps:
             raise checkpoint.CheckpointError(
@@ -220,6 +218,7 @@ def setup_run(
             f"{validation}{len(test_set)} test slices"
         )
     network, optimizer = prepare(config, accelerator, network, train_set.shape)
+    predictions = metrics.PredictionBuffer(accelerator)
     identity = cubes.identity(seeds) | {"path": str(Path(data.datafile).absolute())}
     distributed.require_equal({"fingerprint of data_params.datafile": identity["fingerprint"]})
     if last is not None:
@@ -227,7 +226,7 @@ def setup_run(
             last, network, optimizer, data_identity=identity, seed=config.train_params.seed
         )
         if tensors:
-            state.predictions.restore(**tensors)
+            predictions.restore(**tensors)
         accelerator.print(f"resumed from {last.folder}: {state.step} steps, {state.epoch} epochs completed")
     extend_training(config, accelerator, state)
     with distributed.raise_on_all_ranks():
@@ -239,13 +238,14 @@ def setup_run(
         stop=stop,
         flags=distributed.AnyRankFlags(),
         cubes=cubes,
+        data_identity=identity,
         train_set=train_set,
         validation_set=validation_set,
         test_set=test_set,
         network=network,
         optimizer=optimizer,
+        predictions=predictions,
         checkpoints=checkpoints,
-        data_identity=identity,
     )
     return run, state
 
@@ -269,23 +269,17 @@ def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datase
 
 
 def initial_state(
-    config: Config,
-    accelerator: Accelerator,
-    cubes: datasets.CubeFile,
-    last: checkpoint.Checkpoint | None,
+    data: DataParams, cubes: datasets.CubeFile, last: checkpoint.Checkpoint | None
 ) -> TrainState:
-    """The state of the last checkpoint, without its predictions, or that of a new run."""
-    predictions = metrics.PredictionBuffer(accelerator)
+    """The state of the last checkpoint, or that of a new run."""
     if last is not None:
-        return TrainState(predictions, **last.train_state)
-    mean, std = 0.0, 1.0
-    if config.data_params.standardize == "train":
-        mean, std = datasets.measure_normalization(cubes, config.data_params.train_range)
-    state = TrainState(predictions, mean, std)
-    if config.data_params.whiten == "isotropic":
-        data = config.data_params
-        state.power = datasets.measure_power(cubes, data.train_range, data, mean, std, models.isotropic_power)
-    return state
+        return TrainState(**last.train_state)
+    mean, std, power = 0.0, 1.0, None
+    if data.standardize == "train":
+        mean, std = datasets.measure_normalization(cubes, data.train_range)
+    if data.whiten == "isotropic":
+        power = datasets.measure_power(cubes, data.train_range, data, mean, std, models.isotropic_power)
+    return TrainState(mean, std, power)
 
 
 def build_datasets(
@@ -333,6 +327,30 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
     return network
 
 
+def prepare(
+    config: Config, accelerator: Accelerator, network: torch.nn.Module, shape: tuple[int, int, int]
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The network and its optimizer, wrapped by Accelerate and ready for the first step. Collective."""
+    params = config.train_params
+    beta1, beta2 = params.betas
+    optimizer = torch.optim.Adam(
+        network.parameters(),
+        lr=params.lr,
+        betas=(beta1, beta2),
+        weight_decay=params.weight_decay,
+        fused=True,
+    )
+    network, optimizer = accelerator.prepare(network, optimizer)
+    if isinstance(network, torch.nn.parallel.DistributedDataParallel):
+        # No step needs the buffers of rank 0; distributed.broadcast_buffers copies them for an evaluation.
+        network.broadcast_buffers = False
+    rows = params.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+    images = torch.zeros(rows, *shape, device=accelerator.device)
+    distributed.warm_up_ddp(network, images.to(memory_format=datasets.memory_format(accelerator.device)))
+    set_seed(params.seed, device_specific=True)  # dropout differs between ranks
+    return network, optimizer
+
+
 def compile_network(network: torch.nn.Module, accelerator: Accelerator, compile: str | bool) -> None:
     """Compile the network if `compile` (train_params.compile) or Accelerate's dynamo_config asks for it.
 
@@ -355,25 +373,6 @@ def compile_network(network: torch.nn.Module, accelerator: Accelerator, compile:
     # One graph per network: the optimizer for DDP would split it at every bucket of gradients.
     torch._dynamo.config.optimize_ddp = False
     network.compile(**options)
-
-
-def prepare(
-    config: Config, accelerator: Accelerator, network: torch.nn.Module, shape: tuple[int, int, int]
-) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The network and its optimizer, wrapped by Accelerate and ready for the first step. Collective."""
-    params = config.train_params
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=params.lr, betas=params.betas, weight_decay=params.weight_decay, fused=True
-    )
-    network, optimizer = accelerator.prepare(network, optimizer)
-    if isinstance(network, torch.nn.parallel.DistributedDataParallel):
-        # No step needs the buffers of rank 0; distributed.broadcast_buffers copies them for an evaluation.
-        network.broadcast_buffers = False
-    rows = params.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
-    images = torch.zeros(rows, *shape, device=accelerator.device)
-    distributed.warm_up_ddp(network, images.to(memory_format=datasets.memory_format(accelerator.device)))
-    set_seed(params.seed, device_specific=True)  # dropout differs between ranks
-    return network, optimizer
 
 
 def extend_training(config: Config, accelerator: Accelerator, state: TrainState) -> None:
