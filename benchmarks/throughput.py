@@ -1,23 +1,27 @@
 """Slices per second of this project beside its limit and its peers.
 
     python benchmarks/throughput.py [--architectures RACOON] [--batches 64] [--precisions fp32] [--rounds 3]
-    python benchmarks/throughput.py --table benchmarks/throughput.json
 
 All train the same network on the same slices with the same batch on the same cores, one after the other, each
-in a process of its own, round after round; a number is the median of the rounds.
+in a process of its own (runners.py), round after round; a number is the median of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from rounds import machine, machine_line, run_benchmark, scratch_folder, synthetic_file
-from step_timer import Settings
+from runners import ROOT, Settings
 
 LIMIT = "limit"
 OURS = {
@@ -32,17 +36,20 @@ PEERS = {
     "transformers": "transformers, cubes in memory",
 }
 TITLES = {LIMIT: "the step alone (limit)", **OURS, **PEERS}
+PACKAGES = ("torch", "accelerate", "lightning", "transformers", "numpy", "numba")
+STRENGTH = 1.0
+"""Physical, so that no network fits a batch within a round: gradients would become denormal then, which slows
+down the peers alone, since this project flushes denormal numbers to zero."""
 
 
 def main() -> None:
-    """Measure, write the JSON file and the chart, print the tables."""
+    """Measure, print the tables and, if requested, write a JSON file."""
     options = parse()
-    if options.table:
-        print(tables(json.loads(options.table.read_text())))
-        return
-    results = measure(options)
-    print(tables(results))
-    chart(results, options.output.with_suffix(".png"))
+    with tempfile.TemporaryDirectory(prefix="gravity-cnn-bench-", dir=options.scratch) as scratch:
+        works = measure(options, Path(scratch).absolute())
+    if options.output:
+        options.output.write_text(json.dumps({"works": works}, indent=1) + "\n")
+    print(f"\n{machine(options.device)}\n\n{tables(works)}")
 
 
 def parse() -> argparse.Namespace:
@@ -62,15 +69,10 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=float, default=2.0, help="seconds of training before that")
     add("--seeds", type=int, default=6, help="simulations to train on")
     add("--size", type=int, default=256, help="cells along a side of a cube")
-    add(
-        "--workers",
-        type=int,
-        help="of the peers' DataLoader; default: 0 on a CPU, where more are slower, else 8",
-    )
+    add("--workers", type=int, help="of the peers' DataLoader; default: 0 on a CPU, else 8")
     add("--datafile", type=Path, help="a packed file; default: a synthetic one is made")
-    add("--scratch", type=Path, help="folder for it and for runs; default: a temporary one")
-    add("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="its other works are kept")
-    add("--table", type=Path, metavar="JSON", help="print the tables of an earlier measurement and exit")
+    add("--scratch", type=Path, help="folder for temporary files")
+    add("--output", type=Path, help="JSON file of all rates")
     options = parser.parse_args()
     if options.device is None:
         import torch
@@ -83,50 +85,74 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of all works; what is measured is written after each round."""
-    described = machine(options.device)
-    results: dict[str, Any] = {"machine": described, "works": {}}
-    if options.output.exists() and (old := json.loads(options.output.read_text()))["machine"] == described:
-        results = old
-    with scratch_folder(options.scratch) as scratch:
-        datafile = options.datafile or synthetic_file(scratch, options.seeds + 1, options.size)
-        for architecture, batch, precision in product(
-            options.architectures, options.batches, options.precisions
-        ):
-            settings = Settings(
-                datafile=str(datafile.absolute()),
-                scratch=str(scratch.absolute()),
-                architecture=architecture,
-                batch=batch,
-                precision=precision,
-                **{
-                    key: getattr(options, key)
-                    for key in ("device", "layer_param", "size", "seeds", "warmup", "seconds", "workers")
-                },
-            )
-            work = f"{architecture} {options.layer_param}, batch {batch}, {precision}"
-            rates: dict[str, list[float]] = {name: [] for name in options.runners}
-            # A GPU computes asynchronously: there the time inside a step means nothing.
-            timed = [name for name in options.runners if name in OURS and options.device == "cpu"]
-            inside: dict[str, list[float]] = {name: [] for name in timed}
-            results["works"][work] = rates
-            results.setdefault("step_seconds", {})[work] = inside
-            for turn in range(options.rounds):
-                for name in options.runners:
-                    numbers = run_benchmark(name, settings)
-                    rates[name].append(numbers["slices_per_second"])
-                    if name in inside:
-                        inside[name].append(numbers["step_seconds"])
-                    print(f"{work}, round {turn + 1}: {name} {rates[name][-1]:.0f} slices/s", flush=True)
-                options.output.write_text(json.dumps(results, indent=1) + "\n")
-    return results
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """The results of every round, by work and runner."""
+    datafile = options.datafile or scratch / "synthetic.h5"
+    if options.datafile is None:
+        sys.path.insert(0, str(ROOT))
+        import datasets
+
+        datasets.write_synthetic(datafile, seeds=options.seeds + 1, size=options.size, strength=STRENGTH)
+    shared = ("device", "layer_param", "size", "seeds", "warmup", "seconds", "workers")
+    values = {key: getattr(options, key) for key in shared}
+    settings = Settings(datafile=str(datafile.absolute()), scratch=str(scratch), **values)
+    works = {}
+    for architecture, batch, precision in product(options.architectures, options.batches, options.precisions):
+        chosen = replace(settings, architecture=architecture, batch=batch, precision=precision)
+        work = f"{architecture} {options.layer_param}, batch {batch}, {precision}"
+        works[work] = results = {name: [] for name in options.runners}
+        for turn, name in product(range(options.rounds), options.runners):
+            results[name].append(run(name, chosen))
+            rate = results[name][-1]["slices_per_second"]
+            print(f"{work}, round {turn + 1}: {name} {rate:.0f} slices/s", flush=True)
+    return works
 
 
-def tables(results: dict[str, Any]) -> str:
+def run(name: str, settings: Settings) -> dict[str, float]:
+    """The result of a runner in its own process. Raises RuntimeError with the end of its output."""
+    environment = dict(os.environ) | ({"ACCELERATE_USE_CPU": "true"} if settings.device == "cpu" else {})
+    with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
+        given = json.dumps(asdict(replace(settings, scratch=folder)))
+        process = subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks" / "runners.py"), name, given],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    if process.returncode:
+        raise RuntimeError(f"{name} failed with {settings}:\n{(process.stdout + process.stderr)[-3000:]}")
+    result: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return result
+
+
+def machine(device: str) -> str:
+    """The hardware and the versions that numbers were measured with, in one line."""
+    parts = [f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"]
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        parts.append(facts.get("model name", "unknown processor"))
+        parts += [name for name in wanted if name in facts.get("flags", "").split()]
+    if device == "cuda":
+        import torch
+
+        parts.append(torch.cuda.get_device_name())
+    parts.append(f"Python {platform.python_version()}")
+    for package in PACKAGES:
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"no {package}")
+    return ", ".join(parts)
+
+
+def tables(works: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     """The measurement in Markdown."""
-    lines = [machine_line(results["machine"]), ""]
-    for work, rates in results["works"].items():
+    lines = []
+    for work, results in works.items():
+        rates = {name: [result["slices_per_second"] for result in rounds] for name, rounds in results.items()}
         middle = {name: median(rates[name]) for name in TITLES if name in rates}
         batch = int(work.split("batch ")[1].split(",")[0])
         best_peer = max((middle[name] for name in PEERS if name in middle), default=None)
@@ -136,13 +162,13 @@ def tables(results: dict[str, Any]) -> str:
             "| | slices/s | ms a step | of them computing | of the limit | of the best peer | rounds |",
             "|---|--:|--:|--:|--:|--:|---|",
         ]
-        inside = results["step_seconds"][work]
         for name, rate in middle.items():
+            inside = [result["step_seconds"] for result in results[name] if "step_seconds" in result]
             cells = [
                 TITLES[name],
                 f"{rate:.0f}",
                 f"{1000 * batch / rate:.1f}",
-                f"{1000 * median(inside[name]):.1f}" if name in inside else "",
+                f"{1000 * median(inside):.1f}" if inside else "",
                 f"{rate / middle[LIMIT]:.2f}" if LIMIT in middle else "",
                 f"{rate / best_peer:.2f}" if best_peer else "",
                 ", ".join(f"{value:.0f}" for value in rates[name]),
@@ -150,35 +176,6 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def chart(results: dict[str, Any], path: Path) -> None:
-    """Bars of slices per second, a panel for each work; the line is the limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    works = results["works"]
-    figure, panels = plt.subplots(
-        1, len(works), figsize=(1 + 2.6 * len(works), 4), squeeze=False, constrained_layout=True
-    )
-    for panel, (work, rates) in zip(panels[0], works.items(), strict=True):
-        names = [name for name in TITLES if name in rates and name != LIMIT]
-        colours = ["tab:blue" if name in OURS else "tab:grey" for name in names]
-        panel.bar(names, [median(rates[name]) for name in names], color=colours)
-        panel.plot(
-            [index for index, name in enumerate(names) for _ in rates[name]],
-            [rate for name in names for rate in rates[name]],
-            "k.",
-            markersize=3,
-        )
-        if LIMIT in rates:
-            panel.axhline(median(rates[LIMIT]), color="tab:red", linewidth=1)
-        panel.set_title(work.replace(", ", "\n"), fontsize=9)
-        panel.tick_params(axis="x", rotation=90)
-    panels[0][0].set_ylabel("slices per second (line: the step alone)")
-    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

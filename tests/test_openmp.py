@@ -36,17 +36,3 @@ def test_programs_import_it_first(program: str) -> None:
         "from __future__ import annotations",
         "import system",
     ]
-
-
-def test_the_benchmark_compares_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import contention
-
-    rates = {
-        300_000: {0: [100.0, 200.0, 100.0], 1: [50.0, 60.0, 50.0], 2: [10.0, 20.0, 10.0]},
-        1_000: {0: [90.0, 180.0, 110.0], 1: [63.0, 90.0, 77.0], 2: [45.0, 90.0, 33.0]},
-    }
-    assert contention.table(rates).splitlines()[2:] == [
-        "| 300,000 | 100 | 1.00 | 0.50 | 0.10 |",
-        "| 1,000 | 110 | 0.90 | 0.70 | 0.50 |",
-    ]
