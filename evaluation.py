@@ -168,7 +168,7 @@ def forward_pass(context: EvaluationContext) -> tuple[Any, Any]:
         for batch in context.slices(context.seeds):
             ids.append(batch.ids)
             logits.append(
-                context.network(batch.images).float()
+                context.network(batch.images, batch.axes).float()
             )  # remains on the device: nothing waits for it
     return torch.cat(ids).numpy(), torch.cat(logits).cpu().double().numpy()
 

@@ -191,8 +191,9 @@ def evaluate(run: Run, state: TrainState, logger: RunLogger) -> bool:
         loss = metrics.loss(predictions, smoothing)
         state.end_evaluation(loss, run.config.train_params.early_stopping)
         if state.finished and run.validation_set:
-            cubes = predictions.cube_logits
-            calibration = models.fit_calibration(predictions.logit, predictions.label, cubes)
+            calibration = models.fit_calibration(
+                predictions.logit, predictions.label, predictions.cube_logits, predictions.axis
+            )
             state.calibration = asdict(calibration) if calibration is not None else None
             predictions = evaluate_phase(run, state, logger, "test", run.test_set)
     if predictions is None:

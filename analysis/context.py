@@ -52,7 +52,7 @@ class EvaluationContext:
     accelerator: Accelerator
     trained: export.TrainedNetwork
     network: torch.nn.Module
-    """The bare network on its device, for slices that are standardized already."""
+    """The network on its device, for slices that are standardized already, and their axes."""
     checkpoint: str
     """`final`, `best`, `last` or the step of a checkpoint."""
     cubes: datasets.CubeFile
@@ -243,7 +243,8 @@ def load_run(
             f"{accelerator.num_processes} processes are too many: start at most one per seed, {fewest}."
         )
     # Interventions act on standardized slices; the network whitens what they leave.
-    network: torch.nn.Module = torch.nn.Sequential(trained.whitening, copy.deepcopy(trained.network))
+    network = copy.deepcopy(trained)
+    network.mean, network.std = 0.0, 1.0
     memory_format = datasets.memory_format(accelerator.device)
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +25,7 @@ from training.metrics import Predictions
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Network = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]
 
 POSITIONS = 16  # slices per axis of a cube that are changed; neighbouring slices look nearly the same
 PAIRS_PER_BATCH = 16  # bounds the memory
@@ -121,13 +121,14 @@ def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) 
     for pair_ids, (newton, gr) in _twins(batches, max(1, box.size // POSITIONS)):
         changed: dict[str, list[Tensor]] = {name: [] for name in columns(bands)}
         both = torch.cat([newton, gr])
+        logits_of = partial(network, axes=pair_ids.flatten() // box.size % 3)
         with torch.no_grad():
-            changed["none"].append(network(both))
+            changed["none"].append(logits_of(both))
             for kind, low, high in filter_bands(newton, gr, bands.masks):
-                changed[kind].append(network(torch.cat([low, high])))
+                changed[kind].append(logits_of(torch.cat([low, high])))
             for kind, masks in (("exchange", bands.masks), ("groups", groups)):
-                changed[kind] += [network(torch.cat(pair)) for pair in exchange(newton, gr, masks)]
-        slopes = shells(box, 2).power(gradient(network, both)[:, 0])
+                changed[kind] += [logits_of(torch.cat(pair)) for pair in exchange(newton, gr, masks)]
+        slopes = shells(box, 2).power(gradient(logits_of, both)[:, 0])
         logits = torch.stack([column for kind in changed.values() for column in kind], dim=1)
         ids.append(pair_ids.flatten())
         rows.append(np.hstack([logits.cpu().double().numpy(), slopes]))

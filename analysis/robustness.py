@@ -19,7 +19,7 @@ from training.metrics import Predictions
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Network = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]
 Degradation = Callable[[Tensor, int], Tensor]
 """Slices (b, C, N, N) and a seed -> degraded slices."""
 
@@ -99,7 +99,9 @@ def measure(
     with torch.inference_mode():
         for batch in batches:
             seed = int(batch.ids[0])  # the same noise on any number of ranks
-            logits = [network(degrade(batch.images, seed)).float() for degrade in kinds.values()]
+            logits = [
+                network(degrade(batch.images, seed), axes=batch.axes).float() for degrade in kinds.values()
+            ]
             ids.append(batch.ids)
             rows.append(torch.stack(logits, dim=1))
     return torch.cat(ids).numpy(), torch.cat(rows).double().cpu().numpy()

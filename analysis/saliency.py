@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from training.metrics import Predictions
 
-Network = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]
 
 
 class Batch(Protocol):
@@ -20,6 +21,10 @@ class Batch(Protocol):
     @property
     def ids(self) -> Tensor:
         """Sample ids (b,), on the host."""
+
+    @property
+    def axes(self) -> Tensor:
+        """Axes perpendicular to the slices (b,), on the host."""
 
     @property
     def images(self) -> Tensor:
@@ -99,5 +104,5 @@ def saliency_of_extremes(
     for what, index in extremes(predictions).items():
         about = describe_slice(predictions, index)
         image = find_slice(slices_of(about["seed"]), int(predictions.id[index]))
-        rows.append({"what": what} | about | maps(network, image))
+        rows.append({"what": what} | about | maps(partial(network, axes=about["axis"]), image))
     return rows

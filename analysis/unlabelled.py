@@ -18,7 +18,7 @@ from analysis.report import write_hdf5
 from models import Calibration
 
 Floats = NDArray[np.float64]
-Network = Callable[[Tensor], Tensor]
+Network = Callable[..., Tensor]
 
 ROWS = 64
 SPREAD = (0.5, 2.0)  # standard deviations, relative to the training's, of values in the same units
@@ -108,7 +108,7 @@ def classify(
     with torch.inference_mode():
         for axis in axes:
             parts = slice_field(field, axis, channels).split(ROWS)
-            logits.append(torch.cat([network(part.to(device)).float() for part in parts]))
+            logits.append(torch.cat([network(part.to(device), axes=axis).float() for part in parts]))
     return torch.stack(logits).double().cpu().numpy()
 
 

@@ -42,6 +42,11 @@ class Batch:
     num_valid: int
     """Slices with mask 1 in the whole batch, over all ranks."""
 
+    @property
+    def axes(self) -> Tensor:
+        """(b,) the axis perpendicular to each slice, in host memory."""
+        return self.ids // self.images.shape[-1] % 3
+
     def split(self, parts: int) -> list[Batch]:
         """Micro-batches of (nearly) equal size; each keeps the `num_valid` of the whole batch."""
         fields = (self.ids, self.images, self.labels, self.mask)
@@ -93,8 +98,8 @@ class WholeCubeDataset:
     sample ids only.
 
     `cache` (auto, disk, memory or device) replaces `data.cache`. `transform` is applied to the images
-    (b, C, N, N) of each batch. Raises UserError if the file lacks seeds, or if the batch cannot be divided
-    among the ranks.
+    (b, C, N, N) of each batch and their axes (b,). Raises UserError if the file lacks seeds, or if the batch
+    cannot be divided among the ranks.
     """
 
     def __init__(
@@ -111,7 +116,7 @@ class WholeCubeDataset:
         cache: str | None = None,
         process_index: int = 0,
         num_processes: int = 1,
-        transform: Callable[[Tensor], Tensor] | None = None,
+        transform: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         cubes.require(seeds)
         if batch_size % num_processes:
@@ -207,12 +212,15 @@ class WholeCubeDataset:
         first_step: int,
     ) -> Iterator[Batch]:
         # Small enough to go to the device once for the whole epoch.
-        labels = torch.from_numpy(decode(ids, self.cubes.size).gravity.astype(np.float32)).to(self.device)
+        index = decode(ids, self.cubes.size)
+        labels = torch.from_numpy(index.gravity.astype(np.float32)).to(self.device)
+        axes = torch.from_numpy(index.axis).to(self.device)
         masks = torch.from_numpy(mask.astype(np.float32)).to(self.device)
         host_ids = torch.from_numpy(ids)
         for step, images in enumerate(self._cache.iterate(ids, symmetries, shifts, first_step), first_step):
             if self._transform is not None:
                 # A few slices at a time on a CPU, so that what it computes stays in the cache.
-                for part in images.split(8 if self.device.type == "cpu" else len(images)):
-                    part.copy_(self._transform(part))
+                rows = 8 if self.device.type == "cpu" else len(images)
+                for part, part_axes in zip(images.split(rows), axes[step].split(rows), strict=True):
+                    part.copy_(self._transform(part, part_axes))
             yield Batch(host_ids[step], images, labels[step], masks[step], int(num_valid[step]))

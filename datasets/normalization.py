@@ -88,24 +88,25 @@ def measure_power(
     mean: float,
     std: float,
     isotropic_power: Callable[[Tensor], Tensor],
-) -> list[float]:
-    """Isotropic power spectrum of the slices of `seeds`, from POWER_POSITIONS slices per axis of each cube.
+) -> list[list[float] | None]:
+    """Isotropic power spectrum of the slices perpendicular to each axis, None for axes that are not sliced.
 
-    `isotropic_power` gives the mean spectrum of images (b, C, N, N). Computed on the CPU in one order, so
-    that it is the same on every rank and device.
+    From POWER_POSITIONS slices per axis of each cube of `seeds`. `isotropic_power` gives the mean spectrum of
+    images (b, C, N, N). Computed on the CPU in one order, so that it is the same on every rank and device.
     """
     device, stride = torch.device("cpu"), max(1, cubes.size // POWER_POSITIONS)
     slices = WholeCubeDataset(
         cubes, seeds, data, batch_size=64, device=device, mean=mean, std=std, cache="disk"
     )
-    spectra, weights = [], []
+    sums, counts = [torch.zeros(cubes.size // 2, dtype=torch.float64) for _ in range(3)], [0, 0, 0]
     for batch in slices.evaluation_batches():
-        chosen = batch.images[(batch.mask > 0) & (batch.ids % cubes.size % stride == 0)]
-        if len(chosen):
-            spectra.append(isotropic_power(chosen))
-            weights.append(len(chosen))
-    power = (torch.stack(spectra) * torch.tensor(weights)[:, None]).sum(0) / sum(weights)
-    return [float(value) for value in power]
+        chosen = (batch.mask > 0) & (batch.ids % cubes.size % stride == 0)
+        for axis in slices.axes:
+            images = batch.images[chosen & (batch.axes == axis)]
+            if len(images):
+                sums[axis] += len(images) * isotropic_power(images)
+                counts[axis] += len(images)
+    return [(total / n).tolist() if n else None for total, n in zip(sums, counts, strict=True)]
 
 
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:

@@ -18,36 +18,58 @@ Floats = NDArray[np.float64]
 class Calibration:
     """The probability of General Relativity is sigmoid((logit - threshold) / temperature).
 
-    It exceeds 1/2 where a logit exceeds `threshold`. `cubes` is the same for the mean logit of a cube's
-    slices, which varies far less than single logits do; None if it was not fitted.
+    It exceeds 1/2 where a logit exceeds `threshold`.
     """
 
     temperature: float = 1.0
     threshold: float = 0.0
     cubes: Calibration | None = None
+    """That of the mean logit of a cube's slices, which varies far less than single logits do."""
+    axes: tuple[Calibration | None, ...] = ()
+    """Those of slices perpendicular to array axes 0, 1 and 2. Where missing, that of all slices holds."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """The inverse of `dataclasses.asdict`; `cubes` may be missing."""
-        cubes = values.get("cubes")
-        return cls(values["temperature"], values["threshold"], cls.from_dict(cubes) if cubes else None)
+    def from_dict(cls, values: Mapping[str, Any] | None) -> Calibration | None:
+        """The inverse of `dataclasses.asdict`; `cubes` and `axes` may be missing. None for None."""
+        if values is None:
+            return None
+        axes = tuple(cls.from_dict(axis) for axis in values.get("axes", ()))
+        return cls(values["temperature"], values["threshold"], cls.from_dict(values.get("cubes")), axes)
 
-    def probability(self, logits: Tensor | Floats) -> Tensor:
-        """Logits -> calibrated probabilities of General Relativity, of the same shape."""
-        return torch.sigmoid((torch.as_tensor(logits) - self.threshold) / self.temperature)
+    def log_odds(self, logits: Tensor | Floats, axes: ArrayLike | Tensor | None = None) -> Tensor:
+        """Logits -> calibrated log odds of General Relativity, of the same shape.
+
+        `axes` are the axes perpendicular to the slices, of the shape of `logits` or one for all.
+        """
+        logits = torch.as_tensor(logits)
+        if axes is None or not self.axes:
+            return (logits - self.threshold) / self.temperature
+        by_axis = [(c.threshold, c.temperature) for c in (axis or self for axis in self.axes)]
+        threshold, temperature = logits.new_tensor(by_axis).T[:, torch.as_tensor(axes)]
+        return (logits - threshold) / temperature
+
+    def probability(self, logits: Tensor | Floats, axes: ArrayLike | Tensor | None = None) -> Tensor:
+        """Logits -> calibrated probabilities of General Relativity; see `log_odds`."""
+        return torch.sigmoid(self.log_odds(logits, axes))
 
 
 def fit_calibration(
-    logits: ArrayLike, labels: ArrayLike, cube_logits: ArrayLike | None = None
+    logits: ArrayLike, labels: ArrayLike, cube_logits: ArrayLike | None = None, axes: ArrayLike | None = None
 ) -> Calibration | None:
     """Fit temperature and threshold to validation logits (n,) and labels (n,) by maximum likelihood.
 
     This is Platt scaling (Platt 1999, Advances in Large Margin Classifiers): a logistic regression on the
     logit, with a positive slope and without a penalty. `cube_logits` (seeds, 2) are the mean logits of the
-    validation cubes, Newtonian gravity first, to which `cubes` is fitted. Returns None if no positive slope
-    fits, because on the validation seeds General Relativity does not have the higher logits.
+    validation cubes, Newtonian gravity first, to which `cubes` is fitted; `axes` (n,) are the axes
+    perpendicular to the slices. Returns None if no positive slope fits, because on the validation seeds
+    General Relativity does not have the higher logits.
     """
-    calibration = _fit(np.asarray(logits, np.float64), np.asarray(labels))
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    calibration = _fit(logits, labels)
+    if calibration is not None and axes is not None:
+        masks = [np.asarray(axes) == axis for axis in range(3)]
+        fits = tuple(_fit(logits[mask], labels[mask]) if mask.any() else None for mask in masks)
+        calibration = replace(calibration, axes=fits)
     if calibration is None or cube_logits is None:
         return calibration
     # Few cubes are often separated without error. Maximum likelihood would be certain of every further cube

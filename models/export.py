@@ -38,8 +38,9 @@ class TrainedNetwork(nn.Module):
     Its arguments are the entries of `config.json`: those of `NetworkSettings`, and
 
     - `mean` and `std`, which standardize the slices; 0 and 1 if the file is standardized;
-    - `power`, the isotropic power spectrum P(n) of the training slices at n = 0, ..., N/2 - 1, which whitens
-      them (`Whitening`); None without whitening;
+    - `power`, the isotropic power spectra that whiten the slices (`Whitening`): [axis][n], P(n) of the
+      training slices perpendicular to array axes 0, 1 and 2 at n = 0, ..., N/2 - 1, None for an axis that was
+      not sliced; earlier versions wrote one spectrum [n] for all axes; None without whitening;
     - `calibration`, a `Calibration` as a dictionary; None without validation seeds;
     - `training`, `selection` (what selected the network) and `evaluation`, records that change no result.
     """
@@ -51,22 +52,29 @@ class TrainedNetwork(nn.Module):
             **{f.name: config[f.name] for f in fields(NetworkSettings) if f.name in config}
         )
         self.mean, self.std = float(config.get("mean", 0.0)), float(config.get("std", 1.0))
-        power, calibration = config.get("power"), config.get("calibration")
+        calibration = Calibration.from_dict(config.get("calibration"))
         self.is_calibrated = calibration is not None
-        self.calibration = Calibration.from_dict(calibration) if calibration else Calibration()
-        self.whitening = Whitening(power) if power is not None else nn.Identity()
+        self.calibration = calibration or Calibration()
+        self.whitening = Whitening(config["power"]) if config.get("power") else None
         self.network = models.build(self.settings)
 
-    def forward(self, slices: Tensor) -> Tensor:
-        """Slices (b, C, N, N) in the units of the data file -> logits (b,); positive means GR."""
-        return self.network(self.whitening((slices - self.mean) / self.std))
+    def forward(self, slices: Tensor, axes: Tensor | int | None = None) -> Tensor:
+        """Slices (b, C, N, N) in the units of the data file -> logits (b,); positive means GR.
 
-    def probability(self, slices: Tensor) -> Tensor:
-        """Slices (b, C, N, N) -> calibrated probabilities of General Relativity (b,).
+        `axes`, (b,) or one for all, are the array axes perpendicular to the slices. If they are given, slices
+        are whitened by the spectrum of their axis, otherwise by the mean spectrum.
+        """
+        standardized = (slices - self.mean) / self.std
+        if self.whitening is not None:
+            standardized = self.whitening(standardized, -1 if axes is None else axes)
+        return self.network(standardized)
+
+    def probability(self, slices: Tensor, axes: Tensor | int | None = None) -> Tensor:
+        """Slices (b, C, N, N) -> calibrated probabilities of General Relativity (b,); `axes` as above.
 
         Without calibration (no validation seeds in training) the sigmoid of the logit.
         """
-        return self.calibration.probability(self(slices))
+        return self.calibration.probability(self(slices, axes), axes)
 
     @classmethod
     def from_pretrained(cls, repository: str, **options: Any) -> TrainedNetwork:

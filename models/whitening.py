@@ -16,34 +16,47 @@ NEGLIGIBLE = 1e-12
 class Whitening(nn.Module):
     """Divides the modes of a slice by sqrt P(n), so that all scales have the same variance.
 
-    The potential has a steep spectrum: its variance lies at n <= 3, most of its modes at high n. `power` is
-    P(n) at n = 0, ..., N/2 - 1 as `isotropic_power` measures it; n is the wavenumber in units of the
-    fundamental mode, rounded to an integer. The mean of a slice (n = 0) is removed, and so are modes with
-    n >= N/2, where not all directions are sampled, and modes that hold nothing but rounding errors.
+    The potential has a steep spectrum: its variance lies at n <= 3, most of its modes at high n. `power` has
+    the spectra of slices perpendicular to array axes 0, 1 and 2, None for an axis without one, or is one
+    spectrum for all axes. A spectrum is P(n) at n = 0, ..., N/2 - 1 as `isotropic_power` measures it; n is
+    the wavenumber in units of the fundamental mode, rounded to an integer. The mean of a slice (n = 0) is
+    removed, and so are modes with n >= N/2, where not all directions are sampled, and modes that hold nothing
+    but rounding errors.
 
     Raises UserError if no mode is left.
     """
 
     gain: Tensor
+    """1 / sqrt P for each mode of `rfft2`, by axis and at last for their mean: (4, 1, N, N/2 + 1)."""
 
-    def __init__(self, power: Tensor | Sequence[float]) -> None:
+    def __init__(self, power: Tensor | Sequence[float] | Sequence[Sequence[float] | None]) -> None:
         super().__init__()
-        power = torch.as_tensor(power, dtype=torch.float64)
-        shells = _shells(2 * len(power))
-        inside = (shells > 0) & (shells < len(power))
-        power = power[shells.clamp(max=len(power) - 1)]
-        gain = torch.where(inside & (power > NEGLIGIBLE * power.mean()), power.rsqrt(), 0.0)
-        if not gain.any():
-            raise UserError(
-                "whitening: the training slices have no power. Set data_params.whiten to none, or use "
-                "other data."
-            )
-        self.register_buffer("gain", gain.float(), persistent=False)
+        known = [spectrum for spectrum in power if isinstance(spectrum, Sequence)]
+        mean = torch.as_tensor(known or power, dtype=torch.float64)
+        mean = mean.mean(0) if known else mean
+        spectra = [mean if spectrum is None else spectrum for spectrum in power] if known else [mean] * 3
+        self.register_buffer("gain", torch.stack([_gain(p) for p in (*spectra, mean)]), persistent=False)
 
-    def forward(self, slices: Tensor) -> Tensor:
-        """Slices (b, C, N, N) -> whitened slices of the same shape in float32."""
+    def forward(self, slices: Tensor, axes: Tensor | int = -1) -> Tensor:
+        """Slices (b, C, N, N) perpendicular to `axes`, (b,) or the same for all -> whitened, in float32.
+
+        Without `axes`, by the mean spectrum.
+        """
         modes = torch.fft.rfft2(slices.float())  # there is no FFT in bfloat16
-        return torch.fft.irfft2(modes * self.gain, s=slices.shape[-2:])
+        return torch.fft.irfft2(modes * self.gain[axes], s=slices.shape[-2:])
+
+
+def _gain(power: Tensor | Sequence[float]) -> Tensor:
+    power = torch.as_tensor(power, dtype=torch.float64)
+    shells = _shells(2 * len(power))
+    inside = (shells > 0) & (shells < len(power))
+    power = power[shells.clamp(max=len(power) - 1)]
+    gain = torch.where(inside & (power > NEGLIGIBLE * power.mean()), power.rsqrt(), 0.0)
+    if not gain.any():
+        raise UserError(
+            "whitening: the training slices have no power. Set data_params.whiten to none, or use other data."
+        )
+    return gain.float()[None]
 
 
 def isotropic_power(slices: Tensor) -> Tensor:

@@ -63,6 +63,11 @@ class Batch:
     ids: Tensor
     images: Tensor
 
+    @property
+    def axes(self) -> Tensor:
+        """Axes perpendicular to the slices."""
+        return self.ids // SIZE % 3
+
 
 def batches(cubes: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Batch]:
     """All slices of cubes by seed, as the dataset gives them."""

@@ -102,7 +102,22 @@ def test_the_targets_are_platts() -> None:
         torch.testing.assert_close(probability, torch.tensor([1 - share, share]), rtol=1e-4, atol=0)
 
 
-def test_a_calibration_survives_a_file_and_older_files_have_no_cubes() -> None:
-    calibration = Calibration(2.0, 0.5, Calibration(0.1, 0.4))
+def test_axes_have_their_temperature_and_threshold() -> None:
+    (first, labels), (third, _) = simulate(100_000, 2.5, 0.8), simulate(100_000, 1.0, -3.0)
+    axes = np.repeat([0, 2], 100_000)
+    logits = np.concatenate([first, third])
+    calibration = fit_calibration(logits, np.tile(labels, 2), axes=axes)
+    pooled = fit_calibration(logits, np.tile(labels, 2))
+    assert calibration is not None
+    assert pooled is not None
+    assert calibration.axes == (fit_calibration(first, labels), None, fit_calibration(third, labels))
+    torch.testing.assert_close(calibration.probability(logits), pooled.probability(logits))
+    expected = torch.from_numpy(np.concatenate([(first - 0.8) / 2.5, third + 3]))
+    torch.testing.assert_close(calibration.log_odds(logits, axes), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(calibration.log_odds(logits, 1), pooled.log_odds(logits))
+
+
+def test_a_calibration_survives_a_file_and_older_files_have_neither_cubes_nor_axes() -> None:
+    calibration = Calibration(2.0, 0.5, Calibration(0.1, 0.4), (Calibration(1.0, 2.0), None, Calibration()))
     assert Calibration.from_dict(json.loads(json.dumps(asdict(calibration)))) == calibration
     assert Calibration.from_dict({"temperature": 2.0, "threshold": 0.5}) == Calibration(2.0, 0.5)

@@ -71,7 +71,7 @@ class GroupPower(torch.nn.Module):
         super().__init__()
         self.weights = torch.tensor(weights)
 
-    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+    def forward(self, slices: torch.Tensor, axes: object = None) -> torch.Tensor:
         """Slices (b, 1, N, N) -> logits (b,)."""
         parts = interventions.components(slices[:, 0], interventions.group_masks(SIZE))
         power = torch.stack([part.square().mean((1, 2)) for part in parts], dim=1)
@@ -126,7 +126,7 @@ def test_the_band_in_which_the_twins_differ_is_found() -> None:
         return newton, newton + 0.1 * next(interventions.components(newton, BANDS.masks[2:3]))
 
     class BandPower(torch.nn.Module):
-        def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        def forward(self, slices: torch.Tensor, axes: object = None) -> torch.Tensor:
             parts = list(interventions.components(slices[:, 0], BANDS.masks))
             return sum((part.square().mean((1, 2)) for part in parts), torch.zeros(len(slices)))
 

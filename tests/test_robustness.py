@@ -74,7 +74,7 @@ def test_the_table_shows_what_each_degradation_costs() -> None:
     cubes = {seed: universe.twins(seed, universe.band) for seed in range(3)}
     kinds = robustness.degradations(BOX, 160.0, 0.1)
 
-    def network(slices: torch.Tensor) -> torch.Tensor:
+    def network(slices: torch.Tensor, axes: object = None) -> torch.Tensor:
         """The variance of the modes beyond N/4, which the second degradation removes."""
         return (slices - kinds["large_scales"](slices, 0)).square().mean((1, 2, 3)).round(decimals=6)
 

@@ -15,7 +15,7 @@ class Quadratic(torch.nn.Module):
         super().__init__()
         self.weights = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
-    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+    def forward(self, slices: torch.Tensor, axes: object = None) -> torch.Tensor:
         """Slices (b, C, 8, 8) -> logits (b,)."""
         return (slices[:, 0].square() * self.weights).sum((1, 2)) + 1
 

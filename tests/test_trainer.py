@@ -664,10 +664,13 @@ def test_the_exported_network_whitens_its_input(
     saved = json.loads((max((memory / "checkpoints").iterdir()) / "state.json").read_text())
     network = models.load(memory / "model")
     assert network.config["power"] == saved["train_state"]["power"]
+    assert [spectrum and len(spectrum) for spectrum in network.config["power"]] == [32, None, 32]
     with h5py.File(universe) as file:
         cubes = [torch.from_numpy(file[f"{gravity}_seed0003"][()]) for gravity in ("newton", "gr")]
     with torch.inference_mode():
-        logits = torch.cat([network(cube.movedim(axis, 0)[:, None]) for cube in cubes for axis in (0, 2)])
+        logits = torch.cat(
+            [network(cube.movedim(axis, 0)[:, None], axis) for cube in cubes for axis in (0, 2)]
+        )
     labels = torch.tensor([0.0, 1.0]).repeat_interleave(128)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     assert float(loss) == pytest.approx(lines(memory)[-1]["loss"], rel=1e-4)

@@ -59,6 +59,18 @@ def test_whitened_slices_have_a_flat_spectrum_and_no_mean() -> None:
     assert spectrum[0] < 1e-10
 
 
+def test_every_slice_is_whitened_by_the_spectrum_of_its_axis() -> None:
+    slices, power = red_slices(), isotropic_power(red_slices())
+    whitening = Whitening([power.tolist(), None, (4 * power).tolist()])
+    by_axis = [Whitening(factor * power)(slices) for factor in (1, 2.5, 4)]  # 2.5: the mean of the known
+    torch.testing.assert_close(whitening(slices), by_axis[1])
+    for axis in range(3):
+        torch.testing.assert_close(whitening(slices, axis), by_axis[axis])
+    axes = torch.tensor([2, 0, 1, 1, 2, 0])
+    expected = torch.stack([by_axis[axis][row] for row, axis in enumerate(axes.tolist())])
+    torch.testing.assert_close(whitening(slices, axes), expected)
+
+
 def test_autocast_and_memory_format_do_not_change_it() -> None:
     slices = red_slices()
     whitening = Whitening(isotropic_power(slices))
@@ -72,7 +84,7 @@ def test_autocast_and_memory_format_do_not_change_it() -> None:
 def test_a_spectrum_of_numbers_gives_the_same_gain_and_adds_nothing_to_the_weights() -> None:
     power = isotropic_power(red_slices())
     whitening = Whitening(power.tolist())
-    assert torch.equal(whitening.gain, Whitening(power).gain)
+    assert torch.equal(whitening.gain, Whitening([power.tolist()] * 3).gain)
     assert whitening.state_dict() == {}
 
 

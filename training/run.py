@@ -59,10 +59,13 @@ class TrainState:
     mean: float
     std: float
     """The cubes are standardized by these."""
-    power: list[float] | None = None
-    """Isotropic power spectrum that whitens the slices: P(n), n = 0, ..., N/2 - 1."""
+    power: list[Any] | None = None
+    """Isotropic power spectra that whiten the slices, or None: [axis][n], P(n) at n = 0, ..., N/2 - 1 of the
+    training slices perpendicular to array axes 0, 1 and 2, None for an axis that is not sliced. Runs of
+    earlier versions have one spectrum [n] for all axes."""
     calibration: dict[str, Any] | None = None
-    """Temperature and threshold, fitted on the validation seeds at the end of the training."""
+    """A `models.Calibration` fitted on the validation seeds at the end of the training: `temperature` and
+    `threshold`, under `axes` the same for slices of each axis, under `cubes` for mean logits of cubes."""
     epoch: int = 0
     """Epochs completed."""
     step: int = 0

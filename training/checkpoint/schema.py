@@ -41,6 +41,7 @@ class Calibration(Section):
     temperature: Positive
     threshold: float
     cubes: Calibration | None = None
+    axes: list[Calibration | None] = []
 
 
 class SavedTrainState(Section):
@@ -51,7 +52,7 @@ class SavedTrainState(Section):
 
     mean: float
     std: Positive
-    power: list[Positive] | None = None
+    power: list[float] | list[list[float] | None] | None = None
     calibration: Calibration | None = None
     epoch: Count
     step: Count
