@@ -1,6 +1,6 @@
 """The leaf that every module may import: OpenMP, `UserError`, cores, memory, ranks and files on disk.
 
-Programs import this module before torch, because libgomp reads its settings when torch is imported.
+Programs import this module before torch, which reads these settings when it is imported, as libgomp does.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ SPIN_COUNT = 1000  # turns of a loop, some 0.05 ms; see benchmarks/README.md
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
+# When a connection breaks, torch would print C++ stacks above the error of the program.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 log = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
     """An error that the user can fix: programs print its message and exit with status 2."""
+
+    def __init__(self, message: str, *, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+        """Whether every rank of the launch raises this error, so that one prints it."""
 
 
 # torch and Accelerate read the names on the left; MPI and SLURM set those on the right.
@@ -48,29 +56,27 @@ def setup_ranks() -> None:
     """Set torch's rank variables from those of MPI and SLURM where they are not set, and check them.
 
     Raises:
-        ValueError: if a variable is missing, not an integer, or inconsistent with the others.
+        UserError: if a variable is missing, not an integer, or inconsistent with the others.
     """
     _adopt(RANK_VARIABLES)
-    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            f"RANK is set ({os.environ['RANK'][:40]}), but WORLD_SIZE is not. "
-            "Set both, or start the ranks with accelerate launch or torchrun."
+    required = ["RANK", "WORLD_SIZE"]
+    if world_size() > 1:  # SLURM_LOCALID is also set where srun started a launcher, which starts the ranks
+        _adopt(LOCAL_RANK_VARIABLES)
+        required.append("LOCAL_RANK")
+    elif "RANK" not in os.environ:
+        return
+    if missing := [name for name in required if name not in os.environ]:
+        given = next(name for name in required if name in os.environ)
+        raise UserError(
+            f"{given} is {os.environ[given][:40]}, but {' and '.join(missing)} is not set. "
+            f"Set {', '.join(required)}, or start the ranks with accelerate launch or torchrun."
         )
-    if world_size() == 1:
-        return  # SLURM_LOCALID is also set where the launcher that srun started has a single process
-    _adopt(LOCAL_RANK_VARIABLES)
-    for name in ("RANK", "LOCAL_RANK"):
-        if name not in os.environ:
-            raise ValueError(
-                f"WORLD_SIZE is {world_size()}, but {name} is not set. "
-                "Set it, or start the ranks with accelerate launch or torchrun."
-            )
     if (port := read_int("MASTER_PORT", 29500)) > 65535:
-        raise ValueError(f"MASTER_PORT: found {port}, allowed: up to 65535")
-    for number, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if size in os.environ and read_int(number, 0) >= read_int(size, 1, minimum=1):
-            raise ValueError(
-                f"{number} is {os.environ[number]}, but {size} is {os.environ[size]}. "
+        raise UserError(f"MASTER_PORT: found {port}, allowed: up to 65535")
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if size in os.environ and read_int(name, 0) >= read_int(size, 1, minimum=1):
+            raise UserError(
+                f"{name} is {os.environ[name]}, but {size} is {os.environ[size]}. "
                 f"Number the ranks from 0 to {size} - 1."
             )
 
@@ -100,43 +106,48 @@ def local_world_size() -> int:
 def ranks_sharing_cores() -> int:
     """Number of ranks between which the cores of this process are divided.
 
-    A task of SLURM has cores of its own, and is one rank or a launcher of several.
+    A task of SLURM has its own cores, and is one rank or a launcher of several.
     """
     if "SLURM_STEP_NUM_TASKS" in os.environ:
         return max(1, world_size() // read_int("SLURM_STEP_NUM_TASKS", 1, minimum=1))
     return local_world_size()
 
 
-def launch_seconds() -> float:
+def launch_seconds() -> int:
     """How long ranks wait for one another at the start; to be raised where importing torch takes minutes."""
-    found = os.environ.get("LAUNCH_SECONDS", "50")
-    try:
-        seconds = float(found)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise ValueError(
-            f"environment variable LAUNCH_SECONDS: found {found[:40]!r}, allowed: a number of seconds. "
-            "Correct it or unset it."
-        )
-    return seconds
+    return read_int("LAUNCH_SECONDS", 50, minimum=1)
 
 
 def read_int(name: str, default: int, *, minimum: int = 0) -> int:
-    """The integer in an environment variable. Raises ValueError that names the variable."""
-    found = os.environ.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,9}", found) or int(found) < minimum:
-        raise ValueError(
-            f"environment variable {name}: found {found[:40]!r}, allowed: an integer of at least {minimum}. "
-            "Correct it or unset it."
-        )
-    return int(found)
+    """The integer in an environment variable. Raises UserError that names the variable."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < minimum:
+        raise invalid_variable(name, f"an integer of at least {minimum}")
+    return int(text)
+
+
+def read_flag(name: str) -> bool:
+    """The boolean in an environment variable, as Accelerate reads it. Raises UserError that names it."""
+    text = os.environ.get(name, "false").lower()
+    if text in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if text in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise invalid_variable(name, "true or false")
+
+
+def invalid_variable(name: str, allowed: str) -> UserError:
+    """The error of an environment variable that is not `allowed`."""
+    return UserError(
+        f"environment variable {name}: found {os.environ[name][:40]!r}, allowed: {allowed}. "
+        "Correct it or unset it."
+    )
 
 
 def available_cores() -> int:
     """Cores this process may use: the minimum of its affinity mask, cgroups (version 2) and SLURM task.
 
-    Raises ValueError if SLURM_CPUS_PER_TASK is not an integer.
+    Raises UserError if SLURM_CPUS_PER_TASK is not an integer.
     """
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     if "SLURM_CPUS_PER_TASK" in os.environ:

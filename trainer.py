@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.setup_process()
         train(load_config(options.experiment, options.overrides), preflight_only=options.preflight)
 
-    return distributed.run_program(program)
+    return distributed.run_program(program, resumes=True)
 
 
 def train(config: Config, *, preflight_only: bool) -> None:
@@ -70,12 +70,13 @@ def train(config: Config, *, preflight_only: bool) -> None:
         accelerator.print("preflight: network, data file and launch are in order")
         return
     checkpoints = checkpoint.CheckpointManager(config.run_dir, accelerator, keep=params.keep_checkpoints)
-    with distributed.StopSignals(minutes=params.max_minutes) as stop, closing(checkpoints):
+    stop = distributed.StopSignals(minutes=params.max_minutes)
+    with closing(checkpoints):
         run, state = setup_run(config, accelerator, stop, checkpoints)
         with distributed.raise_on_all_ranks():
             logger = RunLogger(config, accelerator, state)
         try:
-            with closing(logger):
+            with closing(logger), stop:
                 if state.step == 0:
                     logger.log_hyperparameters(config.to_dict())
                 fit(run, state, logger)
@@ -259,6 +260,4 @@ def export(run: Run, state: TrainState) -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    distributed.ignore_stop_signals()
-    sys.exit(status)
+    sys.exit(main())

@@ -32,7 +32,7 @@ def _own_accelerator() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _own_signal_handlers() -> Iterator[None]:
     """A run that was asked to stop leaves signals ignored."""
-    handlers = {number: signal.getsignal(number) for number in distributed.StopSignals.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in distributed.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

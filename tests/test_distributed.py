@@ -1,6 +1,7 @@
 """Set-up, signals, rendezvous, preflight and errors of the ranks of a launch."""
 
 import system
+from system import UserError
 
 import os
 import re
@@ -8,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +22,7 @@ from accelerate import Accelerator, DistributedType
 from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 from training import distributed
-from training.distributed import collectives, devices, errors, launcher, process, rendezvous
-from training.distributed.preflight import code_hash
+from training.distributed import collectives, devices, launch, process
 
 ROOT = Path(__file__).parents[1]
 SET_BY_LAUNCHERS = (
@@ -74,19 +73,13 @@ print(default, faults())
 # Threads
 
 
-def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "available_cores", lambda: 12)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(12, 4, 3), (2, 3, 1)])
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int) -> None:
+    monkeypatch.setattr(system, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     distributed.setup_process()
-    assert torch.get_num_threads() == 3
-    assert os.environ["OMP_NUM_THREADS"] == "3"
-
-
-def test_every_rank_has_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "available_cores", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    distributed.setup_process()
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_threads_set_by_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +104,7 @@ def test_threads_set_by_the_launcher_are_not_the_users(
 ) -> None:
     with subprocess.Popen(["sh", "-c", "read x", *flags], env=environment, stdin=subprocess.PIPE) as launcher:
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
-        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         assert process.threads_set_by_user() is chosen
         launcher.communicate(b"\n")
@@ -143,33 +136,26 @@ def test_cpu_ranks_become_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("RANK", "one"), ("WORLD_SIZE", "2"), ("LAUNCH_SECONDS", "soon"), ("SLURM_CPUS_PER_TASK", "4,4")],
+    [("RANK", "one"), ("WORLD_SIZE", "2"), ("SLURM_CPUS_PER_TASK", "4,4")],
 )
 def test_an_invalid_launch_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(distributed.LaunchError, match=name):
+    with pytest.raises(UserError, match=name):
         distributed.setup_process()
 
 
 # Signals
 
 
-@pytest.mark.parametrize("number", distributed.StopSignals.SIGNALS)
-def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+@pytest.mark.parametrize("number", distributed.SIGNALS)
+def test_a_signal_requests_a_stop_and_others_do_not_change_the_end(number: signal.Signals) -> None:
     with distributed.StopSignals() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested
         assert stop.reason == number.name
-    assert signal.getsignal(number) == (before if number == signal.SIGINT else signal.SIG_IGN)
-
-
-def test_signals_are_handled_as_before_if_no_stop_was_requested() -> None:
-    before = [signal.getsignal(number) for number in distributed.StopSignals.SIGNALS]
-    with distributed.StopSignals():
-        pass
-    assert [signal.getsignal(number) for number in distributed.StopSignals.SIGNALS] == before
+    for other in set(distributed.SIGNALS) - {signal.SIGINT}:
+        os.kill(os.getpid(), other)
 
 
 def test_nohup_is_respected() -> None:
@@ -180,14 +166,12 @@ def test_nohup_is_respected() -> None:
 
 
 def test_the_time_limit_requests_a_stop() -> None:
-    with distributed.StopSignals(minutes=1e-6) as stop:
-        while not stop.requested:
-            time.sleep(0.001)
-        assert stop.reason == "max_minutes"
+    assert not distributed.StopSignals(minutes=1).requested
+    assert distributed.StopSignals(minutes=0).reason == "max_minutes"
 
 
 def python(program: str) -> subprocess.Popen[str]:
-    """A program in an interpreter of its own: a fork of this process, which has threads, could deadlock."""
+    """A program in another interpreter: a fork of this process, which has threads, could deadlock."""
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
@@ -229,35 +213,27 @@ def test_flags_of_one_rank_are_immediate() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (
-            "ACCELERATE_MIXED_PRECISION",
-            "foo",
-            "ACCELERATE_MIXED_PRECISION: found 'foo', allowed: no, fp16, bf16",
-        ),
-        ("ACCELERATE_MIXED_PRECISION", "fp8", "found 'fp8', allowed"),
-        ("ACCELERATE_MIXED_PRECISION", "BF16", "found 'BF16', allowed"),  # Accelerate would not use it
-        ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
-        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config is not supported"),
-        ("ACCELERATE_USE_FSDP", "maybe", "ACCELERATE_USE_FSDP: found 'maybe', allowed: true or false"),
-        ("ACCELERATE_USE_CPU", "maybe", "ACCELERATE_USE_CPU: found 'maybe'"),
-        ("ACCELERATE_DYNAMO_BACKEND", "FOO", "DYNAMO_BACKEND: found 'FOO', allowed: no, eager, .*inductor"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "two", "GRADIENT_ACCUMULATION_STEPS: found 'two'"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "allowed: an integer of at least 1"),
+        ("MIXED_PRECISION", "fp8", "ACCELERATE_MIXED_PRECISION: found 'fp8', allowed: no, fp16, bf16"),
+        ("MIXED_PRECISION", "BF16", "found 'BF16', allowed"),  # Accelerate would not use it
+        ("USE_FSDP", "true", "FSDP is not supported"),
+        ("USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("USE_FSDP", "maybe", "ACCELERATE_USE_FSDP: found 'maybe', allowed: true or false"),
+        ("USE_CPU", "maybe", "ACCELERATE_USE_CPU: found 'maybe'"),
+        ("DYNAMO_BACKEND", "FOO", "DYNAMO_BACKEND: found 'FOO', allowed: no, eager, .*inductor"),
+        ("GRADIENT_ACCUMULATION_STEPS", "two", "GRADIENT_ACCUMULATION_STEPS: found 'two'"),
     ],
 )
 def test_settings_of_the_launcher_that_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(distributed.LaunchError, match=message):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=message):
         distributed.init_process_group()
 
 
 def test_tpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "is_torch_xla_available", lambda: True)
-    with pytest.raises(distributed.LaunchError, match="TPUs are not supported"):
+    monkeypatch.setattr(launch, "is_torch_xla_available", lambda: True)
+    with pytest.raises(UserError, match="TPUs are not supported"):
         distributed.init_process_group()
 
 
@@ -282,60 +258,11 @@ def test_settings_of_the_launcher_that_work(monkeypatch: pytest.MonkeyPatch) -> 
 class Gpu:
     """A device module like torch.cuda."""
 
-    def __init__(self, pci_bus_id: int | None = None) -> None:
-        self.pci_bus_id = pci_bus_id
-
-    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
-        if self.pci_bus_id is None:
-            return SimpleNamespace()
-        return SimpleNamespace(pci_domain_id=0, pci_bus_id=self.pci_bus_id, pci_device_id=0)
-
     def get_device_name(self, device: torch.device) -> str:
         return "NVIDIA H100"
 
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         return 60 * 2**30, 80 * 2**30
-
-
-def test_the_identity_of_a_device_is_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    def identity(count: int, pci_bus_id: int | None, index: int) -> str:
-        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
-        monkeypatch.setattr(torch, "get_device_module", lambda device: Gpu(pci_bus_id))
-        return devices.identity(torch.device("cuda", index))
-
-    assert identity(1, 7, 0) == identity(2, 7, 1) != identity(1, 8, 0)
-    assert identity(2, None, 0) == identity(2, None, 0) != identity(2, None, 1)
-    assert identity(1, None, 0) == ""  # each rank may see another device
-    assert devices.identity(torch.device("cpu")) == ""
-
-
-def require_own_devices(monkeypatch: pytest.MonkeyPatch, *ranks: tuple[str, str, str]) -> None:
-    """As on ranks with these hosts, types of device and identities."""
-    reports = [
-        {"host": host, "problem": "", "device": device, "identity": identity}
-        for host, device, identity in ranks
-    ]
-    monkeypatch.setattr(devices, "all_gather_json", lambda report, seconds: reports)
-    devices.require_own_devices()
-
-
-def test_ranks_that_share_a_device_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = [("a", "cuda", "PCI 1"), ("a", "cuda", "PCI 2"), ("b", "cuda", "PCI 2"), ("a", "cuda", "PCI 2")]
-    with pytest.raises(distributed.LaunchError, match="ranks 1, 3 on a share one device"):
-        require_own_devices(monkeypatch, *shared)
-
-
-def test_ranks_on_devices_of_different_types_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(distributed.LaunchError, match=r"device: cuda on a \(rank 0\); cpu on b \(rank 1\)"):
-        require_own_devices(monkeypatch, ("a", "cuda", "PCI 1"), ("b", "cpu", ""))
-
-
-def test_ranks_may_have_the_same_address_on_different_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_own_devices(monkeypatch, ("a", "cuda", "PCI 1"), ("b", "cuda", "PCI 1"))
-
-
-def test_ranks_may_share_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_own_devices(monkeypatch, ("a", "cpu", ""), ("a", "cpu", ""))
 
 
 def test_the_first_sum_over_devices_has_a_deadline_and_names_its_cause(
@@ -350,17 +277,18 @@ def test_the_first_sum_over_devices_has_a_deadline_and_names_its_cause(
         limits.clear()
 
     def all_reduce(*arguments: Any, **options: Any) -> None:
-        assert limits == [60]
+        assert limits == [50]
         raise RuntimeError(
             "NCCL error in: x.cpp:1\nncclSystemError: a call failed.\nLast error:\nno route to host\n"
         )
 
-    monkeypatch.setattr(devices, "deadline", deadline)
+    monkeypatch.setattr(launch, "deadline", deadline)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    with pytest.raises(distributed.LaunchError) as error:
-        distributed.sum_over_devices(Accelerator(cpu=True))
+    with pytest.raises(UserError) as error:
+        launch.sum_over_devices(Accelerator(cpu=True))
     assert str(error.value).startswith(f"rank 3 on {socket.gethostname()}: device cpu does not reach")
     assert "NCCL error in: x.cpp:1 ... no route to host" in str(error.value)
 
@@ -443,27 +371,24 @@ def test_a_torch_for_cpus_beside_a_gpu_warns(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_torch_for_gpus_without_a_driver_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert devices.device_of_rank() == torch.device("cpu")
-    assert rendezvous.backends() == "cpu:gloo"
+    assert devices.device_type() == "cpu"
+    assert launch.backends() == "cpu:gloo"
 
 
-@pytest.mark.parametrize(("hip", "value"), [(None, None), ("6.2", "1")])
-def test_rocm_uses_channels_last_kernels(
-    monkeypatch: pytest.MonkeyPatch, hip: str | None, value: str | None
+def test_rocm_uses_channels_last_kernels_and_a_kernel_database_per_process(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.version, "hip", hip)
+    names = ("PYTORCH_MIOPEN_SUGGEST_NHWC", "PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM", "MIOPEN_USER_DB_PATH")
+    monkeypatch.setattr(torch.version, "hip", None)
     devices.configure_miopen()
-    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC") == value
-    assert os.environ.get("PYTORCH_MIOPEN_SUGGEST_NHWC_BATCHNORM") == value
-
-
-def test_each_process_on_rocm_has_its_own_kernel_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not set(names) & os.environ.keys()
     monkeypatch.setattr(torch.version, "hip", "6.2")
     devices.configure_miopen()
     first = os.environ.pop("MIOPEN_USER_DB_PATH")
     devices.configure_miopen()
     assert Path(first).is_dir()
     assert os.environ["MIOPEN_USER_DB_PATH"] != first
+    assert [os.environ[name] for name in names[:2]] == ["1", "1"]
     monkeypatch.setenv("MIOPEN_USER_DB_PATH", "/scratch/mine")
     devices.configure_miopen()
     assert os.environ["MIOPEN_USER_DB_PATH"] == "/scratch/mine"
@@ -472,22 +397,34 @@ def test_each_process_on_rocm_has_its_own_kernel_database(monkeypatch: pytest.Mo
 # Streams
 
 STREAMS = """
-import os, runpy, sys
-runpy.run_path(sys.argv[1])["tolerate_closed_streams"]()
-for _ in range(2):
-    print("x", flush=True)
-    print("x", file=sys.stderr, flush=True)
-print(open(sys.argv[2], "w").fileno(), file=open(sys.argv[2], "w"))
+import sys
+from training.distributed.process import setup_streams
+setup_streams()
+for stream in (sys.stdout, sys.stderr) * 2:
+    stream.write("part")
+    stream.flush()
+    print("x", file=stream)
+print(open(sys.argv[1], "w").fileno(), file=open(sys.argv[1], "w"))
 """
 
 
 @pytest.mark.parametrize("redirection", ["", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_program_continues_without_its_streams(tmp_path: Path, redirection: str) -> None:
-    program = [sys.executable, "-c", STREAMS, str(ROOT / "distributed" / "streams.py"), str(tmp_path / "out")]
     reader, writer = os.pipe()
     os.close(reader)  # as when `| head` has seen enough
-    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *program]
-    done = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, check=False)
+    shell = [
+        "sh",
+        "-c",
+        f'exec "$@" {redirection}',
+        "sh",
+        sys.executable,
+        "-c",
+        STREAMS,
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        shell, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, check=False
+    )
     os.close(writer)
     assert done.returncode == 0
     assert int((tmp_path / "out").read_text()) > 2
@@ -502,30 +439,27 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-@pytest.mark.parametrize(
-    ("rank", "message"),
-    [(0, r"rank 1 did not connect; rank 0 did, on "), (1, r"rank 1 on \S+ did not connect: ")],
-)
-def test_a_missing_rank_is_named_with_address_and_host(
-    monkeypatch: pytest.MonkeyPatch, rank: int, message: str
-) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_rank_is_reported_with_address_and_host(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     port = free_port()
     variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in (variables | {"LAUNCH_SECONDS": 0.5}).items():
+    for name, value in (variables | {"LAUNCH_SECONDS": 1}).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(distributed.LaunchError, match=message) as error:
+    with pytest.raises(UserError) as error:
         distributed.init_process_group()
-    assert f"rendezvous of 2 ranks at 127.0.0.1:{port}" in str(error.value)
-    assert socket.gethostname() in str(error.value)
+    where = f"rank {rank} on {socket.gethostname()} did not connect to all 2 ranks at 127.0.0.1:{port}"
+    assert str(error.value).startswith(where)
+    if rank == 0:
+        assert "1/2 clients joined" in str(error.value)
 
 
 LATE = """
 import time
-from training import distributed
-from training.distributed.errors import deadline
-with deadline(60, distributed.LaunchError("too late")):
+from system import UserError
+from training.distributed.process import deadline
+with deadline(60, UserError("too late")):
     pass
-with deadline(0.1, distributed.LaunchError("no answer")):
+with deadline(0.1, UserError("no answer")):
     time.sleep(60)
 """
 
@@ -539,7 +473,7 @@ def test_a_body_that_exceeds_its_deadline_ends_with_status_2() -> None:
 
 def test_hosts_and_devices_have_a_backend_each(monkeypatch: pytest.MonkeyPatch) -> None:
     def backends() -> dict[str, str]:
-        return dict(BackendConfig(Backend(rendezvous.backends())).device_backend_map)
+        return dict(BackendConfig(Backend(launch.backends())).device_backend_map)
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for device, of_device in {"cuda": "nccl", "xpu": "xccl"}.items():
@@ -561,10 +495,10 @@ def test_one_process_of_a_launcher_makes_no_process_group(monkeypatch: pytest.Mo
 
 def test_gloo_uses_the_network_of_the_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    rendezvous.choose_network("127.0.0.1", 29500)
+    launch.choose_network("127.0.0.1", 29500)
     assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
     os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
-    rendezvous.choose_network("127.0.0.1", 29500)
+    launch.choose_network("127.0.0.1", 29500)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
@@ -575,54 +509,44 @@ def test_other_hosts_are_not_reached_by_the_loopback(
     """Some /etc/hosts give a host's own name the address 127.0.1.1."""
     routes = {"node7": "127.0.0.1", "192.0.2.1": "10.0.0.7"}
     addresses = {"lo": [SimpleNamespace(address="127.0.0.1")], "ib0": [SimpleNamespace(address="10.0.0.7")]}
-    monkeypatch.setattr(rendezvous, "address_towards", lambda host, port: routes[host])
-    monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(launch, "address_towards", lambda host, port: routes[host])
+    monkeypatch.setattr(launch.psutil, "net_if_addrs", lambda: addresses)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    rendezvous.choose_network("node7", 29500)
+    launch.choose_network("node7", 29500)
     assert os.environ["GLOO_SOCKET_IFNAME"] == network
 
 
-def report(host: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "host": host,
-        "problem": "",
-        "torch": "2.13.0",
-        "train_params.lr": "0.001",
-    } | changes
-
-
-def test_equal_ranks_pass() -> None:
-    collectives.raise_if_different([report("a"), report("a"), report("b")])
-
-
-def test_differences_are_named_with_hosts_and_ranks() -> None:
-    reports = [
-        report("a"),
-        report("a"),
-        report("b", torch="2.12.1"),
-        report("c", **{"train_params.lr": "0.1"}),
+def test_differences_are_named_with_hosts_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: list[tuple[str, dict[str, Any]]] = [
+        ("a", {"torch": "2.13.0", "lr": 0.001}),
+        ("a", {"torch": "2.13.0", "lr": 0.001}),
+        ("b", {"torch": "2.12.1", "lr": 0.001}),
+        ("c", {"torch": "2.13.0", "lr": 0.1}),
     ]
-    with pytest.raises(distributed.LaunchError) as error:
-        collectives.raise_if_different(reports)
-    assert "torch: 2.13.0 on a, c (ranks 0-1, 3); 2.12.1 on b (rank 2)" in str(error.value)
-    assert "train_params.lr: 0.001 on a, b (ranks 0-2); 0.1 on c (rank 3)" in str(error.value)
 
+    def require_equal(count: int) -> list[str]:
+        reports = [{"host": host, "values": values} for host, values in ranks[:count]]
+        monkeypatch.setattr(collectives, "all_gather_json", lambda value: reports)
+        return distributed.require_equal(ranks[0][1])
 
-def test_every_problem_is_named_with_its_host() -> None:
-    with pytest.raises(distributed.LaunchError, match=r"rank 1 on b has no data file z1\.h5"):
-        collectives.raise_if_different([report("a"), report("b", problem="has no data file z1.h5")])
+    assert require_equal(2) == ["a", "a"]
+    with pytest.raises(UserError) as error:
+        require_equal(4)
+    assert "\n  torch: 2.13.0 on a, c (ranks 0-1, 3); 2.12.1 on b (rank 2)" in str(error.value)
+    assert "\n  lr: 0.001 on a, b (ranks 0-2); 0.1 on c (rank 3)" in str(error.value)
+    assert error.value.on_all_ranks
 
 
 def test_the_hash_of_the_code_ignores_tests(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "models" / "racoon.py").write_text("kernel = 4")
-    before = code_hash(tmp_path)
+    before = distributed.code_hash(tmp_path)
     (tmp_path / "tests" / "test_models.py").write_text("assert True")
-    assert code_hash(tmp_path) == before
+    assert distributed.code_hash(tmp_path) == before
     (tmp_path / "models" / "racoon.py").write_text("kernel = 2")
-    assert code_hash(tmp_path) != before
+    assert distributed.code_hash(tmp_path) != before
 
 
 # Preflight
@@ -643,17 +567,9 @@ def test_preflight_of_one_process(settings: dict[str, dict[str, Any]], tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_preflight_names_a_missing_data_file(settings: dict[str, dict[str, Any]]) -> None:
-    settings["data_params"]["datafile"] = "nowhere.h5"
-    with pytest.raises(distributed.LaunchError, match=r"has no data file nowhere\.h5"):
-        distributed.preflight(Accelerator(cpu=True), settings)
-    settings["data_params"]["synthetic"] = {"size": 64}
-    distributed.preflight(Accelerator(cpu=True), settings)
-
-
 def test_preflight_names_a_folder_without_write_permission(settings: dict[str, dict[str, Any]]) -> None:
     settings["train_params"]["log_dir"] = "/proc/runs"
-    with pytest.raises(distributed.LaunchError, match="cannot write to /proc"):
+    with pytest.raises(UserError, match="cannot write to /proc"):
         distributed.preflight(Accelerator(cpu=True), settings)
 
 
@@ -673,13 +589,13 @@ def test_an_error_of_all_ranks_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def printed(error: Exception) -> str:
-        errors.print_error(error)
+        process.print_error(error)
         return capsys.readouterr().err
 
-    assert printed(distributed.LaunchError("odd")) == "error: odd\n"
+    assert printed(UserError("odd", on_all_ranks=True)) == "error: odd\n"
     monkeypatch.setenv("RANK", "1")
-    assert printed(distributed.LaunchError("odd")) == ""
-    assert printed(distributed.LaunchError("lost", on_all_ranks=False)) == "error: lost\n"
+    assert printed(UserError("odd", on_all_ranks=True)) == ""
+    assert printed(UserError("lost")) == "error: lost\n"
     assert printed(OSError("full")) == "error: full\n"
 
 
@@ -713,16 +629,3 @@ def test_a_bug_is_raised() -> None:
 
     with pytest.raises(RuntimeError, match="bug"):
         distributed.run_program(program)
-
-
-def test_signals_after_the_work_is_done_are_ignored() -> None:
-    """Otherwise a scheduler takes the finished program for a failed one and starts it again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    try:
-        distributed.ignore_stop_signals()
-        for number in before:
-            os.kill(os.getpid(), number)
-        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,13 +1,18 @@
-"""Limits of the host and rank variables of the launch."""
+"""Limits of the host, rank variables of the launch, OpenMP, atomic writes and JSON lines."""
 
 import system
+from system import UserError
 
+import ast
 import os
+import runpy
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "LAUNCH_SECONDS"),
     *("SLURM_CPUS_PER_TASK", "SLURM_LOCALID"),
@@ -135,9 +140,9 @@ COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"WORLD_SIZE": None}, r"RANK is set \(1\), but WORLD_SIZE is not"),
+        ({"WORLD_SIZE": None}, r"RANK is 1, but WORLD_SIZE is not set\. Set RANK, WORLD_SIZE, or start"),
         ({"RANK": None}, "WORLD_SIZE is 2, but RANK is not set"),
-        ({"LOCAL_RANK": None}, "WORLD_SIZE is 2, but LOCAL_RANK is not set"),
+        ({"RANK": None, "LOCAL_RANK": None}, "WORLD_SIZE is 2, but RANK and LOCAL_RANK is not set"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
         ({"LOCAL_RANK": "5"}, "LOCAL_RANK is 5, but LOCAL_WORLD_SIZE is 2"),
         ({"RANK": "one"}, "environment variable RANK: found 'one', allowed: an integer of at least 0"),
@@ -156,7 +161,7 @@ def test_ranks_that_are_invalid_or_incomplete(
     for name, value in (COMPLETE | changes).items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         system.setup_ranks()
 
 
@@ -167,16 +172,9 @@ def test_complete_ranks_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.world_size() == int(COMPLETE["WORLD_SIZE"])
 
 
-@pytest.mark.parametrize("value", ["soon", "", "0", "-1", "nan", "inf"])
-def test_launch_seconds_that_are_invalid(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("LAUNCH_SECONDS", value)
-    with pytest.raises(ValueError, match=f"LAUNCH_SECONDS: found '{value}', allowed: a number of seconds"):
-        system.launch_seconds()
-
-
 def test_cores_of_slurm_that_are_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8(x2)")
-    with pytest.raises(ValueError, match=r"SLURM_CPUS_PER_TASK: found '8\(x2\)'"):
+    with pytest.raises(UserError, match=r"SLURM_CPUS_PER_TASK: found '8\(x2\)'"):
         system.available_cores()
 
 
@@ -185,3 +183,95 @@ def test_cores_of_slurm_that_are_invalid(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_format_ranges(numbers: list[int], text: str) -> None:
     assert system.format_ranges(numbers) == text
+
+
+# OpenMP
+
+
+def spin_count(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str | None:
+    """GOMP_SPINCOUNT after the import, in this environment."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(ROOT / "system.py"))
+    return os.environ.get("GOMP_SPINCOUNT")
+
+
+def test_spinning_is_limited_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spin_count(monkeypatch) == str(system.SPIN_COUNT)
+    assert spin_count(monkeypatch, GOMP_SPINCOUNT="7") == "7"
+    assert spin_count(monkeypatch, OMP_WAIT_POLICY="active") is None
+
+
+@pytest.mark.parametrize("program", ["trainer.py", "evaluation.py"])
+def test_programs_import_it_first(program: str) -> None:
+    tree = ast.parse((ROOT / program).read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [ast.unparse(node) for node in imports[:2]] == [
+        "from __future__ import annotations",
+        "import system",
+    ]
+
+
+# Files
+
+
+def test_a_write_replaces_the_content_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    system.write_atomically(path, "old")
+    system.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    system.write_atomically(path, "old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        system.write_atomically(path, "new")
+    assert error.value.filename == f"{path}.part"
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_symbolic_link_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("untouched")
+    (tmp_path / "file.part").symlink_to(target)
+    system.write_atomically(tmp_path / "file", "new")
+    assert target.read_text() == "untouched"
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        system.write_atomically(tmp_path / "file", "new")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_damaged_lines_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "lines.jsonl"
+    system.append_json_line(path, {"a": 1})
+    with path.open("ab") as file:
+        file.write(b"17\n\xff\n" + b"[" * 100_000 + b'\n{"a": 2}\n{"a":')
+    assert system.read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    assert [f"line {n}" in caplog.text for n in range(1, 7)] == [False, True, True, True, False, True]
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lines")
+    with pytest.raises(OSError, match="not a regular file"):
+        system.read_json_lines(tmp_path / "lines")
+
+
+def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
+    assert system.read_json_lines(tmp_path / "absent.jsonl") == []

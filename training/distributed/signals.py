@@ -1,68 +1,86 @@
-"""Signals that request a graceful stop, and flags that all ranks share."""
+"""Signals that stop a program: at once while there is nothing to save, else after the current step."""
 
 from __future__ import annotations
 
+import system
+
 import signal
-import threading
-from types import FrameType, TracebackType
+import time
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,  # SGE and submitit send it before SIGKILL
+    signal.SIGXCPU,  # the limit of CPU time
+)
 
 
-class AnyRankFlags:
-    """Whether any rank has set a flag.
+class Stopped(BaseException):
+    """A signal, whose name this is, ends the program now. It is no Exception that could be handled as one."""
 
-    With one rank the answer is immediate. With several ranks it comes one call later, the same on all: each
-    call starts an all-reduce in host memory and returns the result of the previous one, which has long
-    arrived. So neither device nor host waits.
-    """
 
-    def __init__(self) -> None:
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+def handle_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Call `handler` for every stop signal. SIGHUP stays ignored if it was ignored before (`nohup`)."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
-    def __call__(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any rank set it. Every rank must call this equally often."""
-        if not dist.is_initialized():
-            return flags
-        previous = self._pending
-        values = torch.tensor(flags, dtype=torch.int64)
-        self._pending = dist.all_reduce(values, async_op=True), values
-        if previous is None:
-            return (False,) * len(flags)
-        work, values = previous
-        work.wait()
-        return tuple(bool(value) for value in values.tolist())
+
+def raise_stop_signals() -> None:
+    """From now on the first stop signal raises Stopped; later ones are ignored, but a second SIGINT kills."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise Stopped(signal.Signals(number).name)
+
+    handle_stop_signals(stop)
 
 
 def ignore_stop_signals() -> None:
-    """Ignore SIGTERM, SIGUSR1 and SIGHUP from now on: the program has done its work and is about to end.
+    """Ignore stop signals from now on, but for SIGINT: the program has done its work and is about to end.
 
     A scheduler would take a program that such a signal ends for one that failed, and start it again.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+
+
+def ignore_launcher_sigterm() -> None:
+    """Ignore SIGTERM from now on, because all ranks are about to end by themselves.
+
+    When the first rank has ended, torchrun and accelerate send SIGTERM to the others. Their exit status would
+    be lost.
+    """
+    if system.world_size() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT, SIGUSR1, SIGHUP or a time limit in minutes request a graceful stop.
+    """A context in which a stop signal requests a graceful stop, as a time limit does.
 
-    A second SIGINT ends the process at once. SIGHUP stays ignored if it was ignored before (`nohup`). After a
-    request, the other signals are ignored also when the context ends: the program is about to end, and
-    another signal must not change its exit status.
+    A second SIGINT ends the process at once. When the context ends, signals are ignored: the program is about
+    to end, and another signal must not change its exit status.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
     def __init__(self, minutes: float | None = None) -> None:
-        self.reason: str | None = None
-        """Why this rank stops: the name of a signal, or max_minutes."""
-        self._timer: threading.Timer | None = None
-        if minutes is not None:
-            self._timer = threading.Timer(60 * minutes, self._request, ["max_minutes"])
-            self._timer.daemon = True
-        self._previous: dict[signal.Signals, Any] = {}
+        """The time limit starts now."""
+        self._signal: str | None = None
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank stops: the name of a signal, or max_minutes; None if it was not asked to."""
+        if self._signal is None and self._end is not None and time.monotonic() > self._end:
+            return "max_minutes"
+        return self._signal
 
     @property
     def requested(self) -> bool:
@@ -70,28 +88,14 @@ class StopSignals:
         return self.reason is not None
 
     def __enter__(self) -> StopSignals:
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._previous = {
-            number: signal.signal(number, self._received) for number in self.SIGNALS if number not in ignored
-        }
-        if self._timer is not None:
-            self._timer.start()
+        handle_stop_signals(self._received)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        for number, handler in self._previous.items():
-            ends = self.requested and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if ends else handler)
+    def __exit__(self, *error: object) -> None:
+        ignore_stop_signals()
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
         if number == signal.SIGINT:
             # The kernel handles the next SIGINT, even while Python waits inside a collective.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def _request(self, reason: str) -> None:
-        self.reason = self.reason or reason
