@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import system
+from system import UserError
 
 import contextlib
 import ctypes
@@ -36,7 +37,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from training import distributed
 from training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -1260,12 +1260,12 @@ def fail_in_group(rank: int, world_size: int, port: int, run_dir: Path, out: Pat
     training.checkpoints.raise_write_error()  # does nothing: all ranks stop at the next save
     try:
         training.save()
-    except (CheckpointError, distributed.LaunchError) as error:
+    except UserError as error:
         (out / f"save-{rank}").write_text(f"{type(error).__name__}: {error}")
     flip(step_dir(run_dir, 1) / "model.safetensors") if rank == 0 else None
     try:
         training.checkpoints.latest_complete()
-    except (CheckpointError, distributed.LaunchError) as error:
+    except UserError as error:
         (out / f"latest-{rank}").write_text(f"{type(error).__name__}: {error}")
     os._exit(0)
 
@@ -1278,7 +1278,7 @@ def test_an_error_of_the_main_process_is_raised_on_all_ranks(tmp_path: Path) -> 
     for name, text in (("save", "No space left on device"), ("latest", "no complete checkpoint")):
         main, other = ((tmp_path / f"{name}-{rank}").read_text() for rank in range(2))
         assert main.startswith("CheckpointError")
-        assert other.startswith("LaunchError")
+        assert other.startswith("UserError")
         assert text in main
         assert text in other
 

@@ -266,13 +266,10 @@ def environments(finished: Path, tmp_path: Path, generator: random.Random) -> It
             for name in (*VARIABLES, *system.RANK_VARIABLES, *system.LOCAL_RANK_VARIABLES):
                 os.environ.pop(name, None)
             os.environ.update(variables)
-            try:
-                system.setup_ranks()
-                system.launch_seconds()
-                system.available_cores()
-                system.ranks_sharing_cores()
-            except ValueError as error:  # distributed.setup_process raises a LaunchError of it
-                raise trainer.distributed.LaunchError(str(error)) from None
+            system.setup_ranks()
+            system.launch_seconds()
+            system.available_cores()
+            system.ranks_sharing_cores()
 
     texts = [text for text in [*NUMBERS, *WORDS] if "\0" not in text]
     while True:
