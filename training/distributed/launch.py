@@ -77,6 +77,8 @@ def connect() -> None:
         try:
             choose_network(host, port)
             store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+            # After a failure torchrun starts the ranks again with the same store, which has old addresses.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(
                 backends(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=RUN_SECONDS)
             )
