@@ -20,10 +20,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
 
 import datasets
@@ -34,24 +35,20 @@ from training.metrics import Predictions
 
 try:
     from analysis import (
+        classifiers,
         comparison,
-        ensemble,
         figures,
-        full_report,
-        information,
         interventions,
         report,
         robustness,
         saliency,
         simulation_spectra,
         spectral_figures,
-        style,
-        summary,
+        statistics,
         unlabelled,
     )
-    from analysis.ceilings import Ceiling
     from analysis.findings import findings, warnings
-    from analysis.interventions import Bands
+    from analysis.lattice import Lattice
     from analysis.simulation_spectra import Partitions, SimulationSpectra
 except ModuleNotFoundError as missing:
     print(f"Evaluation needs {missing.name}. Install it: pip install -e .", file=sys.stderr)
@@ -93,10 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def program() -> None:
         if runs := options.compare or options.ensemble:
-            part = comparison if options.compare else ensemble
+            part = comparison.compare if options.compare else comparison.ensemble
             output = options.output or Path("comparison" if options.compare else "ensemble")
             require_writable(output)
-            print(part.write(output, unique_names(runs)), f"written to {output}", sep="\n")
+            print(part(output, unique_names(runs)), f"written to {output}", sep="\n")
         else:
             distributed.setup_process()
             (predict if options.predict else evaluate)(options)
@@ -114,7 +111,8 @@ def unread_options(options: argparse.Namespace) -> str | None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """One run, from its folder to its report."""
+    """One run, from its folder to its report. Collective."""
+    # Load the run and its data.
     distributed.init_process_group()
     with distributed.raise_on_all_ranks():
         context = load_run(
@@ -127,89 +125,105 @@ def evaluate(options: argparse.Namespace) -> None:
         if options.export == "onnx":
             models.export.require_onnx()
         settings = robustness.parse(options.degrade or (), context.box)
+        degradations = robustness.degradations(context.box, *settings)
         output = options.output or context.run / "evaluation"
         require_writable(output)
-    clock = report.Stopwatch(context.accelerator.print)
-    with distributed.raise_on_all_ranks():
-        rows = forward_pass(context)
-    predictions = context.predictions(*context.gather(*rows))
+    network, clock = context.network, report.Stopwatch(context.accelerator.print)
+
+    # Predict and measure: each process takes its share of the seeds.
+    predictions = context.predict()
     clock.lap("forward pass")
-    degraded = None
+    degraded, changed, spectra = None, None, None
     if options.degrade is not None:
-        kinds = robustness.degradations(context.box, *settings)
-        with distributed.raise_on_all_ranks():
-            rows = robustness.measure(context.network, context.slices(context.seeds), kinds)
-        degraded = context.gather(*rows)[1]
+        slices = context.slices(context.seeds)
+        degraded = context.collect(lambda: robustness.measure(network, slices, degradations))
         clock.lap("degradation")
-    measured = None if options.quick else measure(context, clock)
+    bands = interventions.Bands.logarithmic(context.box.size)
+    if not options.quick:
+        every = context.slices(context.seeds)
+        changed = context.collect(lambda: interventions.measure(network, every, bands, context.box))
+        clock.lap("interventions")
+        spectra = measure_spectra(context)
+        clock.lap("spectra")
     if not context.accelerator.is_main_process:
         return
-    results: dict[str, Any] = context.describe() | summary.summarize(predictions)
+
+    # Conclude and write: on the main process.
+    results = context.describe() | statistics.summarize(predictions)
     if context.trained.is_calibrated:
         threshold = context.trained.calibration.threshold
-        results["calibrated"] = summary.at_threshold(predictions, threshold)
-    clock.lap("metrics")
-    if measured is not None:
-        results |= full_report.analyse(predictions, measured)
-        results["saliency"] = saliency.saliency_of_extremes(
-            context.network, predictions, context.slices_of_seed
-        )
-        clock.lap("analysis")
+        results["calibrated"] = statistics.at_threshold(predictions, threshold)
     if degraded is not None:
-        results["degradation"] = robustness.summarize(predictions, degraded, kinds, *settings)
+        results["degradation"] = robustness.summarize(predictions, degraded[1], degradations, *settings)
+    if changed is not None and spectra is not None:
+        results |= interventions.summarize(context.predictions(*changed[:2]), changed[2:], bands, context.box)
+        results |= compare_spectra(predictions, spectra, results["interventions"])
+        results["saliency"] = saliency.saliency_of_extremes(network, predictions, context.slices_of_seed)
     results |= {"warnings": warnings(results), "findings": findings(results)}
+    clock.lap("conclusions")
     write(context, options, output, predictions, results, clock)
 
 
-def forward_pass(context: EvaluationContext) -> tuple[Any, Any]:
-    """Sample ids and logits (slices,) of this rank's share of the evaluated slices."""
-    ids, logits = [], []
-    with torch.inference_mode():
-        for batch in context.slices(context.seeds):
-            ids.append(batch.ids)
-            logits.append(
-                context.network(batch.images, batch.axes).float()
-            )  # remains on the device: nothing waits for it
-    return torch.cat(ids).numpy(), torch.cat(logits).cpu().double().numpy()
+@dataclass(frozen=True)
+class Spectra:
+    """Spectra of the test seeds and, where the training's file exists, of the training seeds."""
+
+    partitions: Partitions
+    ceilings: dict[str, classifiers.Ceiling]
+    test: SimulationSpectra
+    train: SimulationSpectra | None
+    same_file: bool
+    """Whether both are different seeds of one file."""
+    newton_augmentation: float
 
 
-def measure(context: EvaluationContext, clock: report.Stopwatch) -> full_report.Measurements:
-    """What the full report is computed from. Collective."""
-    box, partitions = context.box, Partitions(context.box)
-    bands = Bands.logarithmic(box.size)
-    with distributed.raise_on_all_ranks():
-        rows = interventions.measure(context.network, context.slices(context.seeds), bands, box)
-    ids, table = context.gather(*rows)
-    clock.lap("interventions")
+def measure_spectra(context: EvaluationContext) -> Spectra:
+    """Spectra of training and test seeds, with the likelihood ratios of test slices. Collective."""
+    partitions = Partitions(context.box)
 
-    def spectra(seeds: range, file: datasets.CubeFile, limits: dict[str, Ceiling]) -> SimulationSpectra:
+    def measure(
+        seeds: range, file: datasets.CubeFile, ceilings: dict[str, classifiers.Ceiling]
+    ) -> SimulationSpectra:
+        batches, fields = context.slices(seeds, file), context.fields(seeds, file)
         with distributed.raise_on_all_ranks():
-            batches, fields = context.slices(seeds, file), context.fields(seeds, file)
-            rows = simulation_spectra.measure(partitions, batches, fields, limits)
-        slices = context.gather(rows.slice_ids, rows.slice_table)
-        cubes = context.gather(rows.cube_numbers, rows.cube_table)
-        gathered = simulation_spectra.Rows(*slices, *cubes)
-        return SimulationSpectra.from_rows(partitions, gathered, list(limits))
+            slices, cubes = simulation_spectra.measure(partitions, batches, fields, ceilings)
+        rows = context.gather(*slices), context.gather(*cubes)
+        return SimulationSpectra.from_rows(partitions, *rows, ceilings)
 
-    train, limits, file = None, {}, context.training_file
-    if file is None:
+    train, ceilings = None, {}
+    if context.training_file is None:
         context.accelerator.print("no baselines and ceilings: the data file of the training is missing")
     else:
-        train = spectra(context.train_seeds, file, {})
-        limits = information.fit_ceilings(partitions, train)
-    test = spectra(context.seeds, context.cubes, limits)
-    clock.lap("spectra")
-    return full_report.Measurements(
-        bands=bands,
-        changed=context.predictions(ids, table[:, 0]),
-        table=table,
-        partitions=partitions,
-        test=test,
-        train=train,
-        limits=limits,
-        same_file=context.same_file,
-        newton_augmentation=context.config.data_params.newton_augmentation,
+        train = measure(context.train_seeds, context.training_file, {})
+        ceilings = classifiers.fit_ceilings(partitions, train)
+    test = measure(context.seeds, context.cubes, ceilings)
+    factor = context.config.data_params.newton_augmentation
+    return Spectra(partitions, ceilings, test, train, context.same_file, factor)
+
+
+def compare_spectra(predictions: Predictions, spectra: Spectra, scan: dict[str, Any]) -> dict[str, Any]:
+    """Lattice diagnostics of the cubes, and the network beside classifiers of spectra.
+
+    `scan` are the `interventions`: directions are compared where the network uses them.
+    """
+    partitions, test, train = spectra.partitions, spectra.test, spectra.train
+    grid = Lattice.from_spectra(
+        partitions,
+        [test, train] if spectra.same_file and train is not None else [test],
+        spectra.newton_augmentation,
     )
+    shares = np.array([share["value"] for share in scan["shares"]])
+    results = {
+        "power_spectra": simulation_spectra.summarize(partitions, test),
+        "grid": grid.report(),
+        "direction_dependence": grid.direction_dependence(
+            shares, np.array(scan["edges"]) / partitions.box.fundamental
+        ),
+    }
+    if train is not None:
+        results["baselines"] = classifiers.compare_baselines(predictions, partitions, train, test)
+        results["ceilings"] = classifiers.compare_ceilings(predictions, spectra.ceilings, test)
+    return results
 
 
 def write(
@@ -221,13 +235,14 @@ def write(
     clock: report.Stopwatch,
 ) -> None:
     """Write the report, its figures and predictions, and update the model card."""
-    history = system.read_json_lines(context.run / logger.METRICS_FILE)
-    drawn = figures.of_predictions(predictions, summary.curves(predictions), results, history)
+    drawn = figures.of_predictions(
+        predictions, results, system.read_json_lines(context.run / logger.METRICS_FILE)
+    )
     if not options.quick:
         drawn |= spectral_figures.of_spectra(results, context.box)
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        style.save(figure, output / name)
+        figures.save(figure, output / name)
     clock.lap("figures")
     report.write_predictions(output / "predictions.h5", predictions)
     results["environment"]["seconds"] = clock.seconds
@@ -253,10 +268,10 @@ def update_model_card(
 def require_writable(output: Path, folder: Path | None = None) -> None:
     """Raise UserError unless `folder`, by default `output` itself, exists or can be made."""
     folder = (folder or output).absolute()
-    found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not found.is_dir() or not os.access(found, os.W_OK):
-        problem = "is not writable" if found.is_dir() else "is not a folder"
-        raise UserError(f"--output {output}: {found} {problem}. Choose another folder.")
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "is not writable" if existing.is_dir() else "is not a folder"
+        raise UserError(f"--output {output}: {existing} {problem}. Choose another folder.")
 
 
 def require_output_file(output: Path, inputs: Sequence[Path]) -> None:
@@ -287,33 +302,24 @@ def unique_names(runs: list[Path]) -> dict[str, Path]:
 
 def predict(options: argparse.Namespace) -> None:
     """Write logits and probabilities of cubes without labels."""
-    run: Path = options.run
     if system.world_size() > 1:
         raise UserError("--predict runs on one process. Start it with python evaluation.py.")
     distributed.init_process_group()
-    config = load_run_config(run)
+    config = load_run_config(options.run)
     cubes = (options.predict, config.data_params.datafile, config.data_params.local_copy)
     require_output_file(options.output, [Path(path) for path in cubes if path is not None])
-    trained = load_network(run, config, options.checkpoint)
+    trained = load_network(options.run, config, options.checkpoint)
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
     units, std = training_units(config, trained)
-    # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.
-    of_cubes = trained.calibration.cubes
     table = unlabelled.predict(
-        trained.to(accelerator.device).eval(),
+        trained.to(accelerator.device),
         options.predict,
         options.output,
-        size=trained.settings.size,
-        channels=trained.settings.channels,
         axes=config.data_params.axes,
         device=accelerator.device,
         std=std,
         units=units,
-        calibration=of_cubes or trained.calibration,
-        calibrated=of_cubes is not None,
     )
-    if of_cubes is None:
-        table += "\nP(GR) is not calibrated: this network has no calibration of cubes on validation seeds."
     print(table, f"written to {options.output}", sep="\n")
 
 

@@ -1,19 +1,21 @@
-"""Several evaluated runs side by side."""
+"""Several evaluated runs side by side: different experiments, or trainings of one experiment."""
 
 from __future__ import annotations
 
 import system
+from system import UserError
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis import figures, report, significance, statistics, style, summary
+from analysis import figures, report, statistics
 from analysis.findings import format_estimate, format_number
-from training.metrics import Predictions
+from training.metrics import Floats, Predictions
 
 COLUMNS = {
     "accuracy": "accuracy",
@@ -23,44 +25,48 @@ COLUMNS = {
     "cube_accuracy": "cube accuracy",
     "cube_auc": "cube AUC",
 }
-
 P_VALUE = "p against chance, adjusted for the number of runs"
+ENSEMBLE_COLUMNS = ("accuracy", "auc", "cube_auc")
+MAY_DIFFER = {  # between trainings of one experiment
+    "model_params.name",
+    "train_params.seed",
+    "train_params.log_dir",
+    "data_params.local_copy",
+    "data_params.cache",
+}
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *rows))
-
-
-def p_values(predictions: Mapping[str, Predictions]) -> dict[str, float] | None:
-    """p-values by run, adjusted for the number of runs; None unless all were evaluated on the same seeds."""
-    members = list(predictions.values())
-    if any(not np.array_equal(members[0].seeds, member.seeds) for member in members):
-        return None
-    wins = [statistics.mann_whitney(*summary.arrays(member)) for member in members]
-    return dict(zip(predictions, significance.max_p_values(wins), strict=True))
-
-
-def write(folder: Path, runs: Mapping[str, Path]) -> str:
+def compare(folder: Path, runs: Mapping[str, Path]) -> str:
     """Write `comparison.json`, `.md`, `.png` and `.pdf` of evaluated runs by name; returns the table.
 
     The p-value tests the slice AUC of each run against chance by exchanging the labels of twins, with the
-    maximum over the runs as statistic (significance.max_p_values). `AUC - first` is the paired difference to
+    maximum over the runs as statistic (statistics.max_p_values). `AUC - first` is the paired difference to
     the first run; a line below the table says why values are blank. Raises UserError for runs without
     evaluation.
     """
-    reports = {name: report.read(run) for name, run in runs.items()}
-    predictions = {name: report.read_predictions(run) for name, run in runs.items()}
-    first_name, first = next(iter(predictions.items()))
-    adjusted = p_values(predictions)
-    results: dict[str, dict[str, Any]] = {}
-    lines: list[list[str]] = []
-    for name, found in reports.items():
-        row = {**found["slices"], **found["cubes"]}
-        if np.array_equal(predictions[name].id, first.id):
-            row["difference"] = summary.difference(predictions[name], first)["auc"]
-        results[name] = row | {"p_value": adjusted[name] if adjusted else None}
-        model, data = found["model"], found["data"]
+    with _damaged_reports():
+        reports, predictions = _read(runs)
+        results, table = _compare(reports, predictions)
+    _write(folder / "comparison", table, results)
+    figures.save(figures.intervals(results, figures.COMPARED), folder / "comparison")
+    return table
+
+
+def _compare(
+    reports: Mapping[str, Mapping[str, Any]], predictions: Mapping[str, Predictions]
+) -> tuple[dict[str, Any], str]:
+    members = list(predictions.values())
+    adjusted: dict[str, float] = {}
+    if all(np.array_equal(members[0].seeds, member.seeds) for member in members):
+        p_values = statistics.max_p_values([member.wins for member in members])
+        adjusted = dict(zip(predictions, p_values, strict=True))
+    first, results, lines = next(iter(reports)), {}, []
+    for name, content in reports.items():
+        row = {**content["slices"], **content["cubes"]}
+        if np.array_equal(predictions[name].id, predictions[first].id):
+            row["difference"] = statistics.difference(predictions[name], predictions[first])["auc"]
+        results[name] = row | {"p_value": adjusted.get(name)}
+        model, data = content["model"], content["data"]
         start, end = data["seeds"]
         lines.append(
             [
@@ -68,23 +74,157 @@ def write(folder: Path, runs: Mapping[str, Path]) -> str:
                 f"{model['architecture']} {model['layer_param']}",
                 f"{Path(data['file']).name}, {start} to {end - 1}, {data['newton_augmentation']:g}",
                 *(format_estimate(row[key]) for key in COLUMNS),
-                format_estimate(row["difference"]) if "difference" in row and name != first_name else "",
+                format_estimate(row["difference"]) if "difference" in row and name != first else "",
                 format_number(adjusted[name]) if adjusted else "",
             ]
         )
     table = markdown(
         ["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", P_VALUE], lines
     )
-    if blank := [name for name in runs if "difference" not in results[name]]:
+    if blank := [name for name in results if "difference" not in results[name]]:
         values = "difference" if adjusted else "difference and no p-value"
         table += (
-            f"\nNo {values} where blank: {', '.join(blank)} and {first_name} were evaluated on other seeds "
-            "or axes. Evaluate all runs on the same seeds (--seeds A:B).\n"
+            f"\nNo {values} where blank: {', '.join(blank)} and {first} were evaluated on other seeds or "
+            "axes. "
+            "Evaluate all runs on the same seeds (--seeds A:B).\n"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    system.write_atomically(folder / "comparison.md", table)
-    system.write_atomically(
-        folder / "comparison.json", json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"
-    )
-    style.save(figures.intervals(results, figures.COMPARED), folder / "comparison")
+    return results, table
+
+
+def ensemble(folder: Path, runs: Mapping[str, Path]) -> str:
+    """Write `ensemble.json` and `ensemble.md` of evaluated runs by name; returns the table.
+
+    Raises UserError for runs without evaluation, and for runs that differ in more than train_params.seed.
+    """
+    with _damaged_reports():
+        reports, predictions = _read(runs)
+        require_one_experiment({name: content["config"] for name, content in reports.items()})
+    first, *others = predictions
+    for name in others:
+        if not np.array_equal(predictions[first].id, predictions[name].id):
+            raise UserError(
+                f"{first} and {name} were evaluated on different slices. Evaluate all runs on the same seeds."
+            )
+    results = summarize_trainings(predictions)
+    mean = results["mean"]
+    rows = {name: map(format_estimate, _columns(row)) for name, row in results["trainings"].items()}
+    rows["mean"] = map(format_estimate, _columns(mean))
+    for what in ("trainings", "seeds"):
+        spreads = (row[f"spread_{what}"] for row in _columns(mean))
+        rows[f"standard deviation over {what}"] = map(format_number, spreads)
+    whole = {**results["ensemble"]["slices"], **results["ensemble"]["cubes"]}
+    rows["ensemble of mean logits"] = map(format_estimate, _columns(whole))
+    table = markdown(["", "accuracy", "AUC", "cube AUC"], [[name, *row] for name, row in rows.items()])
+    _write(folder / "ensemble", table, results)
     return table
+
+
+def require_one_experiment(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError unless the configurations, by run, differ only in train_params.seed."""
+    if len(configs) < 2:
+        raise UserError("--ensemble: one run is no ensemble. Give two or more runs.")
+    first, *others = configs
+    settings = {
+        name: {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+        for name, config in configs.items()
+    }
+    seeds = {settings[first]["train_params.seed"]: first}
+    for name in others:
+        for key in sorted({*settings[first], *settings[name]} - MAY_DIFFER):
+            values = [settings[run].get(key) for run in (first, name)]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"{first} and {name} differ in {key}: {values[0]} and {values[1]}. "
+                    "Give runs that differ only in train_params.seed."
+                )
+        same = seeds.setdefault(settings[name]["train_params.seed"], name)
+        if same != name:
+            raise UserError(
+                f"{same} and {name} have the same train_params.seed {settings[name]['train_params.seed']}. "
+                "Train with different seeds."
+            )
+
+
+def summarize_trainings(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Metrics of the trainings, their mean and spreads, and the ensemble: the mean logit of each slice.
+
+    Of each of ENSEMBLE_COLUMNS: the `mean` over trainings with its 95 % interval over seeds;
+    `spread_trainings`, the standard deviation between trainings; `spread_seeds`, the standard error of the
+    mean from the delete-one-seed jackknife.
+    """
+    members = list(predictions.values())
+    without = [_without_each_seed(member) for member in members]
+    rows = {}
+    for metric in ENSEMBLE_COLUMNS:
+        values = np.array([row[metric][0] for row in without])
+        leave_one_out = np.mean([row[metric][1] for row in without], axis=0)
+        seeds = len(leave_one_out)
+        scatter = np.sum((leave_one_out - leave_one_out.mean()) ** 2)
+        rows[metric] = {
+            **statistics.jackknife(float(values.mean()), leave_one_out),
+            "spread_trainings": float(values.std(ddof=1)),
+            "spread_seeds": float(np.sqrt((seeds - 1) / seeds * scatter)),
+        }
+    return {
+        "trainings": {name: statistics.headline(member) for name, member in predictions.items()},
+        "mean": rows,
+        "ensemble": statistics.summarize(mean_logits(members)),
+    }
+
+
+def mean_logits(members: Sequence[Predictions]) -> Predictions:
+    """The ensemble: the mean logit of each slice."""
+    return members[0].with_logits(np.mean([member.logit for member in members], axis=0))
+
+
+def _without_each_seed(predictions: Predictions) -> dict[str, tuple[float, Floats]]:
+    """Value of each of ENSEMBLE_COLUMNS, and its values without each seed."""
+    right, count = (
+        statistics.per_seed(predictions, values)
+        for values in ((predictions.logit > 0) == (predictions.label == 1), np.ones(len(predictions)))
+    )
+    return {
+        "accuracy": (
+            float(right.sum() / count.sum()),
+            (right.sum() - right) / (count.sum() - count),
+        ),
+        "auc": statistics.leave_one_out_auc(predictions.wins),
+        "cube_auc": statistics.leave_one_out_auc(statistics.cube_wins(predictions.cube_logits)),
+    }
+
+
+@contextmanager
+def _damaged_reports() -> Iterator[None]:
+    """Whatever fails within is a UserError: the reports may come from another version."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"a report is damaged, or of an earlier version ({type(error).__name__}: {str(error)[:200]}). "
+            "Evaluate the runs again: evaluation.py RUN"
+        ) from error
+
+
+def _read(runs: Mapping[str, Path]) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions]]:
+    return (
+        {name: report.read(run) for name, run in runs.items()},
+        {name: report.read_predictions(run) for name, run in runs.items()},
+    )
+
+
+def _columns(row: Mapping[str, Any]) -> Iterator[Any]:
+    return (row[key] for key in ENSEMBLE_COLUMNS)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def _write(path: Path, table: str, results: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    system.write_atomically(path.with_name(f"{path.name}.md"), table)
+    text = json.dumps(report.to_json(results), indent=1, allow_nan=False) + "\n"
+    system.write_atomically(path.with_name(f"{path.name}.json"), text)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import system
 from system import UserError
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,14 @@ from numpy.typing import NDArray
 import datasets
 import models
 from analysis.power_spectrum import Box
+from analysis.statistics import MIN_SEEDS
 from models import export
-from training import checkpoint, logger, metrics
+from training import checkpoint, distributed, metrics
 from training.config import Config, check_same_settings, load_config
-
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from training.metrics import Floats, Integers
+from training.run import TrainState, describe_selection
 
 ROWS = 64  # slices per batch; divides the number of slices of every cube, so no batch mixes cubes
-MIN_SEEDS = 3  # a jackknife over seeds needs at least this many
-
-
-@dataclass(frozen=True)
-class TrainingHistory:
-    """Where a network lies in its training; epochs and steps since the first one."""
-
-    first_epoch: int
-    """Epoch at which the training had ended before it was extended; 0 if it was not extended before."""
-    finished: bool
-    """Whether a training ended with it; it may have been extended since."""
-    newest: bool
-    """Whether no later checkpoint exists."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +45,8 @@ class EvaluationContext:
     seeds: range
     training_file: datasets.CubeFile | None
     """The file of the training, if it still exists."""
-    history: TrainingHistory
-    """Where the network lies in its training."""
+    selection: dict[str, Any]
+    """What selected the network (`describe_selection`)."""
 
     @property
     def train_seeds(self) -> range:
@@ -121,10 +107,31 @@ class EvaluationContext:
         """Logits (slices,) with the seed, label and place of each slice."""
         return metrics.Predictions.from_ids(ids, logits, self.cubes.size)
 
-    def gather(self, ids: Integers, rows: Floats) -> tuple[Integers, Floats]:
-        """Ids (n,), ascending, and `rows` (n, ...) of all ranks. Collective."""
-        tensors = metrics.gather_by_id(self.accelerator, torch.from_numpy(ids), torch.from_numpy(rows))
-        return tensors[0].numpy(), tensors[1].numpy()
+    def predict(self) -> metrics.Predictions:
+        """Logits of all slices of `seeds`. Collective."""
+
+        def forward() -> tuple[NDArray[Any], NDArray[Any]]:
+            ids, logits = [], []
+            with torch.inference_mode():
+                for batch in self.slices(self.seeds):
+                    ids.append(batch.ids)
+                    logits.append(
+                        self.network(batch.images, batch.axes).float()
+                    )  # nothing waits for the device
+            return torch.cat(ids).numpy(), torch.cat(logits).cpu().double().numpy()
+
+        return self.predictions(*self.collect(forward))
+
+    def collect(self, measure: Callable[[], Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:
+        """What `measure` returns on all ranks, sample ids and columns, ordered by id. Collective."""
+        with distributed.raise_on_all_ranks():
+            columns = measure()
+        return self.gather(*columns)
+
+    def gather(self, ids: Integers, *columns: NDArray[Any]) -> list[NDArray[Any]]:
+        """Ids (n,), ascending, and columns (n, ...) of all ranks. Collective."""
+        tensors = (torch.from_numpy(column) for column in (ids, *columns))
+        return [column.numpy() for column in metrics.gather_by_id(self.accelerator, *tensors)]
 
     def describe(self) -> dict[str, Any]:
         """What is evaluated and how: the descriptive sections of report.json."""
@@ -157,42 +164,8 @@ class EvaluationContext:
                 "torch": torch.__version__,
             },
             "config": self.config.to_dict(),
-            "selection": self.describe_selection(),
+            "selection": self.selection,
         } | ({"transfer": transfer} if differ else {})
-
-    def describe_selection(self) -> dict[str, Any]:
-        """What selected this network and on which seeds.
-
-        `by_hand`: the part of `criteria` that a person chose by, who knew the results on `seeds`.
-        `evaluated`: some of `seeds` are evaluated. `finished`: the network is that at the end of a training.
-        """
-        data, params = self.config.data_params, self.config.train_params
-        automatic, by_hand = [], []
-        if params.early_stopping is not None:
-            automatic.append(f"early stopping after {params.early_stopping} evaluations without improvement")
-        if self.checkpoint == "best":
-            automatic.append("the lowest loss of all checkpoints")
-        if study := find_sweep(self.run):
-            trials = len(list(self.run.parent.glob(f"{study}-[0-9][0-9][0-9]")))
-            automatic.append(f"a sweep of {trials} trials ({study})")
-        if self.checkpoint.isdigit() and not self.history.newest:
-            by_hand.append(f"a choice of the checkpoint of step {self.checkpoint} by hand")
-        if self.history.first_epoch:
-            by_hand.append(f"an extension of the training after its end at epoch {self.history.first_epoch}")
-        sets = {"validation" if data.validation_range else "test": data.validation_range or data.test_range}
-        if by_hand and (self.history.first_epoch or (self.run / "model").is_dir()):
-            sets["test"] = data.test_range  # evaluated where a training ends
-        seeds = range(next(iter(sets.values())).start, list(sets.values())[-1].stop)
-        same_data = self.training_file is None or self.training_file.path == self.cubes.path
-        return {
-            "criteria": automatic + by_hand,
-            "by_hand": by_hand,
-            "set": " and ".join(sets),
-            "seeds": [seeds.start, seeds.stop],
-            "evaluated": bool((automatic or by_hand) and set(seeds) & set(self.seeds) and same_data),
-            "validation_seeds": data.validation_seeds,
-            "finished": self.history.finished,
-        }
 
 
 def find_sweep(run: Path) -> str | None:
@@ -220,7 +193,7 @@ def load_run(
     selected = select_seeds(seeds, config, allow_training_seeds=allow_training_seeds)
     trained = load_network(run, config, checkpoint_name)
     saved = checkpoint.list_checkpoints(run / "checkpoints")
-    last = next((one for one in reversed(saved) if one.find_problem() is None), None)
+    last = next((item for item in reversed(saved) if item.find_problem() is None), None)
     if last is not None:
         check_same_settings(run, last.config, config.to_dict())
     given = datasets.CubeFile(datafile) if datafile else None
@@ -249,36 +222,57 @@ def load_run(
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     name = checkpoint_name or "final"
-    history = find_history(run, config, trained.config["training"], saved, finished=name == "final")
+    selection = describe_choice(run, config, trained, name, saved)
+    # Unless the evaluated cubes are known to be others, they selected the network if their seeds did.
+    same_data = training_file is None or training_file.path == cubes.path
+    overlap = bool(set(range(*selection["seeds"])) & set(selected))
+    selection["evaluated"] = bool(selection["criteria"]) and overlap and same_data
     return EvaluationContext(
-        run, config, accelerator, trained, network, name, cubes, selected, training_file, history
+        run, config, accelerator, trained, network, name, cubes, selected, training_file, selection
     )
 
 
-def find_history(
+def describe_choice(
     run: Path,
     config: Config,
-    record: Mapping[str, Any],
+    trained: export.TrainedNetwork,
+    name: str,
     saved: Sequence[checkpoint.Checkpoint],
-    *,
-    finished: bool,
-) -> TrainingHistory:
-    """Where the network of training `record` (`step`, `epoch`) lies among the checkpoints `saved` of its run.
+) -> dict[str, Any]:
+    """What selected the network called `name` (`final`, `best`, `last` or a step) and on which seeds.
 
-    `finished`: the network is known to be that of a finished training.
+    `criteria` is None if that is unknown: a network of an earlier version, whose checkpoint is gone.
+    `by_hand`: the part of `criteria` that a person chose by, who knew the results on `seeds`. `finished`: the
+    network is that at the end of a training.
     """
-    step, epoch = record.get("step"), record.get("epoch", 0)
-    same = next((one for one in saved if one.step == step and one.find_problem() is None), None)
-    newest = not any(step is not None and one.step > step for one in saved)
-    if same is not None:
-        state = same.train_state
-        ended = state["epoch"] >= state["target_epoch"] or state["stopped_early"]
-        ended = ended and not state["evaluation_pending"] and state["step_in_epoch"] == 0
-        return TrainingHistory(state["first_epoch"], finished or ended, newest)
-    # Its checkpoint was deleted. With validation seeds, test seeds are evaluated only where a training ends.
-    records = system.read_json_lines(run / logger.METRICS_FILE) if config.data_params.validation_range else []
-    ends = [line["epoch"] for line in records if line["phase"] == "test" and line["epoch"] < epoch]
-    return TrainingHistory(max(ends, default=0), finished, newest)
+    data, step = config.data_params, trained.config.get("training", {}).get("step", 0)
+    record = trained.config.get("selection")
+    if not record:
+        same = (item.train_state for item in saved if item.step == step and item.find_problem() is None)
+        record = next((describe_selection(config, TrainState(**state)) for state in same), {})
+    automatic, by_hand = [], []
+    if patience := record.get("early_stopping"):
+        automatic.append(f"early stopping after {patience} evaluations without improvement")
+    if name == "best":
+        automatic.append("the lowest loss of all checkpoints")
+    if study := find_sweep(run):
+        trials = len(list(run.parent.glob(f"{study}-[0-9][0-9][0-9]")))
+        automatic.append(f"a sweep of {trials} trials ({study})")
+    if name.isdigit() and any(item.step > step for item in saved):
+        by_hand.append(f"a choice of the checkpoint of step {name} by hand")
+    if extended := record.get("extended_at_epoch"):
+        by_hand.append(f"an extension of the training after its end at epoch {extended}")
+    sets = {"validation" if data.validation_range else "test": data.validation_range or data.test_range}
+    if by_hand and (extended or (run / "model").is_dir()):
+        sets["test"] = data.test_range  # evaluated where a training ends
+    return {
+        "criteria": automatic + by_hand if record or automatic else None,
+        "by_hand": by_hand,
+        "set": " and ".join(sets),
+        "seeds": [next(iter(sets.values())).start, list(sets.values())[-1].stop],
+        "validation_seeds": data.validation_seeds,
+        "finished": name == "final" or record.get("finished", False),
+    }
 
 
 def load_run_config(run: Path) -> Config:
@@ -308,8 +302,8 @@ def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool
     if len(seeds) < MIN_SEEDS:
         raise UserError(
             f"seeds {seeds.start}:{seeds.stop}: {len(seeds)} are too few, because the intervals are a "
-            "jackknife "
-            f"over seeds. Choose at least {MIN_SEEDS} with --seeds A:B."
+            "jackknife over seeds. "
+            f" Choose at least {MIN_SEEDS} with --seeds A:B."
         )
     return seeds
 
@@ -327,6 +321,7 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
         std=selected.train_state["std"],
         power=selected.train_state["power"],
         training={"run": run.name, "step": selected.step, "epoch": selected.train_state["epoch"]},
+        selection=describe_selection(config, TrainState(**selected.train_state)),
     )
     trained.network.load_state_dict(selected.tensors("model"))
     return trained.eval()

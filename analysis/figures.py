@@ -1,20 +1,56 @@
-"""Figures of predictions, legible in black and white. Each function returns a matplotlib figure."""
+"""Figures of predictions and trainings, legible in black and white at the width of a journal's column."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import system
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
-from analysis.style import GR, GRAY, NEWTON, WIDTH, styled, subplots
-from training.metrics import Predictions
+from analysis import statistics
+from analysis.statistics import Estimate
+from training.metrics import Floats, Integers, Predictions
 
-Floats = NDArray[np.float64]
-Estimate = Mapping[str, float | None]  # value, low, high: a value and the ends of its 95 % interval
+WIDTH = 3.4  # inches: one column of a journal
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "legend.handlelength": 3.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.w_pad": 0.08,  # inches, so that labels of one panel do not touch the next
+    "figure.dpi": 110,
+    "savefig.dpi": 300,
+    "image.cmap": "gray",
+    "pdf.fonttype": 42,  # text remains text in the PDF
+    "svg.fonttype": "none",
+}
+# distinct in print: dark and light, with different lines and markers
+NEWTON: dict[str, Any] = {"color": "#d08a26", "linestyle": "--", "marker": "o"}
+GR: dict[str, Any] = {"color": "#16365c", "linestyle": "-", "marker": "s"}
+GRAY = "0.55"
+# Without dates, equal results give equal files.
+NO_DATE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+LINES: tuple[dict[str, Any], ...] = (
+    {"color": "#16365c", "linestyle": "-", "marker": "s"},
+    {"color": "#d08a26", "linestyle": "--", "marker": "o"},
+    {"color": "0.45", "linestyle": "-.", "marker": "^"},
+    {"color": "#7c3a6b", "linestyle": ":", "marker": "D"},
+)
+
 Figures = dict[str, Figure]
 History = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
@@ -26,29 +62,59 @@ COMPARED = {  # metrics by which networks are compared: key -> (label, chance le
 }
 
 
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw with STYLE, without changing matplotlib's settings."""
+
+    @wraps(draw)
+    def inside(*arguments: Any, **options: Any) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return inside
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG and PDF beside each other; `path` has no suffix."""
+    with mpl.rc_context(STYLE):
+        for kind, metadata in NO_DATE.items():
+            memory = io.BytesIO()
+            figure.savefig(memory, format=kind, metadata=metadata)
+            system.write_atomically(path.with_name(f"{path.name}.{kind}"), memory.getvalue())
+            figure.set_layout_engine("none")  # the layout of the first file serves the second
+
+
+def subplots(
+    width: float = WIDTH, height: float = 2.6, columns: int = 1, rows: int = 1, **options: Any
+) -> Any:
+    """A figure of `width` by `height` inches with its axes, laid out so that labels fit."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
 @styled
-def roc_and_precision(curves: Mapping[str, Any]) -> Figure:
+def roc_and_precision(predictions: Predictions, estimates: Mapping[str, Estimate]) -> Figure:
     """ROC curve with its 95 % band over seeds, and precision-recall curve, of slices.
 
-    `curves`: `fpr`, `tpr`, `low`, `high`, `recall`, `precision` (points,); `auc`, `average_precision`,
-    `balance`.
+    `estimates`: `auc` and `average_precision`.
     """
     figure, (roc, pr) = subplots(2 * WIDTH, 2.9, columns=2)
-    fpr, tpr = np.asarray(curves["fpr"]), np.asarray(curves["tpr"])
+    curves = statistics.curves(predictions, np.linspace(0, 1, 201))
+    balance = float(predictions.label.mean())
+    fpr, tpr = curves["fpr"], curves["tpr"]
     # At the ends the rate is 0 or 1 by definition, which a score interval takes for a count.
     inside = (tpr > 0) & (tpr < 1)
     roc.fill_between(
         fpr, curves["low"], curves["high"], where=inside, color="0.85", lw=0, label="95 % over seeds"
     )
-    roc.plot(fpr, tpr, color=GR["color"], label=f"AUC = {curves['auc']:.3f}")
+    roc.plot(fpr, tpr, color=GR["color"], label=f"AUC = {estimates['auc']['value']:.3f}")
     roc.plot([0, 1], [0, 1], ":", color=GRAY, label="chance")
     roc.set(
         xlabel="false positive rate", ylabel="true positive rate", title="ROC, GR positive", aspect="equal"
     )
     roc.legend(loc="lower right")
-    area = f"average precision = {curves['average_precision']:.3f}"
+    area = f"average precision = {estimates['average_precision']['value']:.3f}"
     pr.step(curves["recall"], curves["precision"], where="post", color=GR["color"], label=area)
-    pr.axhline(curves["balance"], ls=":", color=GRAY, label=f"chance = {curves['balance']:.2f}")
+    pr.axhline(balance, ls=":", color=GRAY, label=f"chance = {balance:.2f}")
     pr.set(xlabel="recall", ylabel="precision", title="Precision and recall", ylim=(0, 1.02), aspect="equal")
     pr.legend(loc="lower left")
     return figure
@@ -74,7 +140,7 @@ def confusion_matrix(counts: Mapping[str, int]) -> Figure:
 
 
 @styled
-def twins_plot(seeds: Sequence[int] | NDArray[np.int64], newton: Floats, gr: Floats) -> Figure:
+def twins_plot(seeds: Sequence[int] | Integers, newton: Floats, gr: Floats) -> Figure:
     """Mean logits of the cubes of each seed, twins joined by a line, ordered by the mean of both."""
     many = len(seeds) > 40
     figure, axes = subplots(WIDTH if len(seeds) <= 16 else 2 * WIDTH, 2.6)
@@ -197,6 +263,29 @@ def intervals(rows: Mapping[str, Mapping[str, Estimate]], keys: Mapping[str, tup
     return figure
 
 
+@styled
+def learning_curve(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Figure:
+    """One panel per metric: mean with the spread over folds, and the ensemble of trainings.
+
+    `summary`: rows with `train_seeds` and `metrics` {key: {`mean`, `folds`, `ensemble`}}; `titles` names
+    the keys.
+    """
+    figure, axes = subplots(2 * WIDTH, 2.4, columns=len(titles), squeeze=False)
+    seeds = [row["train_seeds"] for row in summary]
+    for panel, (key, title) in zip(axes[0], titles.items(), strict=True):
+        values = [row["metrics"][key] for row in summary]
+        errors = [value["folds"] or 0.0 for value in values]
+        means, ensembles = ([value[name] for value in values] for name in ("mean", "ensemble"))
+        panel.errorbar(seeds, means, errors, **LINES[0], capsize=2, label="mean, spread over folds")
+        panel.plot(seeds, ensembles, **LINES[1], label="ensemble of trainings")
+        panel.axhline(0.5, ls=":", color=GRAY)
+        panel.set(
+            xlabel="training and validation seeds", ylabel=title, ylim=(0.45, 1.02) if "cube" in key else None
+        )
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
 def evaluation_figures(predictions: Predictions) -> Figures:
     """The figures that a training logs after every evaluation."""
     return {
@@ -205,15 +294,13 @@ def evaluation_figures(predictions: Predictions) -> Figures:
     }
 
 
-def of_predictions(
-    predictions: Predictions, curves: Mapping[str, Any], results: Mapping[str, Any], history: History
-) -> Figures:
+def of_predictions(predictions: Predictions, results: Mapping[str, Any], history: History) -> Figures:
     """The figures of predictions, by name."""
     newton, gr = (predictions.logit[predictions.label == label] for label in (0, 1))
     error = results["slices"]["calibration_error"]["value"]
     drawn = {
         "twins": twins_plot(predictions.seeds, *predictions.cube_logits.T),
-        "roc": roc_and_precision(curves),
+        "roc": roc_and_precision(predictions, results["slices"]),
         "confusion": confusion_matrix(results["confusion"]),
         "reliability": reliability_diagram(results["reliability"], error),
         "logits": logit_histogram(newton, gr),

@@ -7,16 +7,17 @@ interval is the size of the effect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from analysis.interventions import LARGE_SCALES
+from analysis.statistics import Estimate
 from datasets.preparation.cosmology import linear_theory_ratio
 
 Results = Mapping[str, Any]
-Estimate = Mapping[str, float | None]
 
 ALPHA = 0.05
 # If ln P_GR/P_N of diagonals and axes differs by up to this share of its mean over directions, it is called
@@ -35,13 +36,27 @@ def format_number(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
-def format_estimate(estimate: Estimate, *, percent: bool = False) -> str:
-    """A value with its 95 % interval, where it has one."""
+def format_estimate(estimate: Mapping[str, Any], *, percent: bool = False, small: float = 1e-3) -> str:
+    """A value with its 95 % interval, where it has one, all with the same decimals.
+
+    Four decimals, or those of four digits of the value if it is above 1; powers of ten if all numbers are
+    below `small`, or one is 10 000 or more.
+    """
     ends = [estimate["value"], estimate.get("low"), estimate.get("high")]
     if ends[0] is None:
         return "undefined"
-    texts = [None if end is None else f"{100 * end:.1f} %" if percent else format_number(end) for end in ends]
-    return f"{texts[0]}" + (f" [{texts[1]}, {texts[2]}]" if None not in texts else "")
+    numbers = ends[:1] if None in ends else ends
+    largest = max(map(abs, numbers))
+    if percent:
+        texts = [f"{100 * number:.1f} %" for number in numbers]
+    elif largest >= 1e4 or 0 < largest < small:
+        texts = [f"{number:.2e}" for number in numbers]
+    else:
+        decimals = 4 if abs(ends[0]) < 1.00005 else 3 - math.floor(math.log10(abs(ends[0])))
+        texts = [
+            f"{round(number, decimals) + 0.0:.{decimals}f}" for number in numbers
+        ]  # + 0.0: no minus zero
+    return texts[0] + (f" [{texts[1]}, {texts[2]}]" if len(texts) > 1 else "")
 
 
 def warnings(results: Results) -> list[str]:
@@ -66,8 +81,7 @@ def warnings(results: Results) -> list[str]:
     if data["newton_augmentation"] != 1:
         lines.append(
             f"Newtonian slices were multiplied by {data['newton_augmentation']:g}: this tests the pipeline, "
-            "not "
-            "gravity."
+            "not gravity."
         )
     return lines
 
@@ -315,6 +329,8 @@ def _degraded(results: Results) -> str:
 
 def _selection(results: Results) -> str:
     selection = results["selection"]
+    if selection["criteria"] is None:
+        return "Selection: unknown. An earlier version trained this network, and its checkpoint is gone."
     if not selection["criteria"] and not selection["finished"]:
         return "Selection: none. This is the network of a training that has not reached its last epoch."
     if not selection["criteria"]:

@@ -1,13 +1,19 @@
-"""Interventions on the modes of slices, and what they do to the logits of a network.
+"""Interventions on the modes of slices, what they do to the logits of a network, and what drives these.
 
 Three kinds: `low_pass` keeps the modes below a wavenumber, `high_pass` those above it, `exchange` gives each
 twin a set of modes of the other. Twins share their initial conditions, so an exchange leaves every slice a
-plausible one; a filter does not. An exchange is therefore the basis of the attribution (attribution.py).
+plausible one; a filter does not. An exchange is therefore the basis of the attribution:
+
+Delta is the mean logit of GR slices minus that of their Newtonian twins. Exchanging the modes of a group
+between twins turns it into Delta'. A network whose logit is a sum over groups has Delta' = Delta - 2 Delta_b,
+where Delta_b is the part of the group, so Delta_b = (Delta - Delta') / 2. The shares Delta_b / Delta of
+groups that partition all modes then sum to one. An interaction of two groups counts half for each of them;
+the remainder comes from interactions of three or more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -15,24 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis import summary
+from analysis import statistics
 from analysis.power_spectrum import Box, mu4, shells, wave_vectors, wavenumber
-from analysis.saliency import Batch, gradient
-from training.metrics import Predictions
+from analysis.saliency import Batch, Network, gradient
+from analysis.statistics import Estimate
+from training.metrics import Floats, Predictions
 
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Network = Callable[..., Tensor]
-
-POSITIONS = 16  # slices per axis of a cube that are changed; neighbouring slices look nearly the same
+POSITIONS = 16  # slices per axis of a cube that are changed; neighboring slices look nearly the same
 PAIRS_PER_BATCH = 16  # bounds the memory
 KINDS = ("low_pass", "high_pass", "exchange")
 LARGE_SCALES = 4  # modes with n up to this are called large scales
 AXES, DIAGONALS = 0.9, 0.6  # mu4 of a slice's mode: above, along a grid axis; below, along a diagonal
 GROUPS = ("mean", "large_scales", "axes", "between", "diagonals")
+DRIVERS = ("mean", "large_scales", "small_scales")
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,12 @@ class Bands:
         rings = np.unique(np.geomspace(1, size // 2 + 1, bands + 1).round())
         return cls(size, (0.0, *(rings - 0.5)[:-1].tolist(), float(np.ceil(size / np.sqrt(2)) + 1)))
 
-    def __len__(self) -> int:
-        return len(self.edges) - 1
-
     @cached_property
     def masks(self) -> Tensor:
         """Which modes of a real transform each band holds: (bands, N, N // 2 + 1)."""
         n = wavenumber(wave_vectors(self.size, 2))
         edges = torch.tensor(self.edges, dtype=n.dtype)[:, None, None]
         return (n >= edges[:-1]) & (n < edges[1:])
-
-    def centres(self, box: Box) -> Floats:
-        """Wavenumbers in the middle of the bands; of the last, up to the Nyquist frequency."""
-        ends = np.minimum(self.edges[1:], box.size / 2 + 0.5)
-        return np.sqrt(ends[:-1] * ends[1:]) * box.fundamental
-
-    def cuts(self, box: Box) -> Floats:
-        """Wavenumbers of the edges between bands: a low pass keeps what is below, a high pass the rest."""
-        return np.array(self.edges[1:-1]) * box.fundamental
 
 
 def group_masks(size: int) -> Tensor:
@@ -87,52 +78,43 @@ def components(slices: Tensor, masks: Tensor) -> Iterator[Tensor]:
         yield torch.fft.irfft2(modes * mask, s=slices.shape[-2:])
 
 
-def exchange(newton: Tensor, gr: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Twin slices (b, C, N, N) that exchanged the modes of one mask at a time."""
+def exchange(newton: Tensor, gr: Tensor, masks: Tensor) -> Iterator[Tensor]:
+    """Twin slices (2 b, C, N, N) that exchanged the modes of one mask at a time, Newtonian ones first."""
     for difference in components(gr - newton, masks):
-        yield newton + difference, gr - difference
+        yield torch.cat([newton + difference, gr - difference])
 
 
-def filter_bands(newton: Tensor, gr: Tensor, masks: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Twin slices (b, C, N, N) below and above each edge between bands: (kind, newton, gr)."""
-    low, low_gr = torch.zeros_like(newton), torch.zeros_like(gr)
-    for part, part_gr in zip(components(newton, masks[:-1]), components(gr, masks[:-1]), strict=True):
-        low, low_gr = low + part, low_gr + part_gr
-        yield "low_pass", low, low_gr
-        yield "high_pass", newton - low, gr - low_gr
+def filter_bands(slices: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slices (b, C, N, N) below and above each edge between bands."""
+    low = torch.zeros_like(slices)
+    for part in components(slices, masks[:-1]):
+        low = low + part
+        yield low, slices - low
 
 
-def columns(bands: Bands) -> dict[str, slice]:
-    """The columns of the table that `measure` returns."""
-    widths = {"none": 1, "low_pass": len(bands) - 1, "high_pass": len(bands) - 1, "exchange": len(bands)}
-    widths |= {"groups": len(GROUPS), "saliency": bands.size // 2}
-    ends = np.cumsum(list(widths.values()))
-    return {name: slice(int(end - widths[name]), int(end)) for name, end in zip(widths, ends, strict=True)}
-
-
-def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) -> tuple[Integers, Floats]:
+def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) -> list[Any]:
     """Logits of POSITIONS slices per axis of each cube, unchanged and after each intervention.
 
-    `batches` come seed by seed, Newtonian cube first. Returns sample ids (slices,) and a table (slices,
-    columns), whose columns `columns` names. The last ones are the power spectrum of d logit / d pixel.
+    `batches` come seed by seed, Newtonian cube first. Returns columns with a row per slice: sample id; the
+    logit unchanged; logits (edges or bands) of each of KINDS; logits (groups) after exchange of each of
+    GROUPS; the power spectrum of d logit / d pixel.
     """
-    ids, rows = [], []
+    rows = []
     groups = group_masks(box.size)
-    for pair_ids, (newton, gr) in _twins(batches, max(1, box.size // POSITIONS)):
-        changed: dict[str, list[Tensor]] = {name: [] for name in columns(bands)}
+    for ids, (newton, gr) in _twins(batches, max(1, box.size // POSITIONS)):
         both = torch.cat([newton, gr])
-        logits_of = partial(network, axes=pair_ids.flatten() // box.size % 3)
+        logits_of = partial(network, axes=ids.flatten() // box.size % 3)
         with torch.no_grad():
-            changed["none"].append(logits_of(both))
-            for kind, low, high in filter_bands(newton, gr, bands.masks):
-                changed[kind].append(logits_of(torch.cat([low, high])))
-            for kind, masks in (("exchange", bands.masks), ("groups", groups)):
-                changed[kind] += [logits_of(torch.cat(pair)) for pair in exchange(newton, gr, masks)]
+            filtered = [list(map(logits_of, pair)) for pair in filter_bands(both, bands.masks)]
+            exchanged, grouped = (
+                [logits_of(slices) for slices in exchange(newton, gr, masks)]
+                for masks in (bands.masks, groups)
+            )
+            logits = [[logits_of(both)], *zip(*filtered, strict=True), exchanged, grouped]
         slopes = shells(box, 2).power(gradient(logits_of, both)[:, 0])
-        logits = torch.stack([column for kind in changed.values() for column in kind], dim=1)
-        ids.append(pair_ids.flatten())
-        rows.append(np.hstack([logits.cpu().double().numpy(), slopes]))
-    return torch.cat(ids).numpy(), np.concatenate(rows)
+        unchanged, *columns = (torch.stack(list(column), dim=1).cpu().double().numpy() for column in logits)
+        rows.append([ids.flatten().numpy(), unchanged[:, 0], *columns, slopes])
+    return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
 def _twins(batches: Iterable[Batch], stride: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -151,25 +133,62 @@ def _twins(batches: Iterable[Batch], stride: int) -> Iterator[tuple[Tensor, Tens
             yield tuple(part[:, start : start + PAIRS_PER_BATCH] for part in pairs)  # type: ignore[misc]
 
 
-def summarize(predictions: Predictions, table: Floats, bands: Bands, box: Box) -> dict[str, Any]:
-    """Metrics by wavenumber of the slices in `table` (slices, columns), unchanged and after each
-    intervention.
+def summarize(
+    unchanged: Predictions, columns: Sequence[Floats], bands: Bands, box: Box
+) -> dict[str, dict[str, Any]]:
+    """Metrics by wavenumber after each of KINDS (`interventions`), and the `attribution` (`attribute`).
 
-    Wavenumbers are in h/Mpc, or in units of the fundamental mode where the box is not known. `saliency` is
-    the share of each ring |n| = 1, ..., N/2 in the power of d logit / d pixel.
+    `columns` are those of `measure` after the unchanged logits. Wavenumbers are in h/Mpc, or in units of the
+    fundamental mode where the box is not known: `edges` of the bands; `cuts` between them, of which a low
+    pass keeps what is below; `centres`, of the last band up to the Nyquist wavenumber. `saliency` is the
+    share of each ring |n| = 1, ..., N/2 in the power of d logit / d pixel, `shares` those of bands in the
+    mean twin difference.
     """
-    places = columns(bands)
+    *filtered, grouped, slopes = columns
+    logits = dict(zip(KINDS, filtered, strict=True))
+    ends = np.minimum(bands.edges[1:], box.size / 2 + 0.5)
     results: dict[str, Any] = {
         "unit": box.unit,
-        "slices": len(predictions),
+        "slices": len(unchanged),
         "edges": np.array(bands.edges) * box.fundamental,
-        "cuts": bands.cuts(box),
-        "centres": bands.centres(box),
-        "none": summary.headline(predictions.with_logits(table[:, 0])),
+        "cuts": np.array(bands.edges[1:-1]) * box.fundamental,
+        "centres": np.sqrt(ends[:-1] * ends[1:]) * box.fundamental,
+        "none": statistics.headline(unchanged),
     }
     for kind in KINDS:
-        found = [summary.headline(predictions.with_logits(column)) for column in table[:, places[kind]].T]
-        results[kind] = {key: [estimates[key] for estimates in found] for key in found[0]}
-    slopes = table[:, places["saliency"]].mean(0) * np.arange(1, box.size // 2 + 1)  # modes grow as n
-    results["saliency"] = slopes / (slopes.sum() or 1.0)  # a network with dead units has no gradient
-    return results
+        rows = [statistics.headline(unchanged.with_logits(column)) for column in logits[kind].T]
+        results[kind] = {key: [row[key] for row in rows] for key in rows[0]}
+    slope = slopes.mean(0) * np.arange(1, box.size // 2 + 1)  # modes grow as n
+    results["saliency"] = slope / (slope.sum() or 1.0)  # a network with dead units has no gradient
+    results["shares"] = shares(*twin_differences(unchanged, logits["exchange"]))[:-1]
+    return {"interventions": results, "attribution": attribute(unchanged, grouped)}
+
+
+def twin_differences(unchanged: Predictions, exchanged: Floats) -> tuple[Floats, Floats]:
+    """Delta (seeds,) and Delta_b (seeds, groups) from logits (slices, groups) after each exchange."""
+    sets = [unchanged, *(unchanged.with_logits(logits) for logits in exchanged.T)]
+    whole, *after = (np.subtract(*predictions.cube_logits.T[::-1]) for predictions in sets)
+    return whole, (whole[:, None] - np.stack(after, axis=1)) / 2
+
+
+def shares(whole: Floats, parts: Floats) -> list[Estimate]:
+    """Delta_b / Delta of each group, with paired jackknife intervals, and last the remainder."""
+    parts = np.column_stack([parts, whole - parts.sum(1)])
+    return [statistics.ratio_estimate(part, whole, "real") for part in parts.T]
+
+
+def attribute(unchanged: Predictions, exchanged: Floats) -> dict[str, Any]:
+    """Shares of GROUPS and the `remainder`, and the mean twin `difference` Delta in logits.
+
+    `drivers` are the shares of the parts that the first finding compares: `mean`, `large_scales` and
+    `small_scales`, the sum of the three directions. `lead` is the largest of them less the second.
+    `exchanged` (slices, groups) are the logits after the exchange of each group.
+    """
+    whole, parts = twin_differences(unchanged, exchanged)
+    drivers = np.column_stack([parts[:, 0], parts[:, 1], parts[:, 2:].sum(1)])
+    second, first = np.argsort(drivers.sum(0) * np.sign(whole.sum()))[-2:]
+    return dict(zip((*GROUPS, "remainder"), shares(whole, parts), strict=True)) | {
+        "difference": statistics.mean_estimate(whole),
+        "drivers": dict(zip(DRIVERS, shares(whole, drivers), strict=False)),
+        "lead": statistics.ratio_estimate(drivers[:, first] - drivers[:, second], whole, "real"),
+    }

@@ -15,7 +15,7 @@ diagonal, between otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,9 +29,7 @@ from scipy.stats import mannwhitneyu
 from analysis.power_spectrum import (
     ALONG_AXIS,
     ALONG_DIAGONAL,
-    Bools,
     Box,
-    Floats,
     ModeBins,
     directions,
     fold_power,
@@ -39,7 +37,9 @@ from analysis.power_spectrum import (
     planes,
     shell_edges,
 )
-from analysis.statistics import mean_estimate
+from analysis.simulation_spectra import Partitions, SimulationSpectra
+from analysis.statistics import Bools, mean_estimate
+from training.metrics import Floats, Integers
 
 DIRECTIONS = ("axis", "between", "diagonal")
 SIGNIFICANT = 5.0  # standard errors
@@ -87,6 +87,23 @@ class Lattice:
         seeds = len(self.power)
         if seeds < 2:
             raise ValueError(f"found {seeds} seed with both gravities; errors from twins need at least 2")
+
+    @classmethod
+    def from_spectra(
+        cls, partitions: Partitions, spectra: Sequence[SimulationSpectra], newton_augmentation: float
+    ) -> Lattice:
+        """From the cubes of several sets of seeds, without `newton_augmentation`."""
+        factor = np.array([newton_augmentation, 1.0])
+        power, plane_power = (
+            np.concatenate([part.cubes[name] for part in spectra]) for name in ("directional", "planes")
+        )
+        return cls(
+            partitions.cubes["directional"],
+            power / factor[:, None] ** 2,
+            partitions.cubes["planes"],
+            plane_power,
+            np.concatenate([part.cube_means for part in spectra]) / factor,
+        )
 
     def report(self) -> dict[str, Any]:
         """The `grid` section of report.json.
@@ -316,7 +333,7 @@ class Lattice:
         return self._used & (self.bins.mu4 <= ALONG_DIAGONAL)
 
     @cached_property
-    def _shell(self) -> NDArray[np.int64]:
+    def _shell(self) -> Integers:
         return np.digitize(self.bins.n, shell_edges(self.bins.box.size, self.bins.dimensions))
 
     @cached_property

@@ -31,12 +31,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+from analysis.statistics import Bools
+from training.metrics import Floats
 
 ALONG_AXIS = 0.9  # mu4 above this: along a grid axis
 ALONG_DIAGONAL = 0.45  # mu4 of cube modes up to this: along a diagonal
@@ -47,10 +46,6 @@ _DIRECTIONS = {
     2: [(3 + np.cos(np.radians(4 * angle))) / 4 for angle in (36, 27, 18, 9)],
     3: [0.38, ALONG_DIAGONAL, 0.54, 0.63, 0.75, ALONG_AXIS],
 }
-
-NO_POWER = (
-    "The power spectra of the training slices are zero: their cubes are constant. Evaluate on other data."
-)
 
 # Single precision leaves a relative error of some 1e-7 in amplitude, 1e-14 in power, on every mode.
 _NEGLIGIBLE = 1e-12

@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis import statistics, summary
+from analysis import statistics
 from analysis.power_spectrum import Box, wave_vectors, wavenumber
-from analysis.saliency import Batch
-from training.metrics import Predictions
+from analysis.saliency import Batch, Network
+from training.metrics import Floats, Integers, Predictions
 
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Network = Callable[..., Tensor]
 Degradation = Callable[[Tensor, int], Tensor]
 """Slices (b, C, N, N) and a seed -> degraded slices."""
 
@@ -111,10 +107,10 @@ def summarize(
     predictions: Predictions, logits: Floats, kinds: Iterable[str], smoothing: float, noise: float
 ) -> dict[str, Any]:
     """Metrics under each degradation, and the AUC it costs (`change`, with paired intervals)."""
-    wins = statistics.mann_whitney(*summary.arrays(predictions))
-    results: dict[str, Any] = {"smoothing": smoothing, "noise": noise, "none": summary.headline(predictions)}
+    none = statistics.headline(predictions)
+    results: dict[str, Any] = {"smoothing": smoothing, "noise": noise, "none": none}
     for kind, column in zip(kinds, logits.T, strict=True):
         degraded = predictions.with_logits(column)
-        change = statistics.auc_difference(statistics.mann_whitney(*summary.arrays(degraded)), wins)
-        results[kind] = summary.headline(degraded) | {"change": change}
+        change = statistics.auc_difference(degraded.wins, predictions.wins)
+        results[kind] = statistics.headline(degraded) | {"change": change}
     return results

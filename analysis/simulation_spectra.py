@@ -6,46 +6,37 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis import ceilings
 from analysis.power_spectrum import Box, ModeBins, cube_partitions, slice_partitions, spectra
 from analysis.saliency import Batch
+from analysis.statistics import Estimate, ratio_estimate
+from training.metrics import Floats, Integers
 
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from analysis.classifiers import Ceiling
 
 PER_SLICE = ("isotropic", "directional")  # partitions of which the spectrum of every slice is kept
 
 
 @dataclass(frozen=True)
 class Partitions:
-    """The partitions of the modes of slices and of cubes."""
+    """The partitions of the modes of slices and of cubes, by name."""
 
     box: Box
 
     @cached_property
     def slices(self) -> dict[str, ModeBins]:
-        """Of slices, by name."""
+        """Those of slices."""
         return slice_partitions(self.box)
 
     @cached_property
     def cubes(self) -> dict[str, ModeBins]:
-        """Of cubes, by name."""
+        """Those of cubes."""
         return cube_partitions(self.box)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one rank measured: a row per slice by sample id, and a row per cube by number 2 * seed + label."""
-
-    slice_ids: Integers
-    slice_table: Floats
-    cube_numbers: Integers
-    cube_table: Floats
 
 
 @dataclass(frozen=True)
@@ -54,32 +45,31 @@ class SimulationSpectra:
 
     id: Integers
     slices: dict[str, Floats]
-    """P(k) (slices, bins) by partition."""
+    """P(k) (slices, bins) by partition, for those of PER_SLICE."""
+    likelihood_ratios: dict[str, Floats]
+    """Lambda of slices in nats, (slices,) by ceiling."""
     slice_means: dict[str, Floats]
     """Mean P(k) of the slices of each cube, (seeds, 2, bins) by partition, Newton first."""
     cubes: dict[str, Floats]
     """P(k) of each cube, (seeds, 2, bins) by partition, Newton first."""
     cube_means: Floats
     """Mean of each cube, (seeds, 2)."""
-    likelihood_ratios: dict[str, Floats]
-    """Lambda of slices in nats, (slices,) by ceiling."""
 
     @classmethod
-    def from_rows(cls, partitions: Partitions, rows: Rows, limits: Sequence[str] = ()) -> SimulationSpectra:
-        """The spectra in the rows of all ranks; `limits` are the names of the ceilings given to `measure`."""
-        widths = [len(partitions.slices[name]) for name in PER_SLICE]
-        *power, ratios = _split(rows.slice_table, [*widths, len(limits)])
-        table = rows.cube_table.reshape(-1, 2, rows.cube_table.shape[1])
-        widths = [len(bins) for bins in (*partitions.slices.values(), *partitions.cubes.values())]
-        *blocks, means = _split(table, [*widths, 1])
-        names = len(partitions.slices)
+    def from_rows(
+        cls, partitions: Partitions, slices: Sequence[Any], cubes: Sequence[Any], ceilings: Iterable[str]
+    ) -> SimulationSpectra:
+        """From the rows of `measure`, ordered by id; `ceilings` are the names of those given to it."""
+        ids, *power = slices
+        _, means, *table = (rows.reshape(len(cubes[0]) // 2, 2, *rows.shape[1:]) for rows in cubes)
+        names, kept = list(partitions.slices), len(PER_SLICE)
         return cls(
-            id=rows.slice_ids,
-            slices=dict(zip(PER_SLICE, power, strict=True)),
-            slice_means=dict(zip(partitions.slices, blocks[:names], strict=True)),
-            cubes=dict(zip(partitions.cubes, blocks[names:], strict=True)),
-            cube_means=means[..., 0],
-            likelihood_ratios=dict(zip(limits, ratios.T, strict=True)),
+            id=ids,
+            slices=dict(zip(PER_SLICE, power[:kept], strict=True)),
+            likelihood_ratios=dict(zip(ceilings, power[kept:], strict=True)),
+            slice_means=dict(zip(names, table[: len(names)], strict=True)),
+            cubes=dict(zip(partitions.cubes, table[len(names) :], strict=True)),
+            cube_means=means,
         )
 
 
@@ -87,32 +77,48 @@ def measure(
     partitions: Partitions,
     batches: Iterable[Batch],
     fields: Iterable[tuple[int, Tensor]],
-    limits: Mapping[str, ceilings.Ceiling] | None = None,
-) -> Rows:
+    ceilings: Mapping[str, Ceiling],
+) -> tuple[list[Any], list[Any]]:
     """Spectra of the slices in `batches` and of their cubes `fields`, (N, N, N) by number 2 * seed + label.
 
-    Of several channels the first counts. `limits` are the ceilings whose likelihood ratios are computed.
+    Returns columns with a row per slice (sample id, spectra of PER_SLICE, likelihood ratios of `ceilings`)
+    and with a row per cube (number, mean, mean spectra of its slices, spectra). Of several channels the
+    first counts.
     """
-    ids, rows = [], []
-    sums: dict[int, Floats] = {}
+    slice_rows, cube_rows = [], []
+    sums: dict[int, list[Floats]] = {}
     counts: Counter[int] = Counter()
     for batch in batches:
         power = spectra(batch.images[:, 0], partitions.slices)
         cube = int(batch.ids[0]) // (3 * partitions.box.size)
-        sums[cube] = sums.get(cube, 0) + np.concatenate([values.sum(0) for values in power.values()])
+        totals = [values.sum(0) for values in power.values()]
+        sums[cube] = [a + b for a, b in zip(sums[cube], totals, strict=True)] if cube in sums else totals
         counts[cube] += len(batch.ids)
-        ratios = [limit.slices(power[limit.slices.partition])[:, None] for limit in (limits or {}).values()]
-        ids.append(batch.ids.numpy())
-        rows.append(np.hstack([*(power[name] for name in PER_SLICE), *ratios]))
-    numbers, cube_rows = [], []
+        ratios = [ceiling.slices(power[ceiling.slices.partition]) for ceiling in ceilings.values()]
+        slice_rows.append([batch.ids.numpy(), *(power[name] for name in PER_SLICE), *ratios])
     for number, field in fields:
         power = spectra(field[None], partitions.cubes)
-        mean = float(field.cpu().double().mean())
-        numbers.append(number)
-        cube_rows.append(np.hstack([sums[number] / counts[number], *(p[0] for p in power.values()), mean]))
-    return Rows(np.concatenate(ids), np.concatenate(rows), np.array(numbers), np.stack(cube_rows))
+        mean = np.float64(field.cpu().double().mean())
+        of_slices = [total / counts[number] for total in sums[number]]
+        cube_rows.append([np.int64(number), mean, *of_slices, *(values[0] for values in power.values())])
+    return (
+        [np.concatenate(column) for column in zip(*slice_rows, strict=True)],
+        [np.stack(column) for column in zip(*cube_rows, strict=True)],
+    )
 
 
-def _split(table: Floats, widths: list[int]) -> list[Floats]:
-    """Blocks of columns of these widths."""
-    return np.split(table, np.cumsum(widths)[:-1], axis=-1)
+def summarize(partitions: Partitions, measured: SimulationSpectra) -> dict[str, Any]:
+    """Mean P(k) of slices by gravity and shell, and the ratio of GR to Newton of slices and of cubes."""
+
+    def ratio(power: Floats) -> list[Estimate]:
+        return [ratio_estimate(gr, newton, "positive") for newton, gr in power.transpose(2, 1, 0)]
+
+    slices = measured.slice_means["isotropic"]
+    newton, gr = slices.mean(0)
+    return {
+        "k": partitions.slices["isotropic"].n * partitions.box.fundamental,
+        "newton": newton,
+        "gr": gr,
+        "ratio": ratio(slices),
+        "cube_ratio": ratio(measured.cubes["isotropic"]),
+    }

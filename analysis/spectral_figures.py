@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from analysis.figures import COMPARED, Estimate, Figures, intervals
+from analysis.figures import COMPARED, GR, GRAY, LINES, NEWTON, WIDTH, Figures, intervals, styled, subplots
 from analysis.power_spectrum import Box
-from analysis.style import GR, GRAY, LINES, NEWTON, WIDTH, styled, subplots
+from analysis.statistics import Estimate
+from training.metrics import Floats
 
-Floats = NDArray[np.float64]
 Style = Mapping[str, Any]
 
 # axis perpendicular to a slice -> what its columns and its rows count
@@ -37,7 +36,9 @@ def _wavenumber_axis(axes: Axes, box: Box) -> None:
 
 def _line(axes: Axes, k: Floats, estimates: Sequence[Estimate], label: str, style: Style) -> None:
     """Estimates by wavenumber, with their 95 % intervals as a shade."""
-    value, low, high = (np.array([one[end] for one in estimates], float) for end in ("value", "low", "high"))
+    value, low, high = (
+        np.array([estimate[end] for estimate in estimates], float) for end in ("value", "low", "high")
+    )
     axes.fill_between(k, low, high, color=style["color"], alpha=0.15, lw=0)
     axes.plot(k, value, **style, label=label)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from system import UserError
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.report import write_hdf5
-from models import Calibration
-
-Floats = NDArray[np.float64]
-Network = Callable[..., Tensor]
+from analysis.saliency import Network
+from models.export import TrainedNetwork
+from training.metrics import Floats
 
 ROWS = 64
 SPREAD = (0.5, 2.0)  # standard deviations, relative to the training's, of values in the same units
@@ -113,46 +111,45 @@ def classify(
 
 
 def predict(
-    network: Network,
+    network: TrainedNetwork,
     path: Path,
     output: Path,
     *,
-    size: int,
-    channels: int,
     axes: Sequence[int],
     device: torch.device,
     std: float,
     units: Mapping[str, float | None],
-    calibration: Calibration,
-    calibrated: bool,
 ) -> str:
     """Write the predictions of all cubes in `path` to the HDF5 file `output`; returns a table of them.
 
-    `network` takes slices in the units of the file. `calibrated`: `calibration` was fitted to mean logits of
-    cubes.
+    Data sets: `logits/NAME` (axes, N) of each cube, and the table `cubes` of all. The probability of a cube
+    comes from the mean logit of its slices. `std` and `units` describe the cubes of the training
+    (`read_fields`, `find_fields`).
     """
+    settings, of_cubes = network.settings, network.calibration.cubes
     logits = {
-        name: classify(network, field, axes=axes, channels=channels, device=device)
-        for name, field in read_fields(path, find_fields(path, size, units=units), std=std)
+        name: classify(network, field, axes=axes, channels=settings.channels, device=device)
+        for name, field in read_fields(path, find_fields(path, settings.size, units=units), std=std)
     }
-    found = columns(logits, calibration)
+    means = np.array([values.mean() for values in logits.values()])
+    # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.
+    calibration = of_cubes or network.calibration
+    probabilities = calibration.probability(means).numpy()
+    columns = {f"logits/{name}": values for name, values in logits.items()} | {
+        "cubes/name": np.array([name.encode() for name in logits]),
+        "cubes/mean_logit": means,
+        "cubes/probability": probabilities,
+    }
     attributes = {
         "about": "positive logits: General Relativity; probability: of General Relativity, of each cube",
         "axes": list(axes),
-        "calibrated": calibrated,
+        "calibrated": of_cubes is not None,
         "source": str(path),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_hdf5(output, found, attributes)
-    rows = zip(logits, found["cubes/mean_logit"], found["cubes/probability"], strict=True)
-    return "\n".join(f"/{name}  mean logit {logit:.4f}  P(GR) {share:.4f}" for name, logit, share in rows)
-
-
-def columns(logits: Mapping[str, Floats], calibration: Calibration) -> dict[str, Any]:
-    """The data sets of the output: `logits/NAME` (axes, N) of each cube, and the table `cubes` of all."""
-    means = np.array([values.mean() for values in logits.values()])
-    return {f"logits/{name}": values for name, values in logits.items()} | {
-        "cubes/name": np.array([name.encode() for name in logits]),
-        "cubes/mean_logit": means,
-        "cubes/probability": calibration.probability(means).numpy(),
-    }
+    write_hdf5(output, columns, attributes)
+    rows = zip(logits, means, probabilities, strict=True)
+    lines = [f"/{name}  mean logit {logit:.4f}  P(GR) {share:.4f}" for name, logit, share in rows]
+    if of_cubes is None:
+        lines.append("P(GR) is not calibrated: this network has no calibration of cubes on validation seeds.")
+    return "\n".join(lines)

@@ -30,7 +30,8 @@ from scipy.stats import binomtest, gamma, norm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis import significance, statistics
+from analysis import statistics
+from training.metrics import Predictions
 
 Floats = NDArray[np.float64]
 Truths = dict[str, float]
@@ -171,21 +172,24 @@ NAMES = {
 }
 
 
+def predictions_of(logits: Floats) -> Predictions:
+    """Logits (seeds, 2, slices of a cube), Newton first, as predictions."""
+    seed, label, position = (part.ravel() for part in np.indices(logits.shape))
+    return Predictions(np.arange(logits.size), seed, label, 0 * seed, position, logits.ravel())
+
+
 def simulate(
     network: Network, baseline: Network, seeds: int, slices: int, rng: np.random.Generator
 ) -> dict[str, statistics.Estimate]:
     """Estimates of one simulated report."""
     shared = {"cube": rng.uniform(size=seeds), "slice": rng.normal(size=(seeds, slices))}
     logits, others = (some.sample(shared, rng) for some in (network, baseline))
-    label = np.broadcast_to(np.array([0, 1])[:, None], logits.shape).ravel()
-    seed_index = np.repeat(np.arange(seeds), 2 * slices)
-    found = statistics.slice_estimates(label, logits.ravel(), seed_index)
-    found |= statistics.cube_estimates(logits.mean(2))
+    drawn, baseline_drawn = predictions_of(logits), predictions_of(others)
+    found = statistics.slice_metrics(drawn) | statistics.cube_metrics(drawn.cube_logits)
     estimates = {name: found[key] for key, name in NAMES.items()}
-    value, low, high = statistics.roc_band(label, logits.ravel(), seed_index, np.array([BAND_FPR]))
-    estimates["tpr at fpr 0.2"] = {"value": value[0], "low": low[0], "high": high[0]}
-    differences = statistics.slice_difference(label, logits.ravel(), others.ravel(), seed_index)
-    differences |= statistics.cube_difference(logits.mean(2), others.mean(2))
+    band = statistics.curves(drawn, np.array([BAND_FPR]))
+    estimates["tpr at fpr 0.2"] = {"value": band["tpr"][0], "low": band["low"][0], "high": band["high"][0]}
+    differences = statistics.difference(drawn, baseline_drawn)
     return estimates | {f"difference of {NAMES[key]}": gain for key, gain in differences.items()}
 
 
@@ -193,12 +197,10 @@ def rejections(network: Network, seeds: int, slices: int, rng: np.random.Generat
     """Which tests find, at the 5 % level, that a simulated network distinguishes the gravities."""
     shared = {"cube": rng.uniform(size=seeds), "slice": rng.normal(size=(seeds, slices))}
     logits = network.sample(shared, rng)
-    label = np.broadcast_to(np.array([0, 1])[:, None], logits.shape).ravel()
-    wins = statistics.mann_whitney(label, logits.ravel(), np.repeat(np.arange(seeds), 2 * slices))
     cubes = logits.mean(2)
     right = int(np.sum((cubes > 0) == [False, True]))
     return {
-        "twin swap, slice AUC": significance.swap_p_value(wins) <= LEVEL,
+        "twin swap, slice AUC": statistics.max_p_values([predictions_of(logits).wins])[0] <= LEVEL,
         "McNemar, cubes": statistics.mcnemar_p_value(cubes) <= LEVEL,
         "binomial, cubes, one trial per seed": binomtest(right // 2, seeds, 0.5, "greater").pvalue <= LEVEL,
     }

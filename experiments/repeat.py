@@ -38,10 +38,8 @@ from processes import MAY_CHANGE, ROOT, make_parser, run, start, stop
 from sklearn.metrics import roc_auc_score
 
 import datasets
-from analysis import report, style
-from analysis.comparison import markdown
-from analysis.ensemble import mean_logits
-from analysis.learning_curve import learning_curve
+from analysis import figures, report
+from analysis.comparison import markdown, mean_logits
 from training import metrics
 from training.config import Config, check_same_settings, load_config
 
@@ -123,7 +121,7 @@ def repeat(config: Config, options: argparse.Namespace) -> None:
     text = table(summary, config.data_params.validation_seeds)
     system.write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     system.write_atomically(folder / "summary.md", text)
-    style.save(learning_curve(summary, METRICS), folder / "learning_curve")
+    figures.save(figures.learning_curve(summary, METRICS), folder / "learning_curve")
     print(text, f"written to {folder}", sep="\n")
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis import full_report, information, interventions, simulation_spectra, summary
+from analysis import classifiers, interventions, simulation_spectra, statistics
 from analysis.interventions import Bands
 from analysis.power_spectrum import Box, mu4, wave_vectors, wavenumber
 from analysis.simulation_spectra import Partitions, SimulationSpectra
 from datasets.preparation.cosmology import linear_theory_ratio
+from evaluation import Spectra, compare_spectra
 from training.metrics import Predictions
 
 SIZE = 64
@@ -85,12 +86,12 @@ def label_predictions(ids: Any, logits: Any) -> Predictions:
 
 
 def spectra_of(
-    cubes: dict[int, tuple[Tensor, Tensor]], partitions: Partitions, limits: Any
+    cubes: dict[int, tuple[Tensor, Tensor]], partitions: Partitions, ceilings: Any
 ) -> SimulationSpectra:
     """What one process measures of these cubes."""
     fields = ((2 * seed + label, cube) for seed, pair in cubes.items() for label, cube in enumerate(pair))
-    rows = simulation_spectra.measure(partitions, batches(cubes), fields, limits)
-    return SimulationSpectra.from_rows(partitions, rows, list(limits))
+    rows = simulation_spectra.measure(partitions, batches(cubes), fields, ceilings)
+    return SimulationSpectra.from_rows(partitions, *rows, ceilings)
 
 
 class MatchedFilter(torch.nn.Module):
@@ -109,7 +110,7 @@ class MatchedFilter(torch.nn.Module):
         self.weight = (torch.from_numpy(scale * (1 / newton - 1 / gr)).float()[index]) * mirrored
         self.offset = float(bins.modes @ np.log(gr / newton) / 2)
 
-    def forward(self, slices: Tensor) -> Tensor:
+    def forward(self, slices: Tensor, axes: object = None) -> Tensor:
         """Slices (b, 1, N, N) -> logits (b,)."""
         modes = torch.view_as_real(torch.fft.rfft2(slices[:, 0]))
         return (modes.square().sum(-1) * self.weight).sum((1, 2)) - self.offset
@@ -120,7 +121,6 @@ class Evaluated:
     """What an evaluation of a universe gives."""
 
     predictions: Predictions
-    measured: full_report.Measurements
     results: dict[str, Any]
 
 
@@ -130,28 +130,20 @@ def evaluate(ratio: Ratio, bands: Bands | None = None) -> Evaluated:
     partitions = Partitions(BOX)
     train, test = ({seed: twins(seed, ratio) for seed in seeds} for seeds in (TRAIN, TEST))
     known = spectra_of(train, partitions, {})
-    limits = information.fit_ceilings(partitions, known)
+    ceilings = classifiers.fit_ceilings(partitions, known)
     network = MatchedFilter(known, partitions)
     with torch.no_grad():
         parts = [(batch.ids, network(batch.images)) for batch in batches(test)]
     ids, logits = (torch.cat(column) for column in zip(*parts, strict=True))
     predictions = label_predictions(ids.numpy(), logits.double().numpy())
-    changed_ids, table = interventions.measure(network, batches(test), bands, BOX)
-    order = np.argsort(changed_ids)
-    changed = label_predictions(changed_ids[order], table[order, 0])
-    measured = full_report.Measurements(
-        bands=bands,
-        changed=changed,
-        table=table[order],
-        partitions=partitions,
-        test=spectra_of(test, partitions, limits),
-        train=known,
-        limits=limits,
-        same_file=True,
-        newton_augmentation=1.0,
-    )
-    results = DESCRIPTION | summary.summarize(predictions) | full_report.analyse(predictions, measured)
-    return Evaluated(predictions, measured, results)
+    columns = interventions.measure(network, batches(test), bands, BOX)
+    order = np.argsort(columns[0])
+    ids, unchanged, *changed = (column[order] for column in columns)
+    results = DESCRIPTION | statistics.summarize(predictions)
+    results |= interventions.summarize(label_predictions(ids, unchanged), changed, bands, BOX)
+    spectra = Spectra(partitions, ceilings, spectra_of(test, partitions, ceilings), known, True, 1.0)
+    results |= compare_spectra(predictions, spectra, results["interventions"])
+    return Evaluated(predictions, results)
 
 
 DESCRIPTION: dict[str, Any] = {

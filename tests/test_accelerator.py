@@ -37,7 +37,7 @@ import datasets
 import evaluation
 import trainer
 import training.checkpoint.tensors
-from analysis import style
+from analysis import figures
 from training import metrics
 
 TIME_LIMIT = 120.0  # seconds
@@ -117,7 +117,7 @@ def train(*arguments: str) -> int:
 
 def evaluate(*arguments: str) -> int:
     """Run evaluation.py on three seeds, as few as it takes, without drawing figures; called in a child."""
-    style.save = save_empty
+    figures.save = save_empty
     return evaluation.main([*arguments, "--seeds=1:4", "--allow-training-seeds"])
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
-from analysis.baselines import STRENGTHS, Baseline
+from analysis.classifiers import STRENGTHS, Baseline
 from analysis.power_spectrum import Box, ModeBins, directions, mu4, shells, wave_vectors, wavenumber
 
 Floats = NDArray[np.float64]

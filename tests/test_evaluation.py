@@ -24,9 +24,9 @@ import evaluation
 import models
 import trainer
 from analysis import context as evaluation_context
-from analysis import style
-from analysis.html_report import FIGURES
+from analysis import figures
 from analysis.power_spectrum import wave_vectors, wavenumber
+from analysis.report import FIGURES
 
 ROOT = Path(__file__).parent.parent
 SIZE, BOX = 64, 5120.0
@@ -67,7 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "experiment.yaml").write_text(yaml.safe_dump(sections))
     assert trainer.main([str(folder / "experiment.yaml")]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(style.STYLE, "savefig.dpi", 60)  # faster
+        patch.setitem(figures.STYLE, "savefig.dpi", 60)  # faster
         assert evaluation.main([str(folder / "runs" / "run")]) == 0
     return folder
 
@@ -75,7 +75,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _empty_figures(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn for `home` only: drawing takes most of the time."""
-    monkeypatch.setattr(style, "save", save_empty)
+    monkeypatch.setattr(figures, "save", save_empty)
 
 
 def save_empty(figure: Figure, path: Path) -> None:
@@ -189,8 +189,8 @@ def test_two_processes_give_the_same_numbers(home: Path, results: dict[str, Any]
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"sys.path.append({str(ROOT / 'tests')!r})\n"
-        "import evaluation, test_evaluation; from analysis import style\n"
-        "style.save = test_evaluation.save_empty; sys.exit(evaluation.main())\n"
+        "import evaluation, test_evaluation; from analysis import figures\n"
+        "figures.save = test_evaluation.save_empty; sys.exit(evaluation.main())\n"
     )
     command = [*launch, str(script), str(home / "runs" / "run"), "--output", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
@@ -410,11 +410,26 @@ def test_selection_by_evaluated_test_seeds_is_the_first_line(run: Path, tmp_path
     assert text.startswith("The lowest loss of all checkpoints selected this network on seeds 6 to 10")
     found = json.loads((tmp_path / "out" / "report.json").read_text())["selection"]
     assert (found["set"], found["seeds"], found["evaluated"]) == ("test", [TRAIN, TRAIN + TEST], True)
-    edit_config(run, "train_params", "early_stopping", 3)
+    exported = json.loads((run / "model" / "config.json").read_text())
+    exported["selection"]["early_stopping"] = 3
+    (run / "model" / "config.json").write_text(json.dumps(exported))
     trial = run.rename(run.parent / "study-007")
     (run.parent / "study-sweep.journal").write_text("")
     text = first_lines(trial, tmp_path, capsys)
     assert text.startswith("Early stopping after 3 evaluations without improvement and a sweep of 1 trials")
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_networks_of_earlier_versions_do_not_record_their_selection(
+    checkpoints: bool, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    exported = json.loads((run / "model" / "config.json").read_text())
+    del exported["selection"]
+    (run / "model" / "config.json").write_text(json.dumps(exported))
+    if not checkpoints:
+        shutil.rmtree(run / "checkpoints")
+    text = first_lines(run, tmp_path, capsys)
+    assert ("Selection: none." in text, "Selection: unknown." in text) == (checkpoints, not checkpoints)
 
 
 def test_a_checkpoint_chosen_by_hand_is_no_network_of_a_fixed_number_of_epochs(
@@ -468,7 +483,7 @@ def test_an_extension_after_the_test_is_a_selection_by_it(
     assert text.startswith(f"{expected} on seeds 4 to 10 known, which are evaluated here")
     assert "validation_seeds" not in text
     assert found["set"] == "validation and test"
-    shutil.rmtree(run / "checkpoints")  # metrics.jsonl tells it too
+    shutil.rmtree(run / "checkpoints")  # the exported network records it
     assert first_lines(run, tmp_path, capsys).startswith(expected)
 
 

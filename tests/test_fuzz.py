@@ -347,9 +347,9 @@ def reports(finished: Path, tmp_path: Path, generator: random.Random) -> Iterato
     def attempt(content: bytes) -> None:
         path.write_bytes(content)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(comparison.style, "save", lambda *_: None)
+            monkeypatch.setattr(comparison.figures, "save", lambda *_: None)
             monkeypatch.setattr(comparison.figures, "intervals", lambda *_: None)  # takes long
-            comparison.write(tmp_path / "comparison", {"run": tmp_path / "run"})
+            comparison.compare(tmp_path / "comparison", {"run": tmp_path / "run"})
 
     for content in damaged(finished / "run" / "evaluation" / "report.json", generator):
         yield repr(content[-80:]), lambda content=content: attempt(content)  # type: ignore[misc]

@@ -1,13 +1,16 @@
 """Interventions on modes, and the attribution of the twin difference to them."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pytest
 import simulated_universe as universe
 import torch
 
-from analysis import attribution, interventions
+from analysis import interventions
 from analysis.interventions import Bands
-from analysis.power_spectrum import Box, mu4, wave_vectors, wavenumber
+from analysis.power_spectrum import mu4, wave_vectors, wavenumber
 
 SIZE = universe.SIZE
 BANDS = Bands(SIZE, (0.0, 0.5, *universe.BAND, 64.0))
@@ -21,11 +24,7 @@ def noise(seed: int) -> torch.Tensor:
 def test_bands_partition_all_modes(size: int) -> None:
     bands = Bands.logarithmic(size)
     assert bool((bands.masks.sum(0) == 1).all())
-    assert 8 <= len(bands) <= 14
-    box = Box(size, 1000.0)
-    assert len(bands.centres(box)) == len(bands.cuts(box)) == len(bands) - 1
-    assert np.all(bands.cuts(box)[1:] > bands.centres(box)[:-1])
-    assert np.all(bands.cuts(box) < bands.centres(box))
+    assert 8 <= len(bands.masks) <= 14
 
 
 def test_groups_partition_all_modes_by_scale_and_direction() -> None:
@@ -48,20 +47,20 @@ def test_components_add_up_and_an_exchange_swaps_one_of_them() -> None:
     parts = list(interventions.components(newton, BANDS.masks))
     torch.testing.assert_close(sum(parts), newton, atol=1e-5, rtol=1e-4)
     other = list(interventions.components(gr, BANDS.masks))
-    for band, (changed, changed_gr) in enumerate(interventions.exchange(newton, gr, BANDS.masks)):
+    for band, slices in enumerate(interventions.exchange(newton, gr, BANDS.masks)):
+        changed, changed_gr = slices.chunk(2)
         torch.testing.assert_close(changed, newton - parts[band] + other[band], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(changed_gr, gr - other[band] + parts[band], atol=1e-5, rtol=1e-4)
 
 
 def test_low_and_high_pass_add_up_and_begin_with_the_mean() -> None:
-    newton, gr = noise(0), noise(1)
-    changed = list(interventions.filter_bands(newton, gr, BANDS.masks))
-    assert [kind for kind, *_ in changed] == ["low_pass", "high_pass"] * (len(BANDS) - 1)
-    for (_, low, low_gr), (_, high, high_gr) in zip(changed[::2], changed[1::2], strict=True):
-        torch.testing.assert_close(low + high, newton)
-        torch.testing.assert_close(low_gr + high_gr, gr)
-    mean = newton.mean((2, 3), keepdim=True).expand_as(newton)
-    torch.testing.assert_close(changed[0][1], mean, atol=1e-6, rtol=1e-3)
+    slices = noise(0)
+    changed = list(interventions.filter_bands(slices, BANDS.masks))
+    assert len(changed) == len(BANDS.masks) - 1
+    for low, high in changed:
+        torch.testing.assert_close(low + high, slices)
+    mean = slices.mean((2, 3), keepdim=True).expand_as(slices)
+    torch.testing.assert_close(changed[0][0], mean, atol=1e-6, rtol=1e-3)
 
 
 class GroupPower(torch.nn.Module):
@@ -78,15 +77,19 @@ class GroupPower(torch.nn.Module):
         return (power * self.weights).sum(1)
 
 
-def measure(network: torch.nn.Module) -> tuple[dict[str, attribution.Estimate], list[float]]:
+def summarize(network: torch.nn.Module, batches: Iterable[universe.Batch]) -> dict[str, dict[str, Any]]:
+    columns = interventions.measure(network, batches, BANDS, universe.BOX)
+    order = np.argsort(columns[0])
+    ids, unchanged, *changed = (column[order] for column in columns)
+    predictions = universe.label_predictions(ids, unchanged)
+    return interventions.summarize(predictions, changed, BANDS, universe.BOX)
+
+
+def measure(network: torch.nn.Module) -> tuple[dict[str, Any], list[float]]:
     """Attribution of `network`, and the share of each group in the difference of the twins' variance."""
     cubes = {seed: universe.twins(seed, universe.lattice) for seed in range(3)}
-    ids, table = interventions.measure(network, universe.batches(cubes), BANDS, universe.BOX)
-    order = np.argsort(ids)
-    predictions = universe.label_predictions(ids[order], table[order, 0])
-    assert len(predictions) == 3 * 2 * 3 * interventions.POSITIONS
-    groups = table[order][:, interventions.columns(BANDS)["groups"]]
-    found = attribution.attribute(predictions, predictions.logit, groups)
+    found = summarize(network, universe.batches(cubes))
+    assert found["interventions"]["slices"] == 3 * 2 * 3 * interventions.POSITIONS
     chosen = torch.cat(
         [batch.images[batch.ids % SIZE % 4 == 2] for batch in universe.batches(cubes)]
     ).unflatten(0, (3, 2, -1))[..., 0, :, :]
@@ -94,7 +97,7 @@ def measure(network: torch.nn.Module) -> tuple[dict[str, attribution.Estimate], 
         part.square().mean((2, 3, 4))
         for part in interventions.components(chosen, interventions.group_masks(SIZE))
     ]
-    return found, [float((part[:, 1] - part[:, 0]).mean()) for part in parts]
+    return found["attribution"], [float((part[:, 1] - part[:, 0]).mean()) for part in parts]
 
 
 def test_shares_of_an_additive_network_are_its_parts_and_sum_to_one() -> None:
@@ -113,7 +116,7 @@ def test_the_remainder_measures_interactions() -> None:
     newton, gr = np.zeros(4), np.array([3.0, 4, 5, 4])
     predictions = universe.label_predictions(ids, np.stack([newton, gr], axis=1).ravel())
     exchanged = np.stack([np.stack([newton, gr * factor], axis=1).ravel() for factor in (0.5, -1)], axis=1)
-    first, second, remainder = attribution.shares(predictions, predictions.logit, exchanged)
+    first, second, remainder = interventions.shares(*interventions.twin_differences(predictions, exchanged))
     assert first["value"] == pytest.approx(0.25)
     assert second["value"] == pytest.approx(1)
     assert remainder["value"] == pytest.approx(-0.25)
@@ -132,18 +135,13 @@ def test_the_band_in_which_the_twins_differ_is_found() -> None:
 
     cubes = {seed: plane_band(seed) for seed in range(3)}
     batches = [batch for batch in universe.batches(cubes) if int(batch.ids[0]) // SIZE % 3 == 0]
-    ids, table = interventions.measure(BandPower(), batches, BANDS, universe.BOX)
-    order = np.argsort(ids)
-    predictions = universe.label_predictions(ids[order], table[order, 0])
-    found = interventions.summarize(predictions, table[order], BANDS, universe.BOX)
+    found = summarize(BandPower(), batches)["interventions"]
     whole = found["none"]["auc"]["value"]
-    exchanged = [estimates["value"] for estimates in found["exchange"]["auc"]]
+    exchanged = [estimate["value"] for estimate in found["exchange"]["auc"]]
     assert whole > 0.6
     assert exchanged[2] == pytest.approx(1 - whole, abs=0.01)
     assert [exchanged[band] for band in (0, 1, 3)] == pytest.approx([whole] * 3, abs=1e-3)
     assert found["low_pass"]["auc"][1]["value"] == pytest.approx(0.5, abs=0.01)
-    shares = attribution.shares(
-        predictions, table[order, 0], table[order][:, interventions.columns(BANDS)["exchange"]]
-    )
-    assert [share["value"] for share in shares] == pytest.approx([0, 0, 1, 0, 0], abs=1e-3)
+    assert [share["value"] for share in found["shares"]] == pytest.approx([0, 0, 1, 0], abs=1e-3)
     assert sum(found["saliency"]) == pytest.approx(1)
+    assert np.all(found["cuts"] < found["centres"])

@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from analysis import statistics
 from analysis.statistics import Estimate
+from training.metrics import Predictions
 
 SEEDS, SLICES = 5, 12
 
@@ -29,6 +30,12 @@ def draw(
     logits = cubes + gap * np.array([-0.5, 0.5])[:, None] + rng.normal(0, scatter, (seeds, 2, slices))
     label = np.broadcast_to(np.array([0, 1])[:, None], logits.shape)
     return label.ravel(), logits.ravel(), np.repeat(np.arange(seeds), 2 * slices)
+
+
+def predictions(label: np.ndarray, logit: np.ndarray, seed_index: np.ndarray) -> Predictions:
+    """Slices whose ids, axes and positions do not matter."""
+    zeros = np.zeros_like(seed_index)
+    return Predictions(zeros, seed_index, label, zeros, zeros, logit)
 
 
 def cubes_of(logit: np.ndarray, seeds: int) -> np.ndarray:
@@ -57,12 +64,12 @@ def test_counts_equal_comparing_every_pair(data: tuple[np.ndarray, np.ndarray, n
     expected = [
         [above[np.ix_(cube == a, cube == b)].sum() for b in range(2 * SEEDS)] for a in range(2 * SEEDS)
     ]
-    assert np.array_equal(statistics.mann_whitney(label, logit, seed_index), expected)
+    assert np.array_equal(predictions(label, logit, seed_index).wins, expected)
 
 
 def test_cube_counts_are_those_of_one_slice_per_cube() -> None:
     label, logit, seed_index = draw(np.random.default_rng(2), slices=1)
-    wins = statistics.mann_whitney(label, logit, seed_index)
+    wins = predictions(label, logit, seed_index).wins
     assert np.array_equal(statistics.cube_wins(logit.reshape(SEEDS, 2)), wins)
 
 
@@ -73,7 +80,7 @@ def auc_between_seeds(label: np.ndarray, logit: np.ndarray, seed_index: np.ndarr
 
 
 def test_auc_counts_pairs_of_different_seeds(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    value, without = statistics.leave_one_out_auc(statistics.mann_whitney(*data))
+    value, without = statistics.leave_one_out_auc(predictions(*data).wins)
     assert value == pytest.approx(auc_between_seeds(*data), rel=1e-12)
     for seed in range(SEEDS):
         keep = data[2] != seed
@@ -82,7 +89,7 @@ def test_auc_counts_pairs_of_different_seeds(data: tuple[np.ndarray, np.ndarray,
 
 def test_with_one_seed_the_auc_is_that_of_its_twins() -> None:
     data = draw(np.random.default_rng(3), seeds=1)
-    estimate = statistics.auc_estimate(statistics.mann_whitney(*data))
+    estimate = statistics.auc_estimate(predictions(*data).wins)
     assert estimate["value"] == pytest.approx(sk.roc_auc_score(*data[:2]))
 
 
@@ -108,13 +115,13 @@ def test_values_and_jackknives_equal_recomputing(
     without = [oracle(label[seed_index != seed], logit[seed_index != seed]) for seed in range(SEEDS)]
     scale = "positive" if name == "log_loss" else "rate"
     expected = statistics.jackknife(oracle(label, logit), np.array(without), scale)
-    assert statistics.slice_estimates(*data)[name] == pytest.approx(expected)
+    assert statistics.slice_metrics(predictions(*data))[name] == pytest.approx(expected)
 
 
 def test_calibration_error_compares_probabilities_with_shares() -> None:
     # Two bins: 4 slices of probability 0.75, half of them GR; 2 of probability 0.1, none of them GR.
     logit = np.log(np.array([3, 3, 3, 3, 1 / 9, 1 / 9]))
-    error = statistics.calibration_error(np.array([1, 0, 1, 0, 0, 0]), logit)
+    error = statistics.calibration_error(predictions(np.array([1, 0, 1, 0, 0, 0]), logit, np.arange(6)))
     assert error == pytest.approx((4 * 0.25 + 2 * 0.1) / 6)
 
 
@@ -144,12 +151,14 @@ def test_differences_are_paired() -> None:
     rng = np.random.default_rng(5)
     label, logit, seed_index = draw(rng)
     baseline = logit + rng.normal(0, 0.1, len(logit))
-    found = statistics.slice_difference(label, logit, baseline, seed_index)
-    apart = [statistics.slice_estimates(label, some, seed_index) for some in (logit, baseline)]
+    found = statistics.difference(
+        predictions(label, logit, seed_index), predictions(label, baseline, seed_index)
+    )
+    apart = [statistics.slice_metrics(predictions(label, some, seed_index)) for some in (logit, baseline)]
     for name in ("accuracy", "auc"):
         assert found[name]["value"] == pytest.approx(apart[0][name]["value"] - apart[1][name]["value"])
         assert width(found[name]) < width(apart[0][name]) / 3
-    same = statistics.slice_difference(label, logit, logit, seed_index)
+    same = statistics.difference(*[predictions(label, logit, seed_index)] * 2)
     assert same["auc"] == same["accuracy"] == {"value": 0, "low": 0, "high": 0}
 
 
@@ -167,7 +176,8 @@ def test_the_roc_band_equals_recomputing(data: tuple[np.ndarray, np.ndarray, np.
         x, y, _ = sk.roc_curve(label[keep], logit[keep], drop_intermediate=False)
         return np.interp(fpr, x, y)
 
-    value, low, high = statistics.roc_band(label, logit, seed_index, fpr)
+    curves = statistics.curves(predictions(label, logit, seed_index), fpr)
+    value, low, high = (curves[key] for key in ("tpr", "low", "high"))
     without = np.stack([tpr(seed_index != seed) for seed in range(SEEDS)])
     assert value == pytest.approx(tpr(seed_index >= 0))
     expected = [statistics.jackknife(v, w) for v, w in zip(value, without.T, strict=True)]
@@ -177,7 +187,7 @@ def test_the_roc_band_equals_recomputing(data: tuple[np.ndarray, np.ndarray, np.
 
 def test_bins_of_the_reliability_hold_all_slices() -> None:
     label, logit, seed_index = draw(np.random.default_rng(6), slices=60)
-    rows = statistics.reliability(label, logit, seed_index)
+    rows = statistics.reliability(predictions(label, logit, seed_index))
     assert [row["slices"] for row in rows] == [40] * 15
     assert sum(row["value"] * row["slices"] for row in rows) == pytest.approx(label.sum())
 
@@ -193,10 +203,10 @@ def test_mcnemar_compares_seeds_with_both_twins_right_and_both_wrong() -> None:
 
 
 def test_cube_accuracy_stays_uncertain_where_all_seeds_agree() -> None:
-    split = statistics.cube_estimates(np.array([[1.0, 2.0]] * 8))["cube_accuracy"]
+    split = statistics.cube_metrics(np.array([[1.0, 2.0]] * 8))["cube_accuracy"]
     assert split["value"] == 0.5
     assert width(split) > 0.2
-    right = statistics.cube_estimates(np.array([[-1.0, 2.0]] * 8))["cube_accuracy"]
+    right = statistics.cube_metrics(np.array([[-1.0, 2.0]] * 8))["cube_accuracy"]
     assert (right["value"], right["high"]) == (1, 1)
     assert right["low"] == pytest.approx(stats.binomtest(8, 8).proportion_ci(method="wilson").low)
 
@@ -211,7 +221,7 @@ def test_cubes_that_separate_perfectly_leave_the_auc_uncertain() -> None:
 def test_separation_and_contrast_divide_by_their_scatter() -> None:
     cubes = np.random.default_rng(7).normal([0.0, 1.0], 1, (6, 2))
     difference = cubes[:, 1] - cubes[:, 0]
-    found = statistics.cube_estimates(cubes)
+    found = statistics.cube_metrics(cubes)
     pooled = np.sqrt((cubes[:, 0].var(ddof=1) + cubes[:, 1].var(ddof=1)) / 2)
     assert found["separation"]["value"] == pytest.approx(difference.mean() / difference.std(ddof=1))
     assert found["contrast"]["value"] == pytest.approx(difference.mean() / pooled)
@@ -249,11 +259,9 @@ def test_intervals_stay_in_the_range_and_contain_the_value(kind: str, seeds: int
     for _ in range(10):
         logit, other = (extreme_logits(rng, some, seeds) for some in (kind, rng.choice(KINDS)))
         label, _, seed_index = draw(rng, seeds, 3)
-        found = statistics.slice_estimates(label, logit, seed_index)
-        found |= statistics.cube_estimates(cubes_of(logit, seeds))
-        found |= statistics.headline_estimates(label, logit, seed_index)
-        gains = statistics.slice_difference(label, logit, other, seed_index)
-        gains |= statistics.cube_difference(cubes_of(logit, seeds), cubes_of(other, seeds))
+        network, baseline = (predictions(label, some, seed_index) for some in (logit, other))
+        found = statistics.slice_metrics(network) | statistics.cube_metrics(network.cube_logits)
+        gains = statistics.difference(network, baseline)
         found |= {f"gain in {name}": gain for name, gain in gains.items()}
         json.dumps(found, allow_nan=False)
         for name, estimate in found.items():
@@ -267,7 +275,8 @@ def test_intervals_stay_in_the_range_and_contain_the_value(kind: str, seeds: int
                 assert value - 1e-12 <= high <= ceiling, name
             if seeds < statistics.MIN_SEEDS:
                 assert low is None
-        value, low, high = statistics.roc_band(label, logit, seed_index, np.linspace(0, 1, 5))
+        curves = statistics.curves(network, np.linspace(0, 1, 5))
+        value, low, high = (curves[key] for key in ("tpr", "low", "high"))
         if seeds < statistics.MIN_SEEDS:
             assert np.isnan([low, high]).all()
         else:
@@ -277,7 +286,7 @@ def test_intervals_stay_in_the_range_and_contain_the_value(kind: str, seeds: int
 def test_a_rate_that_no_other_seed_defines_has_no_interval() -> None:
     label, logit, seed_index = draw(np.random.default_rng(9))
     only_first = np.where(seed_index == 0, np.abs(logit), -1.0)  # predicts GR in one seed
-    assert statistics.slice_estimates(label, only_first, seed_index)["precision"]["low"] is None
+    assert statistics.slice_metrics(predictions(label, only_first, seed_index))["precision"]["low"] is None
 
 
 # Coverage
@@ -308,11 +317,120 @@ def test_intervals_contain_the_truth_about_19_times_in_20() -> None:
     for _ in range(400):
         label, logit, seed_index = draw(rng, seeds, slices, gap, shared, own, scatter)
         baseline = logit - (1 - weaker) * gap * (label - 0.5) + rng.normal(0, noise, len(logit))
-        found = statistics.headline_estimates(label, logit, seed_index)
-        found |= statistics.cube_estimates(cubes_of(logit, seeds))
-        gains = statistics.slice_difference(label, logit, baseline, seed_index)
+        network, other = (predictions(label, some, seed_index) for some in (logit, baseline))
+        found = statistics.headline(network) | statistics.cube_metrics(network.cube_logits)
+        gains = statistics.difference(network, other)
         found |= {f"gain in {name}": gain for name, gain in gains.items()}
         for name, truth in truths.items():
             covered[name].append(found[name]["low"] <= truth <= found[name]["high"])
     shares = {name: np.mean(hits) for name, hits in covered.items()}
     assert all(0.92 <= share <= 0.985 for share in shares.values()), shares
+
+
+# Permutation tests
+
+
+def wins_of(label: np.ndarray, logit: np.ndarray, seed_index: np.ndarray) -> np.ndarray:
+    return predictions(label, logit, seed_index).wins
+
+
+def swap_p_value(wins: np.ndarray) -> float:
+    return statistics.max_p_values([wins])[0]
+
+
+def draw_twins(
+    rng: np.random.Generator, seeds: int, gap: float = 0.0, slices: int = 6
+) -> tuple[np.ndarray, ...]:
+    """Labels, logits and seed index; twins share most of the scatter between cubes and between slices."""
+    shared = rng.normal(0, 2, (seeds, 1, 1)) + rng.normal(0, 1, (seeds, 1, slices))
+    own = rng.normal(0, 0.5, (seeds, 2, 1)) + rng.normal(0, 1, (seeds, 2, slices))
+    logits = shared + own + gap * np.array([-0.5, 0.5])[:, None]
+    label = np.broadcast_to(np.array([0, 1])[:, None], logits.shape)
+    return label.ravel(), logits.ravel(), np.repeat(np.arange(seeds), 2 * slices)
+
+
+def test_relabelings_are_all_of_them_up_to_twelve_seeds() -> None:
+    for seeds in (1, 3, 12):
+        found = statistics.relabelings(seeds)
+        assert len(np.unique(found, axis=0)) == len(found) == 2**seeds
+        assert not found[0].any()
+
+
+def test_more_seeds_are_drawn_and_the_identity_counted() -> None:
+    found = statistics.relabelings(13)
+    assert found.shape == (10_001, 13)
+    assert not found[0].any()
+    assert found[1:].mean() == pytest.approx(0.5, abs=0.01)
+    assert np.array_equal(found, statistics.relabelings(13))
+
+
+def test_relabeling_counts_equals_relabeling_slices() -> None:
+    label, logit, seed_index = draw_twins(np.random.default_rng(1), 4)
+    logit = np.round(logit)  # with ties
+    exchanged = statistics.relabelings(4)
+    found = statistics.relabeled_auc(wins_of(label, logit, seed_index), exchanged)
+    for area, some in zip(found, exchanged, strict=True):
+        relabelled = np.where(some[seed_index], 1 - label, label)
+        assert area == statistics.leave_one_out_auc(wins_of(relabelled, logit, seed_index))[0]
+
+
+@pytest.mark.parametrize(("seeds", "smallest"), [(1, 1 / 2), (8, 1 / 2**8), (20, 1 / 10_001)])
+def test_a_clear_signal_has_the_smallest_p_value(seeds: int, smallest: float) -> None:
+    label, _, seed_index = draw_twins(np.random.default_rng(2), seeds)
+    logit = label.astype(np.float64)
+    assert swap_p_value(wins_of(label, logit, seed_index)) == smallest
+    assert swap_p_value(wins_of(label, -logit, seed_index)) == 1  # one-sided
+    assert swap_p_value(wins_of(label, 0 * logit, seed_index)) == 1
+
+
+def test_drawn_relabelings_approximate_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    wins = wins_of(*draw_twins(np.random.default_rng(3), 12, gap=0.3))
+    exact = swap_p_value(wins)
+    monkeypatch.setattr(statistics, "EXACT_SEEDS", 0)
+    assert 0.01 < exact < 0.5
+    assert swap_p_value(wins) == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("seeds", [7, 14])
+def test_p_values_are_uniform_without_a_signal(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+    rng = np.random.default_rng(4)
+    found = np.array([swap_p_value(wins_of(*draw_twins(rng, seeds))) for _ in range(600)])
+    for level in (0.05, 0.25, 0.5, 0.75):
+        # Three standard errors of a share of 600, plus the steps of the p-value.
+        assert np.mean(found <= level) == pytest.approx(
+            level, abs=3 * np.sqrt(level * (1 - level) / 600) + 0.01
+        )
+
+
+def test_the_maximum_of_equal_trials_is_the_trial() -> None:
+    wins = wins_of(*draw_twins(np.random.default_rng(5), 9, gap=0.3))
+    assert statistics.max_p_values([wins, wins]) == [swap_p_value(wins)] * 2
+
+
+def test_the_best_of_many_trials_is_adjusted() -> None:
+    """Six networks without a signal on the same seeds: the best is significant in 5 % of simulations."""
+    rng = np.random.default_rng(6)
+    alone, adjusted = [], []
+    for _ in range(200):
+        label, logit, seed_index = draw_twins(rng, 7)
+        trials = [wins_of(label, logit + rng.normal(0, 3, len(logit)), seed_index) for _ in range(6)]
+        single = [swap_p_value(wins) for wins in trials]
+        together = statistics.max_p_values(trials)
+        assert all(several >= one for one, several in zip(single, together, strict=True))
+        alone.append(min(single) <= 0.05)
+        adjusted.append(min(together) <= 0.05)
+    assert np.mean(alone) > 0.12
+    assert np.mean(adjusted) == pytest.approx(0.05, abs=0.04)
+
+
+def test_trials_of_different_scatter_have_the_same_weight() -> None:
+    """A trial whose AUC is uncertain must not drown the faint signal of one whose AUC is precise."""
+    rng = np.random.default_rng(7)
+    label, logit, seed_index = draw_twins(rng, 10, slices=100)
+    precise = 0.3 * label + rng.normal(0, 1, len(label))  # no scatter between cubes
+    cubes = rng.normal(0, 5, (2, 10))
+    trials = [wins_of(label, some, seed_index) for some in (precise, logit + cubes[label, seed_index])]
+    spread = [statistics.relabeled_auc(wins, statistics.relabelings(10)).std() for wins in trials]
+    assert spread[1] > 3 * spread[0]
+    assert statistics.max_p_values(trials)[0] < 0.01

@@ -3,6 +3,7 @@
 from system import UserError
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from analysis import unlabelled
-from models import Calibration
+from models.calibration import Calibration
 
 SIZE = 8
 UNITS = {"mean": 1.0, "std": 2.0}
+CALIBRATION = Calibration(threshold=0.5, temperature=2.0)
 
 
 def cubes(
@@ -29,23 +31,24 @@ def cubes(
     return path
 
 
-def network(slices: torch.Tensor, axes: object = None) -> torch.Tensor:
+class Network(torch.nn.Module):
     """The corner of the first channel of each slice, plus twice that of the last."""
-    return slices[:, 0, 0, 1] + 2 * slices[:, -1, 0, 1]
+
+    settings = SimpleNamespace(size=SIZE, channels=2)
+
+    def __init__(self, cubes: Calibration | None) -> None:
+        super().__init__()
+        self.calibration = Calibration(temperature=1.0, threshold=0.0, cubes=cubes)
+
+    def forward(self, slices: torch.Tensor, axes: object = None) -> torch.Tensor:
+        """Slices (b, 2, N, N) -> logits (b,)."""
+        return slices[:, 0, 0, 1] + 2 * slices[:, -1, 0, 1]
 
 
-def predict(path: Path, **changes: Any) -> str:
-    options: dict[str, Any] = {
-        "size": SIZE,
-        "channels": 2,
-        "axes": [0, 2],
-        "device": torch.device("cpu"),
-        "std": 1.0,
-        "units": UNITS,
-        "calibration": Calibration(threshold=0.5, temperature=2.0),
-        "calibrated": True,
-    }
-    return unlabelled.predict(network, path, path.with_name("out.h5"), **(options | changes))
+def predict(path: Path, calibration: Calibration | None = CALIBRATION) -> str:
+    network: Any = Network(calibration)
+    output, device = path.with_name("out.h5"), torch.device("cpu")
+    return unlabelled.predict(network, path, output, axes=[0, 2], device=device, std=1.0, units=UNITS)
 
 
 def test_logits_of_slices_and_probabilities_of_cubes(tmp_path: Path) -> None:
@@ -66,7 +69,7 @@ def test_logits_of_slices_and_probabilities_of_cubes(tmp_path: Path) -> None:
 
 
 def test_a_probability_without_calibration_of_cubes_is_marked(tmp_path: Path) -> None:
-    predict(cubes(tmp_path / "in.h5"), calibration=Calibration(), calibrated=False)
+    assert "not calibrated" in predict(cubes(tmp_path / "in.h5"), None)
     with h5py.File(tmp_path / "out.h5") as found:
         means = found["cubes/mean_logit"][:]
         np.testing.assert_allclose(found["cubes/probability"][:], 1 / (1 + np.exp(-means)))

@@ -75,6 +75,26 @@ class Predictions:
         return (np.bincount(cube, self.logit, cubes) / np.bincount(cube, minlength=cubes)).reshape(-1, 2)
 
     @cached_property
+    def wins(self) -> Floats:
+        """Mann-Whitney counts between the slices of all cubes: (2 seeds, 2 seeds), Newtonian cubes first.
+
+        Entry (a, b) counts the pairs of a slice of cube a and a slice of cube b in which the first has the
+        higher logit; ties count one half.
+        """
+        cubes = 2 * len(self.seeds)
+        order = np.argsort(self.logit, kind="stable")
+        cube, logit = (self.label * len(self.seeds) + self.seed_index)[order], self.logit[order]
+        first = np.flatnonzero(np.diff(logit, prepend=np.nan) != 0)  # of each run of equal logits
+        length = np.diff(first, append=len(logit))
+        wins = np.empty((cubes, cubes))
+        for other in range(cubes):
+            # Slices of `other` below each run, and half of those in it.
+            up_to = np.append(0, np.cumsum(cube == other))
+            below = (up_to[first] + up_to[first + length]) / 2
+            wins[:, other] = np.bincount(cube, np.repeat(below, length), cubes)
+        return wins
+
+    @cached_property
     def confusion(self) -> dict[str, int]:
         """Counts at the threshold logit > 0; General Relativity is the positive class."""
         predicted, true = self.logit > 0, self.label == 1
