@@ -69,7 +69,7 @@ def train(config: Config, *, preflight_only: bool) -> None:
         check_setup(config)
         accelerator.print("preflight: network, data file and launch are in order")
         return
-    checkpoints = checkpoint.CheckpointManager(config.run_dir, accelerator, keep=params.keep_checkpoints)
+    checkpoints = checkpoint.CheckpointManager(config, accelerator)
     stop = distributed.StopSignals(minutes=params.max_minutes)
     with closing(checkpoints):
         run, state = setup_run(config, accelerator, stop, checkpoints)
@@ -127,7 +127,6 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         run.predictions.add(batch.ids, logits, batch.mask)
         running.add(logits, batch.labels, batch.mask)
         state.end_step()
-        run.checkpoints.raise_write_error()
         logger.send_to_trackers(run.checkpoints.saved_step)
         if state.step_in_epoch == train_set.steps:
             break
@@ -232,15 +231,13 @@ def evaluate_phase(
 
 def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint; within an epoch it includes the predictions so far. Collective."""
-    in_epoch = state.step_in_epoch > 0
+    predictions = zip(("ids", "logits"), run.predictions.gather(), strict=True)
     run.checkpoints.save(
         run.network,
         run.optimizer,
         train_state=asdict(state),
-        tensors=dict(zip(("ids", "logits"), run.predictions.gather(), strict=True)) if in_epoch else {},
-        config=run.config.to_dict(),
+        predictions=dict(predictions) if state.step_in_epoch else {},
         data_identity=run.data_identity,
-        test_loss=None if in_epoch else state.test_loss,
     )
 
 

@@ -195,7 +195,7 @@ def load_run(
     saved = checkpoint.list_checkpoints(run / "checkpoints")
     last = next((item for item in reversed(saved) if item.find_problem() is None), None)
     if last is not None:
-        check_same_settings(run, last.config, config.to_dict())
+        check_same_settings(run, last.state["config"], config.to_dict())
     given = datasets.CubeFile(datafile) if datafile else None
     training_file = find_training_file(run, config, last, given)
     cubes = given or training_file
@@ -319,11 +319,11 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
         **asdict(config.network_settings(selected.state["data_identity"]["shape"][0])),
         mean=selected.train_state["mean"],
         std=selected.train_state["std"],
-        power=selected.train_state["power"],
+        power=selected.train_state.get("power"),
         training={"run": run.name, "step": selected.step, "epoch": selected.train_state["epoch"]},
         selection=describe_selection(config, TrainState(**selected.train_state)),
     )
-    trained.network.load_state_dict(selected.tensors("model"))
+    trained.network.load_state_dict(selected.parts["model"])
     return trained.eval()
 
 

@@ -21,7 +21,6 @@ from unittest.mock import patch
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from test_checkpoint import rewrite
 
 import evaluation
 import models
@@ -30,7 +29,6 @@ from analysis import comparison
 from models import export
 from training import config, run
 from training.checkpoint import __main__ as checkpoint_command
-from training.checkpoint import schema
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "100"))
 MAX_LINES, MAX_CHARACTERS = 25, 4000  # of an error message
@@ -298,33 +296,15 @@ def accelerate_environments(
         yield f"{name}={text[:40]}", lambda name=name, text=text: attempt(name, text)  # type: ignore[misc]
 
 
-def states(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
-    """Damaged state.json."""
-
-    def attempt(content: bytes) -> None:
-        try:
-            state = schema.parse_state(content)
-        except ValueError as error:  # Checkpoint.state raises a CheckpointError of it
-            raise schema.CheckpointError(str(error)) from None
-        run.TrainState(**state["train_state"])
-
-    (path,) = (finished / "run" / "checkpoints").glob("step_*/state.json")
-    for content in damaged(path, generator):
-        yield repr(content[-80:]), lambda content=content: attempt(content)  # type: ignore[misc]
-
-
 def manifests(finished: Path, tmp_path: Path, generator: random.Random) -> Iterator[tuple[str, Attempt]]:
-    """Damaged manifest.json and tensor files, and a state.json to which the manifest was matched."""
+    """Damaged files of a checkpoint."""
     (source,) = (finished / "run" / "checkpoints").glob("step_*")
     folder = tmp_path / "run" / "checkpoints" / source.name
 
-    def attempt(name: str, content: bytes, matched: bool) -> None:
+    def attempt(name: str, content: bytes) -> None:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(source, folder)
-        if matched and name != "manifest.json":
-            rewrite(folder, **{name.split(".")[0]: content})
-        else:
-            (folder / name).write_bytes(content)
+        (folder / name).write_bytes(content)
         assert checkpoint_command.main(["verify", str(tmp_path / "run")]) in (0, 2)
 
     versions = {name: damaged(source / name, generator) for name in ("manifest.json", "state.json")}
@@ -332,10 +312,9 @@ def manifests(finished: Path, tmp_path: Path, generator: random.Random) -> Itera
         name = generator.choice(sorted(path.name for path in source.iterdir()))
         old = (source / name).read_bytes()
         content = next(versions[name]) if name in versions else change_bytes(old or b"\0", generator)
-        matched = generator.random() < 0.7
         yield (
-            f"{name} {matched} {content[-60:]!r}",
-            lambda name=name, content=content, matched=matched: attempt(name, content, matched),  # type: ignore[misc]
+            f"{name} {content[-60:]!r}",
+            lambda name=name, content=content: attempt(name, content),  # type: ignore[misc]
         )
 
 
@@ -371,7 +350,7 @@ def trained_networks(
         yield repr(content[-80:]), lambda content=content: attempt(content)  # type: ignore[misc]
 
 
-CATEGORIES: list[Category] = [settings, experiment_files, environments, accelerate_environments, states]
+CATEGORIES: list[Category] = [settings, experiment_files, environments, accelerate_environments]
 CATEGORIES += [manifests, reports, trained_networks]
 
 

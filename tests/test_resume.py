@@ -90,7 +90,8 @@ def trainer(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory, u
 
 def complete(run_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints, oldest first; nothing is cleaned up."""
-    return [one for one in list_checkpoints(run_dir / "checkpoints") if one.find_problem() is None]
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    return [checkpoint for checkpoint in checkpoints if checkpoint.find_problem() is None]
 
 
 def tensorboard_points(run_dir: Path) -> dict[str, list[tuple[int, bytes]]]:
@@ -290,22 +291,25 @@ def test_a_finished_run_that_is_extended_may_be_killed(trainer: Trainer, whole: 
     assert_equal(ended, expected)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_full_disk_ends_the_run_and_changes_nothing(
-    trainer: Trainer, whole: dict[str, Any], interrupted: str
+    trainer: Trainer, request: pytest.FixtureRequest, world_size: int
 ) -> None:
-    name = trainer.copy(interrupted, "full")
+    source, expected = ("interrupted", "whole") if world_size == 1 else ("interrupted_of_two", "whole_of_two")
+    name = trainer.copy(request.getfixturevalue(source), f"full-{world_size}")
     before = complete(trainer.run_dir(name))[-1]
     largest = max(file["bytes"] for file in before.files.values())
     # Each save waits for the one before, so the run ends before figures are written.
-    failed = trainer.start(name, "train_params.save_every_steps=1", max_bytes=largest - 1)
-    assert failed == [FAILED], trainer.output(name)
+    limit = {"max_bytes": largest - 1, "world_size": world_size}
+    failed = trainer.start(name, "train_params.save_every_steps=1", **limit)
+    assert failed == [FAILED] * world_size, trainer.output(name)
     output = trainer.output(name)
     assert "error: " in output
     assert "File too large" in output
     assert f"{before.folder} is unchanged" in output
     assert "Traceback" not in output
     assert complete(trainer.run_dir(name))[-1].step == before.step
-    assert_equal(trainer.finish(name), whole)
+    assert_equal(trainer.finish(name, world_size=world_size), request.getfixturevalue(expected))
 
 
 def test_a_damaged_checkpoint_costs_only_its_steps(
@@ -316,6 +320,10 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
     (newest / "model.safetensors").write_bytes(b"")
     assert_equal(trainer.finish(name), whole)
     assert f"{newest} is damaged (model.safetensors has 0 of" in trainer.output(name)
+    for checkpoint in complete(trainer.run_dir(name)):
+        rewrite_state(checkpoint.folder, lambda state: state["train_state"].update(unknown=1))
+    assert trainer.start(name) == [FAILED]
+    assert "cannot be restored" in trainer.output(name)
     for checkpoint in complete(trainer.run_dir(name)):
         (checkpoint.folder / "state.json").unlink()
     assert trainer.start(name) == [FAILED]
@@ -333,10 +341,13 @@ def test_a_run_of_format_1_ends_as_if_it_were_new(
     assert "resumed from" in trainer.output(name)
 
 
-def test_a_run_of_two_ranks_resumes_with_one(trainer: Trainer, interrupted_of_two: str) -> None:
-    name = trainer.copy(interrupted_of_two, "fewer")
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_run_of_two_ranks_resumes_with_fewer_and_with_more(
+    trainer: Trainer, interrupted_of_two: str, world_size: int
+) -> None:
+    name = trainer.copy(interrupted_of_two, f"by-{world_size}")
     before = complete(trainer.run_dir(name))[-1]
-    trainer.finish(name)
-    warning = f"{before.folder}: results may differ in the last bits from here on: num_processes: was 2, is 1"
-    assert warning in trainer.output(name)
+    trainer.finish(name, world_size=world_size)
+    assert f"{before.folder}: results may differ" in trainer.output(name)
+    assert f"num_processes: was 2, is {world_size}" in trainer.output(name)
     assert complete(trainer.run_dir(name))[-1].step == EPOCHS * STEPS

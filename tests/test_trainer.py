@@ -190,7 +190,7 @@ def setup_run(path: Path) -> tuple[run.Run, run.TrainState]:
     micro_batches = loaded.train_params.gradient_accumulation_steps or 1
     accelerator.gradient_accumulation_steps = micro_batches
     loaded = loaded.with_launch_settings(1, "no", micro_batches)
-    checkpoints = checkpoint.CheckpointManager(loaded.run_dir, accelerator, keep=1)
+    checkpoints = checkpoint.CheckpointManager(loaded, accelerator)
     with closing(checkpoints):
         return run.setup_run(loaded, accelerator, distributed.StopSignals(), checkpoints)
 
@@ -596,11 +596,10 @@ def test_validation_seeds_select_and_test_seeds_are_evaluated_once(
         *(("train", 3, SLICES * 2 // 3), ("validation", 3, SLICES // 3)),
         ("test", 3, SLICES // 3),
     ]
-    newest = max((run_dir / "checkpoints").iterdir())
-    saved = json.loads((newest / "state.json").read_text())
-    assert saved["test_loss"] == lines(run_dir)[-2]["loss"], "the best checkpoint is that of the validation"
+    newest = checkpoint.list_checkpoints(run_dir / "checkpoints")[-1]
+    assert newest.test_loss == lines(run_dir)[-2]["loss"], "the best checkpoint is that of the validation"
     calibration = json.loads((run_dir / "model" / "config.json").read_text()).get("calibration")
-    assert calibration == saved["train_state"]["calibration"]
+    assert calibration == newest.train_state["calibration"]
 
 
 def test_the_network_records_what_selected_it(experiment: Experiment, tmp_path: Path) -> None:

@@ -277,6 +277,7 @@ class Config(Section):
 
 # Keys that may change when a run resumes, since they do not change what it computes.
 MAY_CHANGE = {
+    "model_params.name",
     "data_params.datafile",  # a file may move: the fingerprint of its cubes is compared instead
     "data_params.local_copy",
     "data_params.cache",

@@ -16,7 +16,7 @@ from accelerate.utils import DynamoBackend, set_seed
 import datasets
 import models
 from training import checkpoint, distributed, metrics
-from training.config import Config, DataParams, check_same_settings
+from training.config import Config, DataParams
 
 
 @dataclass(frozen=True)
@@ -199,20 +199,13 @@ def setup_run(
         check_network(config)
         if accelerator.is_main_process:
             checkpoints.acquire_lock()
-            if (saved := checkpoints.saved_config()) is not None:
-                check_same_settings(config.run_dir, saved, config.to_dict())
+    last = checkpoints.latest_complete()
     data = config.data_params
     seeds = range(data.train_seeds + data.test_seeds)
     cubes = open_cubes(config, accelerator, seeds)
-    last = checkpoints.latest_complete()
     with distributed.raise_on_all_ranks():
         state = initial_state(data, cubes, last)
         train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
-        if state.step_in_epoch >= train_set.steps:
-            raise checkpoint.CheckpointError(
-                f"{config.run_dir}: the checkpoint is at step {state.step_in_epoch} of an epoch of "
-                f"{train_set.steps} steps. Remove it, or choose another model_params.name."
-            )
         train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
         network = build_network(config, accelerator, cubes)
         validation = f"{len(validation_set)} validation and " if validation_set else ""
@@ -225,11 +218,10 @@ def setup_run(
     identity = cubes.identity(seeds) | {"path": str(Path(data.datafile).absolute())}
     distributed.require_equal({"fingerprint of data_params.datafile": identity["fingerprint"]})
     if last is not None:
-        tensors = checkpoints.restore(
-            last, network, optimizer, data_identity=identity, seed=config.train_params.seed
-        )
-        if tensors:
-            predictions.restore(**tensors)
+        saved = checkpoints.restore(last, network, optimizer, data_identity=identity)
+        with last.explain():
+            if saved:
+                predictions.restore(**saved)
         accelerator.print(f"resumed from {last.folder}: {state.step} steps, {state.epoch} epochs completed")
     extend_training(config, accelerator, state)
     with distributed.raise_on_all_ranks():
@@ -276,7 +268,8 @@ def initial_state(
 ) -> TrainState:
     """The state of the last checkpoint, or that of a new run."""
     if last is not None:
-        return TrainState(**last.train_state)
+        with last.explain():
+            return TrainState(**last.train_state)
     mean, std, power = 0.0, 1.0, None
     if data.standardize == "train":
         mean, std = datasets.measure_normalization(cubes, data.train_range)

@@ -1,18 +1,10 @@
 """Checkpoints of the whole training state.
 
-`manager`: when, which and how many. `storage`: folders on disk. `schema`: the content of the JSON files.
-`tensors`: live state as named tensors.
+`manager`: when they are written, which one is resumed. `storage`: folders on disk. `tensors`: live state as
+named tensors.
 """
 
 from training.checkpoint.manager import CheckpointManager
-from training.checkpoint.schema import NewerFormatError
-from training.checkpoint.storage import Checkpoint, CheckpointError, list_checkpoints, select
+from training.checkpoint.storage import Checkpoint, list_checkpoints, select
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointManager",
-    "NewerFormatError",
-    "list_checkpoints",
-    "select",
-]
+__all__ = ["Checkpoint", "CheckpointManager", "list_checkpoints", "select"]
