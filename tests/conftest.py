@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from fork_server import ForkServer
+from fork_server import PROCESSES, ForkServer
 
 import datasets
 from training import distributed
@@ -47,25 +47,15 @@ def universe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fork_server() -> Iterator[ForkServer]:
+def fork_server() -> ForkServer:
     """Starts trainings and launchers in milliseconds."""
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
-def preloaded_processes() -> None:
-    """Start multiprocessing's server with everything imported: each of its forks costs milliseconds."""
-    tests = Path(__file__).parent
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_accelerator", "torch._dynamo", "torch.utils.tensorboard", "analysis.figures"]
-    )
+    root = Path(__file__).parents[1]
+    PROCESSES.set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests)]))
-        patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is imported
+        patch.setenv("PYTHONPATH", os.pathsep.join(f"{root}/{name}" for name in ("", "tests", "benchmarks")))
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # a training takes it as set by the user
         multiprocessing.forkserver.ensure_running()
+    return ForkServer()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""A process that has imported the trainer and both launchers, and forks them: a start costs milliseconds.
+"""Trainings and launchers in forks of a server that has imported everything: a start costs milliseconds.
 
-Importing torch takes seconds, and tests start hundreds of processes. `ForkServer` starts the server as
-`python tests/fork_server.py` and sends it requests, one JSON object per line; each gets one line as a reply.
+Importing torch takes seconds, and tests start hundreds of processes. The server is that of multiprocessing;
+conftest.py starts it. Children are not forked from pytest itself, whose threads and state they would inherit.
 """
 
 from __future__ import annotations
@@ -11,139 +11,43 @@ import ctypes
 import importlib
 import itertools
 import json
-import math
+import multiprocessing
 import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
+PROCESSES = multiprocessing.get_context("forkserver")
 TIMEOUT = 240.0
+LAUNCHERS = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
 
 
-class ForkServer:
-    """The client: starts trainings and launchers in forks of the server."""
-
-    def __init__(self) -> None:
-        # Without OMP_NUM_THREADS, which a training takes as set by the user.
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        self._server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def close(self) -> None:
-        """End the server and every process that it started."""
-        with self._server:
-            self._server.kill()
-
-    def train(self, arguments: list[Any], out: Path, **request: Any) -> list[int]:
-        """Run `trainer.main(arguments)` on one or more ranks; returns their exit codes (negative: a signal).
-
-        `arguments` is one list for all ranks, or a list for each. What they print is appended to `out`.
-        Further keys of `request`, all optional:
-
-        - world_size: number of ranks (1)
-        - hosts: network namespace and host name of each rank
-        - environment: further environment variables
-        - record: a folder to which each rank writes the ids, mask and learning rate of its steps, RANK.json
-        - send: [signal, function, n, ...]: the signal at call n, from 0, of "trainer.train_step", say
-        - rank: the only rank to which `send` applies (all)
-        - closed_streams: without standard input, output and error
-        - max_bytes: maximum size of a file in bytes, as on a full disk
-        - grace: seconds that the other ranks get to end when one has failed, before SIGKILL (1)
-        """
-        codes: list[int] = self._request(train=arguments, out=str(out), **request)["codes"]
-        return codes
-
-    def launch(self, *command: str, out: Path, **environment: str) -> Launcher:
-        """Start `accelerate` or `torchrun` with arguments, as from a shell in the checkout."""
-        pid = self._request(launch=command, out=str(out), environment=environment)["pid"]
-        return Launcher(self, pid, out)
-
-    def poll(self, pid: int) -> int | None:
-        """The exit code of a launcher; None while it runs."""
-        code: int | None = self._request(poll=pid)["code"]
-        return code
-
-    def _request(self, **request: Any) -> dict[str, Any]:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        reply: dict[str, Any] = json.loads(self._server.stdout.readline())
-        return reply
+def start(function: Callable[..., int | None], *arguments: Any, out: Path) -> ForkServerProcess:
+    """Call `function` in a child that appends its output to `out` and exits with the returned status."""
+    process = PROCESSES.Process(target=_child, args=(function, arguments, out))
+    process.start()
+    return process
 
 
-class Launcher:
-    """A launcher that a ForkServer started."""
-
-    def __init__(self, server: ForkServer, pid: int, out: Path) -> None:
-        self.process, self._server, self._out = psutil.Process(pid), server, out
-
-    @property
-    def output(self) -> str:
-        """What the launcher and its workers have printed."""
-        return self._out.read_text()
-
-    def wait(self) -> int:
-        """The exit code, when the launcher and all its workers have ended."""
-        end = time.monotonic() + TIMEOUT
-        workers: set[psutil.Process] = set()
-        while (code := self._server.poll(self.process.pid)) is None:
-            assert time.monotonic() < end, self.output
-            with contextlib.suppress(psutil.NoSuchProcess):
-                workers.update(self.process.children(recursive=True))
-            time.sleep(0.05)
-        _, alive = psutil.wait_procs(workers, timeout=TIMEOUT)
-        assert not alive, self.output
-        return code
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds while the launcher runs."""
-        end = time.monotonic() + TIMEOUT
-        while not condition():
-            assert self._server.poll(self.process.pid) is None, self.output
-            assert time.monotonic() < end, self.output
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        """End the launcher and its workers."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*self.process.children(recursive=True), self.process]:
-                process.kill()
-
-
-# The server
-
-
-def fork(work: Callable[[], int | None], out: str) -> int:
-    """Call `work` in a child that prints to `out` and exits with the status it returns; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    status: int | None = 1
+def _child(function: Callable[..., int | None], arguments: Any, out: Path) -> None:
+    status: Any = 1
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the server
         descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        status = work()
+        status = function(*arguments)
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException:
@@ -154,60 +58,112 @@ def fork(work: Callable[[], int | None], out: str) -> int:
         os._exit(status or 0)
 
 
-def serve_launch(request: dict[str, Any]) -> dict[str, Any]:
-    """Start a launcher."""
-    program, *arguments = request["launch"]
-    modules = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
-
-    def work() -> int | None:
-        os.environ.update(request["environment"])
-        sys.argv = [program, *arguments]
-        status: int | None = importlib.import_module(modules[program]).main()
-        return status
-
-    return {"pid": fork(work, request["out"])}
-
-
-def serve_poll(request: dict[str, Any]) -> dict[str, Any]:
-    """The exit code of a launcher, if it has ended."""
-    child, status = os.waitpid(request["poll"], os.WNOHANG)
-    return {"code": os.waitstatus_to_exitcode(status) if child else None}
-
-
-def serve_train(request: dict[str, Any]) -> dict[str, Any]:
-    """Run a training to its end."""
+def free_port() -> int:
+    """A port that no program uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world_size = request.get("world_size", 1)
-    ranks = {
-        fork(lambda rank=rank: train(request, rank, world_size, port), request["out"]): rank  # type: ignore[misc]
-        for rank in range(world_size)
-    }
-    codes: dict[int, int] = {}
-    end = time.monotonic() + TIMEOUT
-    while running := [child for child, rank in ranks.items() if rank not in codes]:
-        for child in running:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                codes[ranks[child]] = os.waitstatus_to_exitcode(status)
-                if status:
-                    end = time.monotonic() + request.get("grace", 1)
-        if time.monotonic() >= end:
-            for child in (child for child, rank in ranks.items() if rank not in codes):
-                os.kill(child, signal.SIGKILL)
-            end = math.inf
-        time.sleep(0.001)
-    return {"codes": [codes[rank] for rank in sorted(codes)]}
+        return int(free.getsockname()[1])
 
 
-def train(request: dict[str, Any], rank: int, world_size: int, port: int) -> int:
-    """`trainer.main` on one rank."""
+class ForkServer:
+    """Starts trainings and launchers."""
+
+    def train(
+        self, arguments: list[Any], out: Path, *, world_size: int = 1, grace: float = 1, **request: Any
+    ) -> list[int | None]:
+        """Run `trainer.main(arguments)` on one or more ranks; returns their exit codes (negative: a signal).
+
+        `arguments` is one list for all ranks, or a list for each. What they print is appended to `out`. When
+        a rank has failed, the others get `grace` seconds to end before SIGKILL. `request`: see `train_rank`.
+        """
+        launch = {"world_size": world_size, "port": free_port(), **request}
+        each = arguments if isinstance(arguments[0], list) else [arguments] * world_size
+        ranks = [start(train_rank, each[rank], rank, launch, out=out) for rank in range(world_size)]
+        end = time.monotonic() + TIMEOUT
+        while running := [process for process in ranks if process.is_alive()]:
+            wait([process.sentinel for process in running], timeout=max(0.0, end - time.monotonic()))
+            if time.monotonic() >= end:
+                for process in running:
+                    process.kill()
+            if any(process.exitcode for process in ranks):
+                end = min(end, time.monotonic() + grace)
+        return [process.exitcode for process in ranks]
+
+    def launch(self, *command: str, out: Path, **environment: str) -> Launcher:
+        """Start `accelerate` or `torchrun` with arguments, as from a shell in the checkout."""
+        return Launcher(start(launch, command, environment, out=out), out)
+
+
+class Launcher:
+    """A launcher that a ForkServer started."""
+
+    def __init__(self, child: ForkServerProcess, out: Path) -> None:
+        self._child, self._out = child, out
+        self.process = psutil.Process(child.pid)
+
+    @property
+    def output(self) -> str:
+        """What the launcher and its workers have printed."""
+        return self._out.read_text()
+
+    def wait(self) -> int | None:
+        """The exit code, when the launcher and all its workers have ended."""
+        end = time.monotonic() + TIMEOUT
+        workers: set[psutil.Process] = set()
+        while self._child.is_alive():
+            assert time.monotonic() < end, self.output
+            with contextlib.suppress(psutil.NoSuchProcess):
+                workers.update(self.process.children(recursive=True))
+            self._child.join(0.05)
+        _, alive = psutil.wait_procs(workers, timeout=TIMEOUT)
+        assert not alive, self.output
+        return self._child.exitcode
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds while the launcher runs."""
+        end = time.monotonic() + TIMEOUT
+        while not condition():
+            assert self._child.is_alive(), self.output
+            assert time.monotonic() < end, self.output
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End the launcher and its workers."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*self.process.children(recursive=True), self.process]:
+                process.kill()
+
+
+# In the children
+
+
+def launch(command: tuple[str, ...], environment: dict[str, str]) -> int | None:
+    """Run a launcher."""
+    program, *arguments = command
+    os.environ.update(environment)
+    sys.argv = [program, *arguments]
+    status: int | None = importlib.import_module(LAUNCHERS[program]).main()
+    return status
+
+
+def train_rank(arguments: list[str], rank: int, request: dict[str, Any]) -> int:
+    """`trainer.main` on one rank. Keys of `request`, optional but for the first two:
+
+    - world_size, port: of the launch
+    - hosts: network namespace and host name of each rank
+    - environment: further environment variables
+    - record: a folder to which each rank writes the ids, mask and learning rate of its steps, RANK.json
+    - send: [signal, function, n, ...]: the signal at call n, from 0, of "trainer.train_step", say
+    - rank: the only rank to which `send` applies (all)
+    - closed_streams: without standard input, output and error
+    - max_bytes: maximum size of a file in bytes, as on a full disk
+    """
     import trainer
 
-    if world_size > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if (world_size := request["world_size"]) > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+        os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if "hosts" in request:
         become_host(*request["hosts"][rank])
         os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -220,10 +176,6 @@ def train(request: dict[str, Any], rank: int, world_size: int, port: int) -> int
             os.close(descriptor)
     if "max_bytes" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_bytes"], resource.RLIM_INFINITY))
-    arguments = request["train"]
-    arguments = arguments[rank] if isinstance(arguments[0], list) else arguments
-    if "record" not in request:
-        return trainer.main(arguments)
     steps: list[dict[str, Any]] = []
     step = trainer.train_step
 
@@ -231,10 +183,12 @@ def train(request: dict[str, Any], rank: int, world_size: int, port: int) -> int
         steps.append({"ids": batch.ids.tolist(), "mask": batch.mask.tolist(), "lr": lr})
         return step(run, batch, lr)
 
-    trainer.train_step = recorded
+    if "record" in request:
+        trainer.train_step = recorded
     status = trainer.main(arguments)
-    Path(request["record"]).mkdir(parents=True, exist_ok=True)
-    Path(request["record"], f"{rank}.json").write_text(json.dumps(steps))
+    if "record" in request:
+        Path(request["record"]).mkdir(parents=True, exist_ok=True)
+        Path(request["record"], f"{rank}.json").write_text(json.dumps(steps))
     return status
 
 
@@ -263,30 +217,3 @@ def send_at_call(name: str, function: str, fatal: int) -> None:
         return original(*arguments, **keywords)
 
     setattr(owner, last, guarded)
-
-
-def serve() -> None:
-    """Import what every start imports sooner or later, then serve requests until standard input ends."""
-    sys.path.insert(0, str(ROOT))
-    for module in (
-        "trainer",
-        "analysis.figures",
-        "accelerate.commands.accelerate_cli",
-        "torch._dynamo",
-        "torch.distributed.run",
-        "torch.utils.tensorboard",
-    ):
-        importlib.import_module(module)
-    from numba.core.registry import cpu_target
-
-    cpu_target.typing_context.refresh()  # takes a second, otherwise in every child
-    cpu_target.target_context.refresh()
-    kinds = {"train": serve_train, "launch": serve_launch, "poll": serve_poll}
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply = next(serve(request) for kind, serve in kinds.items() if kind in request)
-        print(json.dumps(reply), flush=True)
-
-
-if __name__ == "__main__":
-    serve()

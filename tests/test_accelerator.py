@@ -1,18 +1,15 @@
 """Training and evaluation on an emulated accelerator, compared with the CPU.
 
-An emulation lasts until its process ends, so every test runs in a process of its own. A server that has
-imported everything once forks these processes.
+An emulation lasts until its process ends, so every test runs in a new process.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -31,6 +28,7 @@ import pytest
 import safetensors.numpy
 import torch
 from emulated_accelerator import ACCELERATOR, install
+from fork_server import PROCESSES, free_port, start
 from test_evaluation import save_empty
 
 import datasets
@@ -42,8 +40,7 @@ from training import metrics
 
 TIME_LIMIT = 120.0  # seconds
 TESTS = Path(__file__).parent
-PROCESSES = multiprocessing.get_context("forkserver")
-pytestmark = pytest.mark.usefixtures("preloaded_processes")
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class Result(NamedTuple):
@@ -58,18 +55,14 @@ class Result(NamedTuple):
 def child(
     connection: Connection, kind: str, devices: int, environment: dict[str, str], function: str, args: Any
 ) -> None:
-    """Run a function of this module on the emulation and send a Result, or print a traceback."""
-    os.environ.update(environment, OMP_NUM_THREADS="1")
-    for descriptor in (1, 2):
-        os.dup2(os.open(environment["OUTPUT"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    try:
-        if kind != "cpu":
-            install(kind, devices)
-        run = getattr(sys.modules[__name__], function)
-        status = getattr(run, "__wrapped__", run)(*args)
-        connection.send(Result(status, ACCELERATOR.counts, ACCELERATOR.memory_formats))
-    except BaseException:
-        traceback.print_exc()
+    """Run a function of this module on the emulation and send a Result."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if kind != "cpu":
+        install(kind, devices)
+    run = getattr(sys.modules[__name__], function)
+    status = getattr(run, "__wrapped__", run)(*args)
+    connection.send(Result(status, ACCELERATOR.counts, ACCELERATOR.memory_formats))
 
 
 def emulate(
@@ -80,20 +73,20 @@ def emulate(
         started = []
         for number, environment in enumerate(environments):
             ours, theirs = PROCESSES.Pipe()
-            environment = {**environment, "OUTPUT": f"{outputs}/{number}"}
+            environment = {"OMP_NUM_THREADS": "1", **environment}
             options = (theirs, kind, devices, environment, function.__name__, args)
-            process = PROCESSES.Process(target=child, args=options, daemon=True)
-            process.start()
+            process = start(child, *options, out=Path(outputs, str(number)))
             theirs.close()
-            started.append((process, ours, Path(environment["OUTPUT"])))
+            started.append((process, ours))
         results = []
-        for process, ours, path in started:
+        for number, (process, ours) in enumerate(started):
             process.join(TIME_LIMIT)
             process.kill()
+            output = Path(outputs, str(number)).read_text()
             try:
-                results.append(ours.recv()._replace(output=path.read_text()))
+                results.append(ours.recv()._replace(output=output))
             except EOFError:
-                raise AssertionError(path.read_text()) from None
+                raise AssertionError(output) from None
     return results
 
 
@@ -402,15 +395,8 @@ def test_labels_on_the_host_are_noticed(experiment: str) -> None:
 def train_on_two_ranks(
     kind: str, experiment: str, name: str, devices: int = 1, *, sync_batch_norm: bool = False
 ) -> list[Result]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launch |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [launch | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     overrides = [f"model_params.name={name}", f"train_params.sync_batch_norm={sync_batch_norm}"]
     return emulate(kind, train, experiment, *overrides, devices=devices, environments=ranks)
