@@ -89,16 +89,18 @@ def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
     """Train and evaluate until the target epoch, or until a stop is requested."""
     completed = True
     while completed and not state.finished:
+        # A resumed run may have trained its last epoch, but not evaluated it.
         completed = state.evaluation_pending or train_epoch(run, state, logger)
         if completed and state.evaluation_pending:
             if state.epoch < state.target_epoch:
-                run.train_set.prefetch(state.epoch)
+                run.train_set.prefetch(state.epoch)  # meanwhile
             completed = evaluate(run, state, logger)
+        # Saved last: a run killed before this is not finished, a run killed after it is.
         if completed:
             if state.finished:
                 export(run, state)
-            # Saved last: a run killed before this is not finished, a run killed after it is.
             save(run, state)
+    # The last checkpoint is on disk before anything says so.
     run.checkpoints.wait()
     # The next program may evaluate the last step. A tracker takes all values of a step at once.
     logger.send_to_trackers(run.checkpoints.saved_step - (not completed and state.step_in_epoch == 0))
@@ -122,6 +124,7 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     for batch in state.measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch)):
         if state.step == 0:
             logger.log_images(batch.images[:4, 0], batch.labels[:4])
+        # One step. Its predictions stay on the device, so that the host does not wait for it.
         lr = state.learning_rate(params.lr, params.schedule, params.warmup_epochs, train_set.steps)
         logits = train_step(run, batch, lr)
         run.predictions.add(batch.ids, logits, batch.mask)
@@ -130,12 +133,12 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
         logger.send_to_trackers(run.checkpoints.saved_step)
         if state.step_in_epoch == train_set.steps:
             break
-        # Log points: the only steps after which the host waits for the device.
+        # At log points alone the host waits for the device.
         log_point = logger.is_log_point(state.step_in_epoch)
         if log_point:
             run.predictions.require_finite(state.step)
         logger.log_step(state, running.read() | {"lr": lr} if log_point else {})
-        # The state is saved at regular times, and when any rank was asked to stop.
+        # Save at regular times, and when any rank was asked to stop.
         stop, save_due = run.flags(run.stop.requested, run.save_due(state.step))
         if stop or save_due:
             state.seconds = time.perf_counter() - started
@@ -144,7 +147,7 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
             save(run, state)
         if stop:
             return False
-    # The epoch is complete: its metrics are those of the predictions made while it trained.
+    # The metrics of an epoch are those of the predictions that were made while it trained.
     run.predictions.require_finite(state.step)
     seconds, waiting = time.perf_counter() - started, state.waiting_seconds
     state.end_epoch(params.test_every)

@@ -98,8 +98,8 @@ class WholeCubeDataset:
     sample ids only.
 
     `cache` (auto, disk, memory or device) replaces `data.cache`. `transform` is applied to the images
-    (b, C, N, N) of each batch and their axes (b,). Raises UserError if the file lacks seeds, or if the batch
-    cannot be divided among the ranks.
+    (b, C, N, N) of each batch and their axes (b,). `cubes` has the `seeds` (`CubeFile.require`); `batch_size`
+    is a multiple of `num_processes`, with `data.pairs` of twice that.
     """
 
     def __init__(
@@ -118,18 +118,6 @@ class WholeCubeDataset:
         num_processes: int = 1,
         transform: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        cubes.require(seeds)
-        if batch_size % num_processes:
-            raise UserError(
-                f"train_params.batch_size {batch_size} is not divisible by the {num_processes} ranks of this "
-                f"launch.\nSet it to a multiple of {num_processes}."
-            )
-        if data.pairs and (batch_size // num_processes) % 2:
-            raise UserError(
-                f"train_params.batch_size {batch_size} gives each of the {num_processes} ranks an odd number "
-                f"of slices, but data_params.pairs needs both twins.\n"
-                f"Set it to a multiple of {2 * num_processes}."
-            )
         self.cubes, self.seeds, self.data, self.axes = cubes, seeds, data, tuple(sorted(data.axes))
         self.batch_size, self.seed, self.device, self._transform = batch_size, seed, device, transform
         self.process_index, self.num_processes = process_index, num_processes

@@ -249,12 +249,6 @@ def test_pairs_and_shifts_on_ranks_and_resumed(
                 assert torch.equal(piece.ids[1::2], piece.ids[::2] + 3 * N)
 
 
-def test_pairs_need_an_even_number_of_slices_per_rank(path: Path) -> None:
-    make(path, pairs=True, batch_size=12, num_processes=3)
-    with pytest.raises(UserError, match=r"(?s)train_params.batch_size 9 .*data_params.pairs.*multiple of 6"):
-        make(path, pairs=True, batch_size=9, num_processes=3)
-
-
 @pytest.mark.parametrize("threads", [2, 5, 64])
 def test_number_of_slicing_threads_does_not_matter(
     threads: int, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -506,11 +500,6 @@ def test_a_batch_larger_than_the_training_set_is_an_error(path: Path) -> None:
         _ = data.steps
 
 
-def test_ranks_must_divide_the_batch(path: Path) -> None:
-    with pytest.raises(UserError, match=r"train_params.batch_size 25 .* 2 ranks"):
-        make(path, batch_size=25, num_processes=2)
-
-
 @pytest.mark.parametrize("cache", CACHES)
 def test_insufficient_memory_is_a_user_error(cache: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(self: BufferPool, count: int) -> NDArray[np.float32]:
@@ -521,11 +510,6 @@ def test_insufficient_memory_is_a_user_error(cache: str, path: Path, monkeypatch
     monkeypatch.setattr(BufferPool, "_allocate", allocate)
     with pytest.raises(UserError, match=rf"data_params.cache {cache} needs more .* 40 GiB"):
         next(make(path, cache=cache).train_batches(0))
-
-
-def test_missing_seeds_are_an_error(path: Path) -> None:
-    with pytest.raises(UserError, match="8"):
-        make(path, range(3, 9))
 
 
 @pytest.mark.parametrize(("local_ranks", "chosen"), [(1, "memory"), (2, "disk")])

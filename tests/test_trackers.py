@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -187,7 +188,7 @@ def test_a_stop_during_the_evaluation_repeats_no_step(
     original = trainer.evaluate
 
     def stopped(run: Any, *arguments: Any) -> bool:
-        run.stop.reason = "SIGTERM"
+        run.stop._received(signal.SIGTERM, None)
         return original(run, *arguments)
 
     monkeypatch.setattr(trainer, "evaluate", stopped)

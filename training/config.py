@@ -336,14 +336,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: not valid YAML: {_shorten(error)}") from error
     sections = ", ".join(Config.model_fields)
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else type(raw).__name__
-        raise UserError(f"{path}: found {found}, allowed: a mapping of the sections {sections}")
+        content = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"{path}: found {content}, allowed: a mapping of the sections {sections}")
     for override in overrides or []:
         _apply(raw, override)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(one) for one in error.errors()))
+        lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
         if len(lines) > MAX_ERROR_LINES:
             lines[MAX_ERROR_LINES - 1 :] = [f"... and {len(lines) - MAX_ERROR_LINES + 1} more errors"]
         raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
@@ -384,26 +384,24 @@ def _explain(error: Any) -> str:
     """One line for one of pydantic's errors: the key, what was found, what is allowed."""
     location = [str(part) for part in error["loc"]]
     key = _shorten(".".join(part for part in location if part.isidentifier()))
-    found = error["input"]
-    shown = _shorten(repr(found) if not isinstance(found, int) else found)
-    if error["type"] == "string_type" and isinstance(found, bool | int | float):
-        return f"{key}: found {shown} ({type(found).__name__}), allowed: text; put it in quotes"
+    value = error["input"]
+    shown = _shorten(repr(value) if not isinstance(value, int) else value)
+    if error["type"] == "string_type" and isinstance(value, bool | int | float):
+        return f"{key}: found {shown} ({type(value).__name__}), allowed: text; put it in quotes"
     if error["type"] == "extra_forbidden":
-        allowed = _keys(location[:-1])
-        near = difflib.get_close_matches(location[-1][:MAX_VALUE_LENGTH], allowed, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(allowed)}"
+        keys = _keys(location[:-1])
+        near = difflib.get_close_matches(location[-1][:MAX_VALUE_LENGTH], keys, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(keys)}"
         return f"{key or _shorten(location[-1])}: unknown {'key' if len(location) > 1 else 'section'}{hint}"
     if error["type"] == "missing":
         return f"{key}: missing; it is required"
-    if isinstance(found, float) and not math.isfinite(found):
-        return f"{key}: found {found}, allowed: a finite number"
-    allowed_text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if error["type"] in ("model_type", "model_attributes_type"):
-        allowed_text = "a mapping of keys to values"
-    described = "an empty value" if found is None else f"{shown} ({type(found).__name__})"
-    if isinstance(found, dict):
-        described = "this combination"
-    return f"{key}: found {described}, allowed: {allowed_text}"
+        allowed = "a mapping of keys to values"
+    described = f"{shown} ({type(value).__name__})"
+    if value is None or isinstance(value, dict):
+        described = "an empty value" if value is None else "this combination"
+    return f"{key}: found {described}, allowed: {allowed}"
 
 
 def _keys(section: list[str]) -> list[str]:
