@@ -360,7 +360,7 @@ def find_training_file(
 
 
 def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict[str, float | None], float]:
-    """The attributes `mean` and `std` of the training's file, and the standard deviation of its cubes.
+    """The training file's attributes of units and filter, and the standard deviation of its cubes.
 
     Without that file: no attributes, and the standard deviation by which the network standardizes.
     """
@@ -369,4 +369,5 @@ def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict
     cubes = datasets.CubeFile(config.data_params.datafile)
     values = np.empty((cubes.size,) * 3, np.float32)
     cubes.read(cubes.seeds[0], datasets.GRAVITIES[0], values)
-    return {key: cubes.attr_float(key) for key in ("mean", "std")}, float(values.std(dtype=np.float64))
+    keys = ("mean", "std", "max_wavenumber", "cells")
+    return {key: cubes.attr_float(key) for key in keys}, float(values.std(dtype=np.float64))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from analysis.report import write_hdf5
 from analysis.saliency import Network
+from datasets.preparation.filter import require_same_filter
 from models.export import TrainedNetwork
 from training.metrics import Floats
 
@@ -34,9 +35,9 @@ def is_prediction(path: Path) -> bool:
 def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> list[str]:
     """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
 
-    `units` are the attributes `mean` and `std` by which the training's file was standardized, as far as
-    known. Raises UserError if the file cannot be read, holds no or other cubes, or was standardized
-    otherwise.
+    `units` are the attributes `mean`, `std`, `max_wavenumber` and `cells` of the training's file; empty if
+    they are not known. Raises UserError if the file cannot be read, holds no or other cubes, or was
+    standardized or filtered otherwise.
     """
     names: list[str] = []
 
@@ -59,8 +60,10 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
                 f"{path}: /{name} has the shape {shape}, but the network was trained on cubes of {size}^3. "
                 "Use cubes of that size."
             )
-    for key, trained in units.items():
-        found = attributes.get(key)
+    if units:
+        require_same_filter(path, attributes, units)
+    for key in ("mean", "std"):
+        trained, found = units.get(key), attributes.get(key)
         if trained is not None and found is not None and not np.isclose(float(found), trained, rtol=1e-6):
             raise UserError(
                 f"{path}: the cubes were standardized by {key} {float(found):.6g}, those of the training by "

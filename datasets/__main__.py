@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cube_file import GRAVITIES, CubeFile
+from .preparation.filter import Filter
 from .preparation.pack import pack, pack_difference, pack_snapshot, repack
 from .preparation.synthetic import PHYSICS, write_synthetic
 
@@ -75,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     repacking.add_argument("file", type=Path, metavar="IN.h5")
     repacking.add_argument("out", type=Path, metavar="OUT.h5")
 
+    for command in (packing, repacking):
+        command.add_argument(
+            "--max-wavenumber",
+            type=float,
+            metavar="N",
+            help="remove the modes of the cubes beyond N, in units of the fundamental mode",
+        )
+        command.add_argument(
+            "--cells", type=int, metavar="M", help="reduce the cubes to M^3 cells, exact for modes below M/2"
+        )
+
     inspection = commands.add_parser("inspect", help="list the contents of a file and its problems")
     inspection.add_argument("file", type=Path, metavar="FILE")
     inspection.add_argument(
@@ -99,16 +111,17 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    files = options.raw, options.out
+    how = {
+        "remove_mean": options.remove_mean,
+        "filter": Filter(options.max_wavenumber, options.cells),
+        "overwrite": options.force,
+    }
     if options.redshift is not None:
-        pack(*files, redshift=options.redshift, remove_mean=options.remove_mean, overwrite=options.force)
+        pack(options.raw, options.out, redshift=options.redshift, **how)
     elif options.snapshot is not None:
-        pack_snapshot(
-            *files, snapshot=options.snapshot, remove_mean=options.remove_mean, overwrite=options.force
-        )
+        pack_snapshot(options.raw, options.out, snapshot=options.snapshot, **how)
     else:
-        redshifts = tuple(options.difference)
-        pack_difference(*files, redshifts=redshifts, remove_mean=options.remove_mean, overwrite=options.force)
+        pack_difference(options.raw, options.out, redshifts=tuple(options.difference), **how)
 
 
 def _print_lattice(path: Path) -> None:
@@ -148,7 +161,8 @@ def _run(options: argparse.Namespace) -> None:
             overwrite=force,
         )
     elif options.command == "repack":
-        repack(options.file, options.out, overwrite=force)
+        wanted = Filter(options.max_wavenumber, options.cells)
+        repack(options.file, options.out, filter=wanted, overwrite=force)
     elif options.command == "inspect":
         _inspect(options)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cube_file import GRAVITIES, CubeFile
 from .dataset import DataSettings, WholeCubeDataset
+from .preparation.filter import require_same_filter
 
 POWER_POSITIONS = 16  # neighboring slices look nearly the same
 
@@ -110,10 +111,11 @@ def measure_power(
 
 
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
-    """Raise UserError if the values of `other` are standardized otherwise than those of `trained_on`.
+    """Raise UserError if `other` is standardized or filtered otherwise than `trained_on`.
 
     Files of different redshifts may each be standardized by its own mean and standard deviation.
     """
+    require_same_filter(other.path, other.attributes, trained_on.attributes)
     redshifts = {trained_on.attr_float("redshift"), other.attr_float("redshift")} - {None}
     for key in ("mean", "std") if len(redshifts) < 2 else ():
         before, now = trained_on.attr_float(key), other.attr_float(key)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, open_cubes
 from ..normalization import Moments
+from .filter import EVERYTHING, Filter
 from .gevolution import (
     COMMON,
     Simulation,
@@ -56,16 +57,28 @@ class Source:
 
 
 def pack(
-    raw: Path, out: Path, *, redshift: float, remove_mean: bool = False, overwrite: bool = False
+    raw: Path,
+    out: Path,
+    *,
+    redshift: float,
+    remove_mean: bool = False,
+    filter: Filter = EVERYTHING,
+    overwrite: bool = False,
 ) -> None:
     """Pack the potential at one redshift of all simulations in `raw`. Raises UserError."""
     simulations = find_simulations(raw)
     sources = [Source(s, ((s.snapshot(snapshot_number(s, redshift)), 1.0),)) for s in simulations]
-    _pack(raw, out, sources, {"field": "phi", "redshift": redshift}, remove_mean, overwrite)
+    _pack(raw, out, sources, {"field": "phi", "redshift": redshift}, remove_mean, filter, overwrite)
 
 
 def pack_snapshot(
-    raw: Path, out: Path, *, snapshot: int, remove_mean: bool = False, overwrite: bool = False
+    raw: Path,
+    out: Path,
+    *,
+    snapshot: int,
+    remove_mean: bool = False,
+    filter: Filter = EVERYTHING,
+    overwrite: bool = False,
 ) -> None:
     """Pack the potential of one snapshot number, at one redshift in all simulations. Raises UserError."""
     simulations = find_simulations(raw)
@@ -81,7 +94,8 @@ def pack_snapshot(
     if len(redshifts) > 1:
         found = ", ".join(f"z = {z:g} in {path}" for z, path in redshifts.items())
         raise UserError(f"snapshot {snapshot} has several redshifts: {found}. Use --redshift.")
-    pack(raw, out, redshift=next(iter(redshifts)), remove_mean=remove_mean, overwrite=overwrite)
+    redshift = next(iter(redshifts))
+    pack(raw, out, redshift=redshift, remove_mean=remove_mean, filter=filter, overwrite=overwrite)
 
 
 def pack_difference(
@@ -90,6 +104,7 @@ def pack_difference(
     *,
     redshifts: tuple[float, float],
     remove_mean: bool = False,
+    filter: Filter = EVERYTHING,
     overwrite: bool = False,
 ) -> None:
     """Pack the difference of two redshifts, each divided by its linear growth. Raises UserError."""
@@ -108,7 +123,7 @@ def pack_difference(
         for simulation in simulations
     ]
     attributes = {"field": "phi difference", "difference_redshifts": redshifts, "difference_growth": growth}
-    _pack(raw, out, sources, attributes, remove_mean, overwrite)
+    _pack(raw, out, sources, attributes, remove_mean, filter, overwrite)
 
 
 def _pack(
@@ -117,10 +132,14 @@ def _pack(
     sources: list[Source],
     attributes: dict[str, Any],
     remove_mean: bool,
+    filter: Filter,
     overwrite: bool,
 ) -> None:
     settings = common_settings([source.simulation for source in sources])
     size = _size(sources)
+    if filter:
+        attributes |= filter.attributes(raw, size, {})
+    cells = filter.cells or size
     attributes |= {
         # m_ncdm is a list for several massive neutrinos.
         key: settings[key] if key == "m_ncdm" else numeric_setting(settings, key)
@@ -136,13 +155,13 @@ def _pack(
     bytes_per_cube = len(sources[0].terms) * size**3 * 8
     total = 2 * bytes_per_cube * len(sources)
     with (
-        new_file(out, bytes_needed=len(sources) * size**3 * 4, overwrite=overwrite) as file,
-        ThreadPoolExecutor(WORKERS) as pool,
+        new_file(out, bytes_needed=len(sources) * cells**3 * 4, overwrite=overwrite) as file,
+        ThreadPoolExecutor(1 if filter else WORKERS) as pool,  # a cube that is filtered is in memory
         tqdm(total=total, unit="B", unit_scale=True, desc="statistics", disable=None) as bar,
     ):
         moments, means = Moments(), []
         # In the order of the sources, so that sums are reproducible.
-        for part in pool.map(partial(_moments, size), sources):
+        for part in pool.map(partial(_moments, size, filter), sources):
             means.append(part.mean if remove_mean else 0.0)
             part.mean -= means[-1]
             moments.merge(part)
@@ -157,24 +176,37 @@ def _pack(
         attributes |= {"mean": mean, "std": std, "variance": moments.variance, "mean_removed": remove_mean}
         file.attrs.update(attributes)
         bar.set_description("writing")
-        cubes = [new_cube(file, s.simulation.seed, s.simulation.gravity, size) for s in sources]
+        cubes = [new_cube(file, s.simulation.seed, s.simulation.gravity, cells) for s in sources]
         offsets = [mean + own for own in means]
-        for _ in pool.map(partial(_standardize, std), offsets, sources, cubes):
+        for _ in pool.map(partial(_standardize, size, filter, std), offsets, sources, cubes):
             bar.update(bytes_per_cube)
 
 
-def _moments(size: int, source: Source) -> Moments:
+def _moments(size: int, filter: Filter, source: Source) -> Moments:
     moments = Moments()
-    for _, slab in _slabs(source, size):
+    for _, slab in _filtered(source, size, filter):
         moments.add(slab)
     return moments
 
 
-def _standardize(std: float, mean: float, source: Source, cube: h5py.Dataset) -> None:
-    for rows, slab in _slabs(source, len(cube)):
+def _standardize(
+    size: int, filter: Filter, std: float, mean: float, source: Source, cube: h5py.Dataset
+) -> None:
+    for rows, slab in _filtered(source, size, filter):
         slab -= mean
         slab /= std
         cube.write_direct(slab.astype(np.float32), dest_sel=rows)
+
+
+def _filtered(source: Source, size: int, filter: Filter) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """As `_slabs`, but a cube that is filtered comes as a whole."""
+    if not filter:
+        yield from _slabs(source, size)
+        return
+    cube = np.empty((size,) * 3)
+    for rows, slab in _slabs(source, size):
+        cube[rows] = slab
+    yield slice(None), filter(cube)
 
 
 def _size(sources: list[Source]) -> int:
@@ -234,14 +266,17 @@ def _read(data: h5py.Dataset, path: Path, where: slice, out: NDArray[np.float64]
         )
 
 
-def repack(path: Path, out: Path, *, overwrite: bool = False) -> None:
+def repack(path: Path, out: Path, *, filter: Filter = EVERYTHING, overwrite: bool = False) -> None:
     """Write the cubes and attributes of a file, contiguous and in the packed layout. Raises UserError."""
     cubes = CubeFile(path)
     values = np.empty((cubes.size,) * 3, dtype=np.float32)
     with open_cubes(path) as old:
         attributes = dict(old.attrs)
-    with new_file(out, bytes_needed=len(cubes.cubes) * values.nbytes, overwrite=overwrite) as file:
+    if filter:
+        attributes |= filter.attributes(path, cubes.size, attributes)
+    cells = filter.cells or cubes.size
+    with new_file(out, bytes_needed=len(cubes.cubes) * cells**3 * 4, overwrite=overwrite) as file:
         file.attrs.update(attributes)
         for seed, gravity in tqdm(cubes.cubes, desc="repacking", unit="cube", disable=None):
             cubes.read(seed, gravity, values)
-            new_cube(file, seed, gravity, cubes.size).write_direct(values)
+            new_cube(file, seed, gravity, cells).write_direct(filter(values) if filter else values)
