@@ -200,7 +200,10 @@ def evaluate(run: Run, state: TrainState, logger: RunLogger) -> bool:
             state.calibration = asdict(calibration) if calibration is not None else None
             predictions = evaluate_phase(run, state, logger, "test", run.test_set)
     if predictions is None:
+        before.evaluation_stops += 1
         save(run, before)  # resumes with this evaluation
+        with distributed.raise_on_all_ranks():
+            before.require_progress()
     return predictions is not None
 
 

@@ -573,10 +573,30 @@ def test_the_gradient_scaler_is_restored(tmp_path: Path) -> None:
     assert second.accelerator.scaler.get_scale() == 2.0**20
 
 
-def test_another_environment_is_reported(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rewrite_state(step_dir(run_dir, 2), lambda state: state["environment"].update(torch="1.0"))
+def test_what_the_result_depends_on_is_compared(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     Training(run_dir).restore()
-    assert f"torch: was '1.0', is '{torch.__version__}'" in caplog.text
+    assert not caplog.text
+    torch.set_num_threads(2)
+    Training(run_dir).restore()
+    (message,) = caplog.messages
+    assert message.endswith("results may differ from here on: cpu_threads: was 1, is 2")
+    caplog.clear()
+    others = {"cpu_threads": 2, "cpu_capability": "OLD", "cpu": "Z80", "torch": "1.0", "code": "0"}
+    rewrite_state(step_dir(run_dir, 2), lambda state: state["environment"].update(others))
+    Training(run_dir).restore()
+    (message,) = caplog.messages
+    for part in ("cpu_capability: was 'OLD', is", "cpu: was 'Z80'", "torch: was '1.0'", "code: was '0', is"):
+        assert part in message
+    assert "threads" not in message
+    caplog.clear()
+
+    def by_an_older_version(state: dict[str, Any]) -> None:
+        old = ("num_processes", "device", "python", "accelerate")
+        state["environment"] = {key: state["environment"][key] for key in old}
+
+    rewrite_state(step_dir(run_dir, 2), by_an_older_version)
+    Training(run_dir).restore()
+    assert not caplog.text
 
 
 # ---------------------------------------------------------------- rotation and selection

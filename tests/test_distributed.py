@@ -538,15 +538,35 @@ def test_differences_are_named_with_hosts_and_ranks(monkeypatch: pytest.MonkeyPa
     assert error.value.on_all_ranks
 
 
-def test_the_hash_of_the_code_ignores_tests(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "models" / "racoon.py").write_text("kernel = 4")
-    before = distributed.code_hash(tmp_path)
-    (tmp_path / "tests" / "test_models.py").write_text("assert True")
-    assert distributed.code_hash(tmp_path) == before
-    (tmp_path / "models" / "racoon.py").write_text("kernel = 2")
-    assert distributed.code_hash(tmp_path) != before
+@pytest.mark.parametrize(
+    ("file", "content", "same"),
+    [
+        ("models/racoon.py", "# five before\nkernel  =  4", True),
+        ("models/racoon.py", '"""A network."""\nkernel = 4', True),
+        ("models/racoon.py", "kernel = 2", False),
+        ("models/new.py", "kernel = 2", False),
+        ("trainer.py", "epochs = 2", False),
+        ("training/logger.py", "width = 80", True),
+        ("datasets/preparation/pack.py", "width = 80", True),
+        ("analysis/report.py", "width = 80", True),
+        ("tests/test_models.py", "width = 80", True),
+        ("README.md", "Text", True),
+    ],
+)
+def test_the_hash_of_the_code_is_that_of_what_computes(
+    tmp_path: Path, file: str, content: str, same: bool
+) -> None:
+    hashes = []
+    for root, changes in ((tmp_path / "a", {}), (tmp_path / "b", {file: content})):
+        files = {
+            "trainer.py": "epochs = 1",
+            "models/racoon.py": '"""Racoon."""\nkernel = 4  # cells',
+        } | changes
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        hashes.append(distributed.code_hash(root))
+    assert (hashes[0] == hashes[1]) == same
 
 
 # Preflight

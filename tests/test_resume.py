@@ -281,6 +281,45 @@ def test_max_minutes_stops_a_run_and_changes_nothing(trainer: Trainer, whole: di
     assert_equal(trainer.finish("timed"), whole)
 
 
+def test_starts_that_are_shorter_than_an_evaluation_end_with_an_error(
+    trainer: Trainer, whole: dict[str, Any]
+) -> None:
+    in_evaluation = ["SIGTERM", "trainer.evaluate_phase", 0]
+    assert trainer.start("short", send=in_evaluation) == [STOPPED]
+    for _ in range(2):  # the second start gets no further than the first, the third says so
+        codes = trainer.start("short", "train_params.max_minutes=1e-6")
+    assert codes == [FAILED], trainer.output("short")
+    last = trainer.output("short").splitlines()[-2:]
+    assert last[0].startswith(
+        f"error: stopped at step {2 * STEPS}, within the same evaluation as the 2 starts"
+    )
+    assert "Raise train_params.max_minutes" in last[1]
+    assert_equal(trainer.finish("short", "train_params.max_minutes=60"), whole)
+
+
+def test_a_renamed_and_a_copied_run_resume_under_their_new_names(
+    trainer: Trainer, whole: dict[str, Any], interrupted: str
+) -> None:
+    name = trainer.copy(interrupted, "named")
+    trainer.run_dir(name).rename(trainer.folder / name / "renamed")
+    shutil.copytree(trainer.folder / name / "renamed", trainer.folder / name / "copied")
+    for run in ("renamed", "copied"):
+        assert trainer.start(name, f"model_params.name={run}") == [0], trainer.output(name)
+        assert_equal(ending(trainer.folder / name / run), whole)
+    assert trainer.output(name).count("resumed from") == 2
+
+
+def test_an_interrupted_run_keeps_its_epochs_at_the_end_of_one(
+    trainer: Trainer, whole: dict[str, Any]
+) -> None:
+    """The last checkpoint is that of epoch 1: other epochs apply after those of the interrupted training."""
+    after_the_third_save = ["SIGKILL", "training.checkpoint.storage.rotate", 2]
+    assert trainer.start("between", send=after_the_third_save) == [KILLED]
+    assert complete(trainer.run_dir("between"))[-1].train_state["step_in_epoch"] == 0
+    assert_equal(trainer.finish("between", "train_params.epochs=7"), whole)
+    assert f"train_params.epochs 7 applies after epoch {EPOCHS}" in trainer.output("between")
+
+
 def test_a_finished_run_that_is_extended_may_be_killed(trainer: Trainer, whole: dict[str, Any]) -> None:
     expected = trainer.finish(trainer.copy("whole", "extended"), "train_params.epochs=1")
     name = trainer.copy("whole", "extended-killed")

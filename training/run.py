@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from system import UserError
+
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ import datasets
 import models
 from training import checkpoint, distributed, metrics
 from training.config import Config, DataParams
+
+MAX_EVALUATION_STOPS = 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class TrainState:
     """Sums of the running metrics since the last log point within the epoch."""
     evaluation_pending: bool = False
     """The last epoch is complete, its evaluation is not."""
+    evaluation_stops: int = 0
+    """Programs that were stopped within the pending evaluation."""
     first_epoch: int = 0
     target_epoch: int = 0
     """The schedule of the learning rate runs from first_epoch to target_epoch."""
@@ -138,9 +144,21 @@ class TrainState:
         self.evaluation_pending = self.epoch == self.target_epoch or self.epoch % test_every == 0
         self.test_loss = None
 
+    def require_progress(self) -> None:
+        """Raise UserError if several starts in a row were stopped within the pending evaluation.
+
+        A job that is queued again after each stop would go on for ever.
+        """
+        if self.evaluation_stops >= MAX_EVALUATION_STOPS:
+            raise UserError(
+                f"stopped at step {self.step}, within the same evaluation as the {self.evaluation_stops - 1} "
+                "starts before: a start is shorter than an evaluation.\n"
+                "Raise train_params.max_minutes or the time limit of the job, then run the command again."
+            )
+
     def end_evaluation(self, loss: float, patience: int | None) -> None:
         """Record the evaluation's loss; training stops after `patience` evaluations without improvement."""
-        self.evaluation_pending = False
+        self.evaluation_pending, self.evaluation_stops = False, 0
         self.test_loss = loss
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.evaluations_without_improvement = loss, 0

@@ -243,16 +243,22 @@ class CheckpointManager:
         return f"{last[-1].folder} is unchanged." if last else "Nothing was saved before."
 
     def _environment(self) -> dict[str, Any]:
-        """What the last bits of a training depend on besides its settings."""
-        device = self._accelerator.device.type
+        """What the last bits of a training depend on besides its settings and data."""
+        device = self._accelerator.device
         module = torch.get_device_module(device)
-        return {
+        record = {
             "num_processes": self._accelerator.num_processes,
-            "device": module.get_device_name() if hasattr(module, "get_device_name") else device,
+            "device": module.get_device_name() if hasattr(module, "get_device_name") else device.type,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "accelerate": version("accelerate"),
+            "code": distributed.code_hash(),
         }
+        if device.type == "cpu":
+            record["cpu"] = distributed.cpu_name()
+            record["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+            record["cpu_threads"] = torch.get_num_threads()
+        return record
 
     @property
     def minutes_since_save(self) -> float:
@@ -275,9 +281,11 @@ class CheckpointManager:
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], section: str = "") -> list[str]:
-    """One line per value that differs. The place of a data file is not compared."""
+    """One line per value that differs. The place of a data file, and what only one has, is not compared."""
     return [
-        f"{section}{key}: was {saved.get(key)!r}, is {current.get(key)!r}"
-        for key in {**saved, **current}
-        if key not in ("path", "bytes") and json.dumps(saved.get(key)) != json.dumps(current.get(key))
+        f"{section}{key}: was {saved[key]!r}, is {current[key]!r}"
+        for key in saved
+        if key in current
+        and key not in ("path", "bytes")
+        and json.dumps(saved[key]) != json.dumps(current[key])
     ]

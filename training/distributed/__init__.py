@@ -7,7 +7,7 @@ from training.distributed.collectives import (
     require_equal,
     warm_up_ddp,
 )
-from training.distributed.devices import describe_hardware
+from training.distributed.devices import cpu_name, describe_hardware
 from training.distributed.launch import code_hash, init_process_group, preflight
 from training.distributed.process import run_program, setup_process
 from training.distributed.signals import SIGNALS, StopSignals
@@ -18,6 +18,7 @@ __all__ = [
     "StopSignals",
     "broadcast_buffers",
     "code_hash",
+    "cpu_name",
     "describe_hardware",
     "init_process_group",
     "preflight",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import system
 from system import UserError
 
+import ast
 import atexit
 import hashlib
 import json
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ from training.distributed.process import deadline, error_summary
 
 RUN_SECONDS = 1800.0
 """Longest wait for another rank after the start: rank 0 may write or verify files meanwhile."""
+
+ROOT = Path(__file__).parents[2]
+NOT_COMPUTING = {"preparation", "checkpoint", "logger.py", "trackers.py", "model_card.py", "__main__.py"}
+"""Files and folders that leave the result of a training alone."""
 
 PRECISIONS = ("no", "fp16", "bf16")
 UNSUPPORTED = {
@@ -154,7 +160,7 @@ def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
     """
     assert accelerator.num_processes == system.world_size()
     sum_over_devices(accelerator)
-    file, code = Path(config["data_params"]["datafile"]), code_hash(Path(__file__).parents[2])
+    file, code = Path(config["data_params"]["datafile"]), code_hash()
     hosts = require_equal(
         {
             "mixed precision": accelerator.mixed_precision,
@@ -226,10 +232,25 @@ def require_shared(folder: Path) -> None:
                 )
 
 
-def code_hash(root: Path) -> str:
-    """Hash of the Python files of this checkout, without tests, benchmarks and installed packages."""
+@cache
+def code_hash(root: Path = ROOT) -> str:
+    """Hash of the code that computes a training, when this is first called; comments do not count.
+
+    It is that of trainer.py and of the Python files in training/, models/ and datasets/, but for
+    NOT_COMPUTING, as they are parsed, without docstrings.
+    """
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("*.py"), *root.glob("[a-z]*/**/*.py"))):
-        if path.parent.name not in ("tests", "benchmarks"):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    folders = (root / "training", root / "models", root / "datasets")
+    for path in (root / "trainer.py", *(path for folder in folders for path in sorted(folder.rglob("*.py")))):
+        if NOT_COMPUTING.isdisjoint(path.relative_to(root).parts):
+            tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(body := getattr(node, "body", None), list):
+                    body[:] = [line for line in body if not is_docstring(line)]
+            digest.update(f"{path.relative_to(root)} {ast.dump(tree)}".encode())
     return digest.hexdigest()[:8]
+
+
+def is_docstring(line: ast.AST) -> bool:
+    """Whether a statement is a mere text, as docstrings are."""
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
