@@ -1,9 +1,7 @@
 """An accelerator emulated in host memory, for machines without one.
 
     import emulated_accelerator
-    emulated_accelerator.install("cuda", devices=2)     # or "mps" or "xpu"; lasts until the process ends
-
-    python tests/emulated_accelerator.py cuda[:DEVICES] PROGRAM [ARGUMENT ...]
+    emulated_accelerator.install("cuda", devices=2)     # or "mps"; lasts until the process ends
 
 After `install`, torch reports accelerators of the given type. A tensor on one of them is an `EmulatedTensor`,
 a wrapper around a tensor in host memory. Every operation unwraps its arguments, computes on the CPU and wraps
@@ -31,11 +29,8 @@ NCCL. Only kernels that the CPU has exist.
 from __future__ import annotations
 
 import contextlib
-import runpy
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,11 +71,6 @@ class Stream:
         """Order later work of this stream after the present work of `other`."""
         other.finish_copies_to_device()
 
-    def wait_event(self, event: Event) -> None:
-        """Order later work of this stream after `event`."""
-        if event.stream is not None:
-            event.stream.finish_copies_to_device()
-
     def record_event(self, event: Event | None = None) -> Event:
         """Return an event that marks the present work of this stream."""
         event = event or Event()
@@ -118,10 +108,6 @@ class Event:
         ACCELERATOR.counts["event.synchronize"] += 1
         if self.stream is not None:
             self.stream.synchronize()
-
-    def query(self) -> bool:
-        """Whether the marked work is done."""
-        return True
 
 
 class Accelerator:
@@ -218,8 +204,6 @@ class EmulatedTensor(torch.Tensor):
         return self.place
 
     is_cuda = property(lambda self: self.place.type == "cuda")
-    is_mps = property(lambda self: self.place.type == "mps")
-    is_xpu = property(lambda self: self.place.type == "xpu")
 
     def to(self, *arguments: Any, copy: bool = False, **keywords: Any) -> Tensor:
         """As torch.Tensor.to; torch alone would take a tensor's own device for another one."""
@@ -508,7 +492,7 @@ def install(kind: str, devices: int = 1) -> None:
 
 
 def install_device_module(kind: str) -> None:
-    """Replace the functions of torch.cuda, torch.xpu or torch.mps that need a driver."""
+    """Replace the functions of torch.cuda or torch.mps that need a driver."""
     accelerator = ACCELERATOR
 
     def generator(device: Any) -> torch.Generator:
@@ -540,7 +524,6 @@ def install_device_module(kind: str) -> None:
             "get_device_capability": lambda device=None: (9, 0),
             "get_device_properties": lambda device=None: SimpleNamespace(total_memory=TOTAL_MEMORY),
             "is_bf16_supported": lambda *arguments: True,
-            "is_current_stream_capturing": lambda: False,
             "Stream": Stream,
             "Event": Event,
             "stream": use_stream,
@@ -582,12 +565,3 @@ def autocast_kernel(name: str, dtype: Callable[[], torch.dtype]) -> Callable[...
             return operation(*tree_map(cast, args), **tree_map(cast, kwargs))
 
     return kernel
-
-
-if __name__ == "__main__":
-    requested, _, count = sys.argv[1].partition(":")
-    sys.argv = sys.argv[2:]
-    sys.path[0] = str(Path(sys.argv[0]).absolute().parent)
-    sys.modules["emulated_accelerator"] = sys.modules["__main__"]  # run_path replaces __main__
-    install(requested, int(count or 1))
-    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -451,20 +451,6 @@ def test_training_on_mps_is_contiguous(experiment: str, folder: Path, on_cpu: Pa
         np.testing.assert_allclose(ours[name], tensor, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("cache", ["auto", "memory"])
-def test_xpu_is_used_as_cuda_is(experiment: str, folder: Path, on_cpu: Path, cache: str) -> None:
-    name = f"xpu-{cache}"
-    (result,) = emulate("xpu", train, experiment, f"model_params.name={name}", f"data_params.cache={cache}")
-    assert result.status == 0, result.output
-    assert weights(folder / name) == weights(on_cpu)
-    assert last_state(folder / name)["environment"]["device"] == "Emulated XPU"
-    if cache == "auto":
-        assert "cache: device" in result.output
-    else:
-        assert result.counts["streams"] == 1
-        assert result.counts["to device, non_blocking"] == 10
-
-
 # Evaluation
 
 
