@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.report import write_hdf5
 from analysis.saliency import Network
-from datasets.preparation.filter import require_same_filter
+from datasets.normalization import require_same_filter
 from models.export import TrainedNetwork
 from training.metrics import Floats
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from system import UserError
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from .cube_file import GRAVITIES, CubeFile
 from .dataset import DataSettings, WholeCubeDataset
-from .preparation.filter import require_same_filter
 
 POWER_POSITIONS = 16  # neighboring slices look nearly the same
 
@@ -108,6 +109,24 @@ def measure_power(
                 sums[axis] += len(images) * isotropic_power(images)
                 counts[axis] += len(images)
     return [(total / n).tolist() if n else None for total, n in zip(sums, counts, strict=True)]
+
+
+def require_same_filter(path: Path, attributes: Mapping[str, Any], trained_on: Mapping[str, Any]) -> None:
+    """Raise UserError if cubes with these `attributes` are filtered otherwise than those of the training."""
+    names = [
+        " ".join(
+            f"--{key.replace('_', '-')} {values[key]:g}"
+            for key in ("max_wavenumber", "cells")
+            if values.get(key) is not None
+        )
+        for values in (attributes, trained_on)
+    ]
+    if names[0] != names[1]:
+        cubes = [f"cubes repacked with {name}" if name else "unfiltered cubes" for name in names]
+        raise UserError(
+            f"{path}: found {cubes[0]}, but the network was trained on {cubes[1]}. Use those, or filter a "
+            "copy: python -m datasets repack IN.h5 OUT.h5 --max-wavenumber N --cells M"
+        )
 
 
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:

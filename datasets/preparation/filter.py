@@ -72,21 +72,3 @@ class Filter:
 
 
 EVERYTHING = Filter()
-
-
-def require_same_filter(path: Path, attributes: Mapping[str, Any], trained_on: Mapping[str, Any]) -> None:
-    """Raise UserError if cubes with these `attributes` are filtered otherwise than those of the training."""
-    names = [
-        " ".join(
-            f"--{key.replace('_', '-')} {values[key]:g}"
-            for key in ("max_wavenumber", "cells")
-            if values.get(key) is not None
-        )
-        for values in (attributes, trained_on)
-    ]
-    if names[0] != names[1]:
-        cubes = [f"cubes repacked with {name}" if name else "unfiltered cubes" for name in names]
-        raise UserError(
-            f"{path}: found {cubes[0]}, but the network was trained on {cubes[1]}. Use those, or filter a "
-            "copy: python -m datasets repack IN.h5 OUT.h5 --max-wavenumber N --cells M"
-        )
