@@ -316,7 +316,7 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
     trained = export.TrainedNetwork(
-        **asdict(config.network_settings(selected.state["data_identity"]["shape"][0])),
+        **asdict(config.network_settings(selected.state["data_identity"]["shape"])),
         mean=selected.train_state["mean"],
         std=selected.train_state["std"],
         power=selected.train_state.get("power"),
@@ -345,7 +345,7 @@ def find_training_file(
         return None if moved else cubes
     seeds = range(*identity["seeds"])
     if (
-        identity["shape"] == [cubes.size] * 3
+        identity["shape"] == list(cubes.shape)
         and set(seeds) <= set(cubes.seeds)
         and cubes.identity(seeds)["fingerprint"] == identity["fingerprint"]
     ):

@@ -1,6 +1,6 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
-from .cube_file import GRAVITIES, CubeFile
+from .cube_file import GRAVITIES, CubeFile, PerField
 from .dataset import Batch, DataSettings, WholeCubeDataset
 from .normalization import check_normalization, measure_normalization, measure_power
 from .preparation.synthetic import check_synthetic, write_synthetic
@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "CubeFile",
     "DataSettings",
+    "PerField",
     "SliceIndex",
     "WholeCubeDataset",
     "check_normalization",

@@ -11,7 +11,7 @@ Every cache does the same arithmetic with the same values, so batches are bit-id
 **Memory.** The unit is a seed with its two cubes, each with a rotated copy if axis 2 is sliced in host
 memory:
 
-    bytes of a seed = 2 * 4 * N^3 * (2 with rotated copies, else 1)        256 MiB at N = 256
+    bytes of a seed = 2 * 4 * C * N^3 * (2 with rotated copies, else 1)    256 MiB at N = 256, C = 1 field
 
     memory    the seeds of this rank's share: S / W (S seeds, W ranks), and those shared with other ranks
     disk      min(share, open + SEEDS_AHEAD) seeds; `open` is the largest number that the order needs at one
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from . import kernels, slicing
 from .buffers import BufferPool
-from .cube_file import GRAVITIES, CubeFile
+from .cube_file import GRAVITIES, CubeFile, PerField
 from .sampler import STREAMS, Ids
 from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
 
@@ -62,12 +62,12 @@ class CubeReader:
 
     cubes: CubeFile
     seeds: range
-    mean: float
-    std: float
+    mean: PerField
+    std: PerField
     newton_augmentation: float
 
     def read(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
-        """Read a cube of `seeds[seed]` into copies[0]. Raises UserError."""
+        """Read a cube of `seeds[seed]` into copies[0], of the shape (C, N, N, N). Raises UserError."""
         self.cubes.read_unchecked(self.seeds[seed], GRAVITIES[label], copies[0])
 
     def prepare(self, seed: int, label: int, copies: NDArray[np.float32]) -> None:
@@ -76,11 +76,13 @@ class CubeReader:
         Raises UserError for NaN and infinity.
         """
         self.cubes.check_finite(self.seeds[seed], GRAVITIES[label], copies[0])
-        factor = 1 / self.std * (self.newton_augmentation if GRAVITIES[label] == "newton" else 1)
-        if (self.mean, factor) != (0, 1):
-            kernels.standardize(copies[0], self.mean, factor)
-        if len(copies) == 2:
-            kernels.rotate(copies[0], copies[1])
+        means, stds = (np.broadcast_to(values, len(copies[0])).tolist() for values in (self.mean, self.std))
+        for field, (mean, std) in enumerate(zip(means, stds, strict=True)):
+            factor = 1 / std * (self.newton_augmentation if GRAVITIES[label] == "newton" else 1)
+            if (mean, factor) != (0, 1):
+                kernels.standardize(copies[0, field], mean, factor)
+            if len(copies) == 2:
+                kernels.rotate(copies[0, field], copies[1, field])
 
 
 class Use(NamedTuple):
@@ -164,10 +166,11 @@ class CubeCache:
         size = self._size = reader.cubes.size
         # An accelerator reads along any axis without a rotated copy.
         self._rotated = rotated and kind != "device"
-        shape = (len(GRAVITIES), 2 if self._rotated else 1, size, size, size)
+        fields = reader.cubes.num_fields
+        shape = (len(GRAVITIES), 2 if self._rotated else 1, fields, size, size, size)
         pinned = kind == "device" and slicing.copies_asynchronously(device)
         self._pool = BufferPool(shape, len(reader.seeds), pinned=pinned)
-        self._device_cubes = DeviceCubes(size, device) if kind == "device" else None
+        self._device_cubes = DeviceCubes(shape[2:], device) if kind == "device" else None
         self._prefetcher: Prefetcher | None = None
         self._busy = False
 
@@ -186,6 +189,8 @@ class CubeCache:
     def iterate(self, ids: Ids, symmetries: Ids, shifts: Ids, first_step: int) -> Iterator[Tensor]:
         """For each row of `ids` (steps, rows) from `first_step` on, the images (rows, C, N, N) of its slices.
 
+        The channels are those of `slicing.views`: for each field its adjacent slices.
+
         A slice is rolled by its `shifts` (steps, rows, 2), then transformed by its symmetry.
 
         The images are on the device, in its memory format, and never overwritten. The threads end with the
@@ -196,7 +201,13 @@ class CubeCache:
             seeds = ids // (6 * self._size) - self._reader.seeds.start
             uses = deque(self._prepare(seeds, first_step))
             views = slicing.views(
-                ids, symmetries, shifts, self._size, channels=self._channels, rotated=self._rotated
+                ids,
+                symmetries,
+                shifts,
+                self._size,
+                fields=self._reader.cubes.num_fields,
+                channels=self._channels,
+                rotated=self._rotated,
             )
             slicer: HostSlicer | DeviceSlicer
             if self._device_cubes is None:

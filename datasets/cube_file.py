@@ -1,12 +1,13 @@
 """Cube files: simulation cubes in one HDF5 file, checked when opened and read a whole cube at a time.
 
-Each cube is an (N, N, N) field, N a multiple of 64; a seed has one cube per gravity. Two layouts are
-supported:
+Each cube is an (N, N, N) field, or C such fields (C, N, N, N), as several redshifts of one simulation; N is a
+multiple of 64. A seed has one cube per gravity. Two layouts are supported:
 
     packed   /gr_seed0000   /newton_seed0000   /gr_seed0001   ...
     nested   /0/gr          /0/newton          /1/gr          ...
 
-To add a layout, add an entry to LAYOUTS.
+To add a layout, add an entry to LAYOUTS. The attributes `field`, `redshift`, `mean` and `std` describe one
+field; with several, `fields`, `redshifts`, `mean` and `std` are lists in the order of the fields.
 
 A file is opened read-only and without HDF5's file locks, so read-only file systems and those without locks
 work. It is closed after each use, so no handle is inherited by a forked process.
@@ -70,6 +71,7 @@ class Cube:
 
 
 Cubes = dict[tuple[int, str], Cube]  # (seed, gravity) -> cube
+PerField = float | list[float]  # for all fields of a cube, or one number for each
 
 
 def _packed(file: h5py.File) -> Iterator[tuple[int, str, str]]:
@@ -181,17 +183,22 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
 
 
 def problems(cubes: Cubes) -> dict[str, str]:
-    """By name, the problem of each cube that is not (N, N, N) real numbers, with one N, a multiple of 64."""
+    """By name, the problem of each cube that is not real numbers in (N, N, N) or (C, N, N, N).
+
+    C and N must be those of all cubes, and N a multiple of 64.
+    """
     common = Counter(cube.shape for cube in cubes.values()).most_common(1)[0][0]
     found = {}
     for cube in cubes.values():
         name, shape = f"cube /{cube.name}", cube.shape
         if cube.dtype.kind not in "fiu":
             found[cube.name] = f"{name} has the type {cube.dtype}; real numbers are needed."
-        elif len(shape) != 3 or len(set(shape)) != 1:
-            found[cube.name] = f"{name} has the shape {shape}; (N, N, N) is needed."
-        elif shape[0] == 0 or shape[0] % SIZE_UNIT:
-            found[cube.name] = f"{name} has N = {shape[0]}; N must be a multiple of {SIZE_UNIT}."
+        elif len(shape) not in (3, 4) or len(set(shape[-3:])) != 1:
+            found[cube.name] = (
+                f"{name} has the shape {shape}; (N, N, N) is needed, or (C, N, N, N) for C fields."
+            )
+        elif 0 in shape or shape[-1] % SIZE_UNIT:
+            found[cube.name] = f"{name} has N = {shape[-1]}; N must be a multiple of {SIZE_UNIT}."
         elif shape != common:
             found[cube.name] = f"{name} has the shape {shape}, others have {common}; all must be equal."
         elif not cube.written:
@@ -251,8 +258,8 @@ class CubeFile:
     """The cubes of one HDF5 file.
 
     Opening reads and checks the description of the cubes, but no values. Raises UserError if the file is
-    missing, damaged or without cubes, or if these are not real numbers in (N, N, N) with one N, a multiple of
-    64.
+    missing, damaged or without cubes, or if these are not real numbers in (N, N, N) or (C, N, N, N), with one
+    C and one N, a multiple of 64.
     """
 
     def __init__(self, path: str | Path):
@@ -263,7 +270,10 @@ class CubeFile:
             self.attributes = python_attributes(file.attrs)
         for problem in problems(self.cubes).values():
             raise UserError(f"{self.path}: {problem}")
-        self.size: int = next(iter(self.cubes.values())).shape[0]
+        self.shape = next(iter(self.cubes.values())).shape
+        """(N, N, N) or (C, N, N, N)."""
+        self.size = self.shape[-1]
+        self.num_fields = math.prod(self.shape[:-3])
         seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(seeds["newton"] & seeds["gr"]))
         self._bytes_read = 0
@@ -280,6 +290,21 @@ class CubeFile:
     def attr_float(self, key: str) -> float | None:
         """An attribute of the file, if it is a finite number; otherwise None."""
         return attr_float(self.attributes, key)
+
+    def field_attrs(self, *keys: str) -> list[Any]:
+        """An attribute of each field, under the first of `keys` that exists; None where it is missing."""
+        value = next((self.attributes[key] for key in keys if key in self.attributes), None)
+        values = value if isinstance(value, list) else [value] * self.num_fields
+        return values if len(values) == self.num_fields else [None] * self.num_fields
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields in order, as `phi, z = 10`."""
+        names, redshifts = self.field_attrs("fields", "field"), self.field_attrs("redshifts", "redshift")
+        return [
+            (str(name) if name is not None else f"field {i}") + (f", z = {z:g}" if z is not None else "")
+            for i, (name, z) in enumerate(zip(names, redshifts, strict=True))
+        ]
 
     def require(self, seeds: range) -> None:
         """Raise UserError unless the file has both twins of each of these seeds."""
@@ -307,14 +332,14 @@ class CubeFile:
 
         More would delay the start of a run; each cube is checked again when it is read for training.
         """
-        cube = np.empty((self.size,) * 3, np.float32)
+        cube = np.empty(self.shape, np.float32)
         if cube.nbytes * len(GRAVITIES) * len(seeds) <= CHECKED_BYTES:
             for seed in seeds:
                 for gravity in GRAVITIES:
                     self.read(seed, gravity, cube)
 
     def read(self, seed: int, gravity: str, out: NDArray[np.float32]) -> None:
-        """Read one cube into `out`, a C-contiguous (N, N, N) float32 array. Thread-safe.
+        """Read one cube into `out`, a C-contiguous float32 array of as many values. Thread-safe.
 
         A contiguous, uncompressed, native float32 cube is read directly from its place in the file, any other
         by HDF5, which converts it. Raises UserError if it cannot be read or contains NaN or infinity, or if
@@ -331,7 +356,7 @@ class CubeFile:
         else:
             with open_cubes(self.path) as file:
                 try:
-                    file[cube.name].read_direct(out)
+                    file[cube.name].read_direct(out.reshape(cube.shape))
                 except H5PY_ERRORS as error:
                     raise UserError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
         if file_version(self.path) != self._version:  # after the read, so that what was read is known
@@ -364,7 +389,7 @@ class CubeFile:
         bad = ~np.isfinite(values)
         if not bad.any():  # the sum of finite values overflowed
             return
-        first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
+        first = tuple(int(i) for i in np.unravel_index(bad.argmax(), cube.shape))
         raise UserError(
             f"{self.path}: cube /{cube.name} has {int(bad.sum())} values that are NaN, infinite or too "
             f"large for float32, the first at index {first}. Copy the file again, or rerun this simulation."
@@ -373,21 +398,21 @@ class CubeFile:
     def identity(self, seeds: range) -> dict[str, Any]:
         """Identifies the data of these seeds, as JSON-able values, without reading all of it.
 
-        `fingerprint` is a hash of four rows in the middle of every cube, as float32. It depends on the
+        `fingerprint` is a hash of four rows in the middle of every field, as float32. It depends on the
         simulations, their order and standardization, not on path, layout or compression of the file.
         """
         digest, middle = hashlib.sha256(), self.size // 2
         with open_cubes(self.path) as file, np.errstate(over="ignore"):
             for seed in seeds:
                 for gravity in GRAVITIES:
-                    rows = file[self.cubes[seed, gravity].name][middle, middle : middle + 4]
+                    rows = file[self.cubes[seed, gravity].name][..., middle, middle : middle + 4, :]
                     digest.update(np.ascontiguousarray(rows, dtype="<f4").tobytes())
         return {
             "path": str(self.path.absolute()),
             "bytes": os.path.getsize(
                 self.path
             ),  # for information, as is the path: a repacked file has another size
-            "shape": [self.size] * 3,
+            "shape": list(self.shape),
             "seeds": [seeds.start, seeds.stop],
             "fingerprint": digest.hexdigest(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from system import UserError
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cache import CubeCache, CubeReader, choose_cache
-from .cube_file import GRAVITIES, CubeFile
+from .cube_file import GRAVITIES, CubeFile, PerField
 from .sampler import (
     EpochSampler,
     Ids,
@@ -34,7 +35,7 @@ class Batch:
     ids: Tensor
     """(b,) int64 sample ids, in host memory."""
     images: Tensor
-    """(b, C, N, N) float32 on the device, in its memory format."""
+    """(b, C, N, N) float32 on the device, in its memory format: for each field its adjacent slices."""
     labels: Tensor
     """(b,) float32 on the device: 1 for General Relativity, 0 for Newtonian gravity."""
     mask: Tensor
@@ -63,7 +64,7 @@ class DataSettings(Protocol):
 
     @property
     def channels(self) -> int:
-        """Adjacent slices stacked as channels."""
+        """Adjacent slices of each field, stacked as channels."""
 
     @property
     def newton_augmentation(self) -> float:
@@ -90,7 +91,8 @@ class WholeCubeDataset:
     """The slices of the cubes of `seeds`, in batches.
 
     `batch_size` counts the slices of all `num_processes` ranks; rank `process_index` gets its rows. Cubes are
-    standardized to (cube - `mean`) / `std`; Newtonian ones are then multiplied by `data.newton_augmentation`.
+    standardized to (cube - `mean`) / `std`, field by field; Newtonian ones are then multiplied by
+    `data.newton_augmentation`.
 
     In training each slice is rolled at random along both axes with `data.shifts`, then gets a random symmetry
     of the square with `data.symmetries`. With `data.pairs` the twin of each slice is in the next row of the
@@ -111,8 +113,8 @@ class WholeCubeDataset:
         batch_size: int,
         device: torch.device,
         seed: int = 0,
-        mean: float = 0.0,
-        std: float = 1.0,
+        mean: PerField = 0.0,
+        std: PerField = 1.0,
         cache: str | None = None,
         process_index: int = 0,
         num_processes: int = 1,
@@ -121,10 +123,10 @@ class WholeCubeDataset:
         self.cubes, self.seeds, self.data, self.axes = cubes, seeds, data, tuple(sorted(data.axes))
         self.batch_size, self.seed, self.device, self._transform = batch_size, seed, device, transform
         self.process_index, self.num_processes = process_index, num_processes
-        self.shape = (data.channels, cubes.size, cubes.size)
+        self.shape = (cubes.num_fields * data.channels, cubes.size, cubes.size)
         rotated, cache = 2 in self.axes, cache or data.cache
         if cache == "auto":
-            seed_bytes = 2 * 4 * cubes.size**3
+            seed_bytes = 2 * 4 * math.prod(cubes.shape)
             cache = choose_cache(seed_bytes, len(seeds), device, num_processes, rotated=rotated)
         reader = CubeReader(cubes, seeds, mean, std, data.newton_augmentation)
         self._cache = CubeCache(cache, reader, rotated=rotated, channels=data.channels, device=device)
@@ -187,7 +189,13 @@ class WholeCubeDataset:
                 f"Reduce batch_size to {len(self)} or less, or add seeds."
             )
         return EpochSampler(
-            self.seeds, self.cubes.size, self.axes, self.batch_size, self.seed, pairs=self.data.pairs
+            self.seeds,
+            self.cubes.size,
+            self.axes,
+            self.batch_size,
+            self.seed,
+            pairs=self.data.pairs,
+            fields=self.cubes.num_fields,
         )
 
     def _batches(

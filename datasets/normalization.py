@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cube_file import GRAVITIES, CubeFile
+from .cube_file import GRAVITIES, CubeFile, PerField
 from .dataset import DataSettings, WholeCubeDataset
 
 POWER_POSITIONS = 16  # neighboring slices look nearly the same
@@ -62,53 +62,61 @@ class Moments:
         return math.sqrt(self.variance)
 
 
-def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[float, float]:
-    """Mean and standard deviation over all values of the cubes of `seeds`, in float64.
+def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[PerField, PerField]:
+    """Mean and standard deviation over all values of the cubes of `seeds`, in float64, for each field.
 
-    Raises UserError if all values are equal.
+    Raises UserError if all values of a field are equal.
     """
-    cube = np.empty((cubes.size,) * 3, np.float32)
-    moments = Moments()
+    cube = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
+    moments = [Moments() for _ in cube]
     for seed in seeds:
         for gravity in GRAVITIES:
             cubes.read(seed, gravity, cube)
-            for plane in cube:
-                moments.add(plane.astype(np.float64))
-    if moments.variance == 0:
-        raise UserError(
-            f"{cubes.path}: all values are {moments.mean}, so data_params.standardize train cannot divide by "
-            "their standard deviation.\n"
-            "Use another file, or set standardize to none. python -m datasets inspect lists its contents."
-        )
-    return moments.mean, moments.std
+            for field, of_field in zip(cube, moments, strict=True):
+                for plane in field:
+                    of_field.add(plane.astype(np.float64))
+    for name, of_field in zip(cubes.fields, moments, strict=True):
+        if of_field.variance == 0:
+            raise UserError(
+                f"{cubes.path}: all values of {name} are {of_field.mean}, so data_params.standardize train "
+                "cannot divide by their standard deviation.\n"
+                "Use another file, or set standardize to none. python -m datasets inspect lists its contents."
+            )
+    if len(moments) == 1:
+        return moments[0].mean, moments[0].std
+    return [of_field.mean for of_field in moments], [of_field.std for of_field in moments]
 
 
 def measure_power(
     cubes: CubeFile,
     seeds: range,
     data: DataSettings,
-    mean: float,
-    std: float,
+    mean: PerField,
+    std: PerField,
     isotropic_power: Callable[[Tensor], Tensor],
-) -> list[list[float] | None]:
+) -> list[Any]:
     """Isotropic power spectrum of the slices perpendicular to each axis, None for axes that are not sliced.
 
-    From POWER_POSITIONS slices per axis of each cube of `seeds`. `isotropic_power` gives the mean spectrum of
-    images (b, C, N, N). Computed on the CPU in one order, so that it is the same on every rank and device.
+    [axis][n], and with several fields [axis][field][n]. From POWER_POSITIONS slices per axis of each cube of
+    `seeds`. `isotropic_power` gives the mean spectrum of images (b, C, N, N). Computed on the CPU in one
+    order, so that it is the same on every rank and device.
     """
     device, stride = torch.device("cpu"), max(1, cubes.size // POWER_POSITIONS)
     slices = WholeCubeDataset(
         cubes, seeds, data, batch_size=64, device=device, mean=mean, std=std, cache="disk"
     )
-    sums, counts = [torch.zeros(cubes.size // 2, dtype=torch.float64) for _ in range(3)], [0, 0, 0]
+    shape = (3, cubes.num_fields, cubes.size // 2)
+    sums, counts = torch.zeros(shape, dtype=torch.float64), [0, 0, 0]
     for batch in slices.evaluation_batches():
         chosen = (batch.mask > 0) & (batch.ids % cubes.size % stride == 0)
         for axis in slices.axes:
             images = batch.images[chosen & (batch.axes == axis)]
             if len(images):
-                sums[axis] += len(images) * isotropic_power(images)
+                fields = images.split(data.channels, dim=1)
+                sums[axis] += len(images) * torch.stack([isotropic_power(field) for field in fields])
                 counts[axis] += len(images)
-    return [(total / n).tolist() if n else None for total, n in zip(sums, counts, strict=True)]
+    means = [total / n if n else None for total, n in zip(sums, counts, strict=True)]
+    return [None if mean is None else (mean if len(mean) > 1 else mean[0]).tolist() for mean in means]
 
 
 def require_same_filter(path: Path, attributes: Mapping[str, Any], trained_on: Mapping[str, Any]) -> None:
@@ -132,27 +140,30 @@ def require_same_filter(path: Path, attributes: Mapping[str, Any], trained_on: M
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
     """Raise UserError if `other` is standardized or filtered otherwise than `trained_on`.
 
-    Files of different redshifts may each be standardized by its own mean and standard deviation.
+    Both have as many fields. Files of different redshifts may each be standardized by its own mean and
+    standard deviation.
     """
     require_same_filter(other.path, other.attributes, trained_on.attributes)
-    redshifts = {trained_on.attr_float("redshift"), other.attr_float("redshift")} - {None}
+    redshifts = {tuple(cubes.field_attrs("redshifts", "redshift")) for cubes in (trained_on, other)}
+    redshifts = {values for values in redshifts if None not in values}
     for key in ("mean", "std") if len(redshifts) < 2 else ():
-        before, now = trained_on.attr_float(key), other.attr_float(key)
-        if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
-            raise UserError(
-                f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained on "
-                f"{trained_on.path} with {before:.6g}.\nUse a file standardized by the same mean and std."
-            )
+        for before, now in zip(trained_on.field_attrs(key), other.field_attrs(key), strict=True):
+            if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
+                raise UserError(
+                    f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained "
+                    f"on {trained_on.path} with {before:.6g}.\n"
+                    "Use a file standardized by the same mean and std."
+                )
     # Not every file has these attributes; the values of raw potentials are some 10^4 times smaller.
-    before, now = (_std_of_first_cube(cubes) for cubes in (trained_on, other))
-    if not 0.5 * before < now < 2 * before:
-        raise UserError(
-            f"{other.path}: found values with standard deviation {now:.3g}, but the network was trained on "
-            f"{before:.3g} ({trained_on.path}).\nUse a file standardized in the same way."
-        )
+    for before, now in zip(*(_stds_of_first_cube(cubes) for cubes in (trained_on, other)), strict=True):
+        if not 0.5 * before < now < 2 * before:
+            raise UserError(
+                f"{other.path}: found values with standard deviation {now:.3g}, but the network was trained "
+                f"on {before:.3g} ({trained_on.path}).\nUse a file standardized in the same way."
+            )
 
 
-def _std_of_first_cube(cubes: CubeFile) -> float:
-    cube = np.empty((cubes.size,) * 3, np.float32)
+def _stds_of_first_cube(cubes: CubeFile) -> list[float]:
+    cube = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
     cubes.read(cubes.seeds[0], GRAVITIES[0], cube)
-    return float(cube.std(dtype=np.float64))
+    return [float(field.std(dtype=np.float64)) for field in cube]

@@ -87,7 +87,7 @@ class EpochSampler:
 
     `seeds` are the training seeds, `seed` is the random seed. `batch_size` must not exceed `slices`. With
     `pairs` both twins of a slice, the Newtonian one first, are in two adjacent places of a batch;
-    `batch_size` must be even.
+    `batch_size` must be even. `fields` is the number of fields of a cube.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class EpochSampler:
         seed: int,
         *,
         pairs: bool = False,
+        fields: int = 1,
     ) -> None:
         self.seeds, self.size, self.axes, self.seed, self.pairs = seeds, size, axes, seed, pairs
         # With pairs a column of the order below is a slice and its twin, and takes two places of a batch.
@@ -108,7 +109,7 @@ class EpochSampler:
         self.steps = -(-self.slices // self.columns)
         self.streams = min(STREAMS, self.columns)
         self.stream_of_column = np.arange(self.columns) * self.streams // self.columns
-        self.window = max(1, WINDOW_BYTES // (self.streams * 2 * size**3 * 4))
+        self.window = max(1, WINDOW_BYTES // (self.streams * 2 * fields * size**3 * 4))
         # The slices of a short last batch are spread over its columns, so that every rank has its part of
         # them.
         remaining = self.slices - (self.steps - 1) * self.columns

@@ -7,6 +7,7 @@ line, so host memory holds a second, rotated copy of each cube: rotated[z, x, y]
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -39,11 +40,15 @@ class Views(NamedTuple):
     column_offset: Ids
 
 
-def views(ids: Ids, symmetries: Ids, shifts: Ids, size: int, *, channels: int, rotated: bool) -> Views:
-    """Views (..., channels) of slices `ids` (...), rolled by `shifts` (..., 2), then with `symmetries` (...).
+def views(
+    ids: Ids, symmetries: Ids, shifts: Ids, size: int, *, fields: int, channels: int, rotated: bool
+) -> Views:
+    """Views (..., fields * channels) of slices `ids` (...), rolled by `shifts` (..., 2), then with
+    `symmetries` (...).
 
-    A seed's buffer holds the Newtonian cube, then that of General Relativity, each followed by its rotated
-    copy if there is one. Channel c of the slice at position p is taken at position p + c, in a periodic box.
+    A seed's buffer holds the fields of the Newtonian cube, then those of General Relativity, each followed by
+    their rotated copies if there are any. For each field there are `channels` adjacent slices: channel c of
+    the slice at position p is taken at position p + c, in a periodic box.
     """
     index = decode(ids, size)
     axis, transposed = index.axis, symmetries >> 2 & 1
@@ -56,9 +61,10 @@ def views(ids: Ids, symmetries: Ids, shifts: Ids, size: int, *, channels: int, r
         for table in ([0, 1, 2], [1, 0, 0], [2, 2, 1])
     )
     flip_rows, flip_columns = (symmetries & 1)[..., None], (symmetries >> 1 & 1)[..., None]
-    cubes = index.gravity * (2 if rotated else 1) + copy
-    start = cubes[..., None] * size**3 + (size - 1) * (flip_rows * row + flip_columns * column)
-    start = start + (index.position[..., None] + np.arange(channels)) % size * across
+    cubes = (index.gravity * (2 if rotated else 1) + copy) * fields
+    field, channel = np.divmod(np.arange(fields * channels), channels)
+    start = (cubes[..., None] + field) * size**3 + (size - 1) * (flip_rows * row + flip_columns * column)
+    start = start + (index.position[..., None] + channel) % size * across
     row, column = row * (1 - 2 * flip_rows), column * (1 - 2 * flip_columns)
     # numpy.roll by s puts element i - s at i. In a flipped view the direction is reversed.
     row_offset = shifts[..., :1] * (2 * flip_rows - 1) % size
@@ -69,14 +75,14 @@ def views(ids: Ids, symmetries: Ids, shifts: Ids, size: int, *, channels: int, r
         np.where(swap, column_offset, row_offset),
         np.where(swap, row_offset, column_offset),
     )
-    fields = (row, column, row_offset, column_offset)
-    return Views(start, *(np.broadcast_to(field, start.shape).copy() for field in fields))
+    strides_and_offsets = (row, column, row_offset, column_offset)
+    return Views(start, *(np.broadcast_to(array, start.shape).copy() for array in strides_and_offsets))
 
 
 class HostSlicer:
     """Slices cubes in host memory with several threads and copies the images to the device.
 
-    `seeds` (steps, rows) are the seeds of the slices, `views` (steps, rows, channels) lie in their buffers.
+    `seeds` (steps, rows) are the seeds of the slices, `views` (steps, rows, C) lie in their buffers.
     """
 
     def __init__(self, pool: BufferPool, seeds: Ids, views: Views, size: int, device: torch.device) -> None:
@@ -103,7 +109,7 @@ class HostSlicer:
         ]
 
     def result(self) -> Tensor:
-        """The images (rows, channels, N, N) of the step that was started, on the device."""
+        """The images (rows, C, N, N) of the step that was started, on the device."""
         for part in self._parts:
             part.result()
         if copies_asynchronously(self._device):
@@ -118,13 +124,13 @@ class HostSlicer:
 
 
 class DeviceCubes:
-    """Cubes in the memory of the device, two per seed, and their slicing there.
+    """Cubes `shape` in the memory of the device, two per seed, and their slicing there.
 
     Only the main thread uses this class: calls from other threads would break the capture of a CUDA graph.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size, self.device = size, device
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.shape, self.device = shape, device
         self._memory = torch.empty(0)
         self._place: dict[int, int] = {}
         self._resident: set[int] = set()
@@ -137,14 +143,14 @@ class DeviceCubes:
         self._resident.clear()
         self._memory = torch.empty(0)  # frees the old memory before the new is allocated
         with torch.inference_mode(False):  # training could not use a tensor made in inference mode
-            self._memory = torch.empty((len(seeds), 2, *(self.size,) * 3), device=self.device)
+            self._memory = torch.empty((len(seeds), 2, *self.shape), device=self.device)
         self._place = {seed: place for place, seed in enumerate(seeds)}
 
     def __contains__(self, seed: int) -> bool:
         return seed in self._resident
 
     def upload(self, seed: int, cubes: NDArray[np.float32]) -> None:
-        """Copy both cubes (2, N, N, N) of a seed to the device; returns when the copy is complete."""
+        """Copy both cubes (2, *shape) of a seed to the device; returns when the copy is complete."""
         self._memory[self._place[seed]].copy_(torch.from_numpy(cubes))
         self._resident.add(seed)
 
@@ -152,14 +158,14 @@ class DeviceCubes:
         """Where the cubes of `seeds` begin, in floats."""
         places = np.zeros(max(self._place) + 1, np.int64)
         places[list(self._place)] = list(self._place.values())
-        return places[seeds] * (2 * self.size**3)
+        return places[seeds] * (2 * math.prod(self.shape))
 
     def slice(self, *fields: Tensor) -> Tensor:
         """Images (n, N, N) on the device; `fields` (n) are those of Views."""
         memory = self._memory.view(-1)
         if self._gather is None:
-            self._gather = kernels.choose_gather(memory, self.size, *fields)
-        return self._gather(memory, self.size, *fields)
+            self._gather = kernels.choose_gather(memory, self.shape[-1], *fields)
+        return self._gather(memory, self.shape[-1], *fields)
 
 
 class DeviceSlicer:
@@ -179,7 +185,7 @@ class DeviceSlicer:
         self._images = images.view(*shape, *images.shape[1:])
 
     def result(self) -> Tensor:
-        """The images (rows, channels, N, N) of the step that was started."""
+        """The images (rows, C, N, N) of the step that was started."""
         return to_memory_format(self._images)
 
     def close(self) -> None:
@@ -234,7 +240,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def to_memory_format(images: Tensor) -> Tensor:
-    """Contiguous images (rows, channels, N, N) in the memory format of their device."""
+    """Contiguous images (rows, C, N, N) in the memory format of their device."""
     _, channels, height, width = images.shape
     if memory_format(images.device) == torch.contiguous_format:
         return images

@@ -37,10 +37,13 @@ class TrainedNetwork(nn.Module):
 
     Its arguments are the entries of `config.json`: those of `NetworkSettings`, and
 
-    - `mean` and `std`, which standardize the slices; 0 and 1 if the file is standardized;
+    - `fields`, the names of the fields in the order of their channels, each with as many adjacent slices;
+    - `mean` and `std`, which standardize the slices, a number or one for each field; 0 and 1 if the file is
+      standardized;
     - `power`, the isotropic power spectra that whiten the slices (`Whitening`): [axis][n], P(n) of the
       training slices perpendicular to array axes 0, 1 and 2 at n = 0, ..., N/2 - 1, None for an axis that was
-      not sliced; earlier versions wrote one spectrum [n] for all axes; None without whitening;
+      not sliced; [axis][field][n] with several fields; earlier versions wrote one spectrum [n] for all axes;
+      None without whitening;
     - `calibration`, a `Calibration` as a dictionary; None without validation seeds;
     - `training`, `selection` (what selected the network) and `evaluation`, records that change no result.
     """
@@ -51,7 +54,7 @@ class TrainedNetwork(nn.Module):
         self.settings = NetworkSettings(
             **{f.name: config[f.name] for f in fields(NetworkSettings) if f.name in config}
         )
-        self.mean, self.std = float(config.get("mean", 0.0)), float(config.get("std", 1.0))
+        self.mean, self.std = config.get("mean", 0.0), config.get("std", 1.0)
         calibration = Calibration.from_dict(config.get("calibration"))
         self.is_calibrated = calibration is not None
         self.calibration = calibration or Calibration()
@@ -64,7 +67,12 @@ class TrainedNetwork(nn.Module):
         `axes`, (b,) or one for all, are the array axes perpendicular to the slices. If they are given, slices
         are whitened by the spectrum of their axis, otherwise by the mean spectrum.
         """
-        standardized = (slices - self.mean) / self.std
+        if slices.shape[1] != self.settings.channels:
+            raise UserError(
+                f"slices: found {slices.shape[1]} channels, but the network was trained on "
+                f"{self.settings.channels} ({'; '.join(self.config.get('fields', []))}). Give it the same."
+            )
+        standardized = (slices - per_channel(self.mean, slices)) / per_channel(self.std, slices)
         if self.whitening is not None:
             standardized = self.whitening(standardized, -1 if axes is None else axes)
         return self.network(standardized)
@@ -82,6 +90,13 @@ class TrainedNetwork(nn.Module):
         from huggingface_hub import snapshot_download
 
         return load(snapshot_download(repository, **options))
+
+
+def per_channel(values: float | list[float], slices: Tensor) -> float | Tensor:
+    """A number for each field, as a tensor that fits slices (b, C, N, N); a single number as it is."""
+    if not isinstance(values, list):
+        return values
+    return slices.new_tensor(values).repeat_interleave(slices.shape[1] // len(values))[:, None, None]
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -154,7 +169,8 @@ def export_onnx(network: TrainedNetwork, path: Path) -> float:
 
     settings, network = network.settings, network.cpu().eval()
     shape = (5, settings.channels, settings.size, settings.size)
-    slices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * network.std + network.mean
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    slices = noise * per_channel(network.std, noise) + per_channel(network.mean, noise)
     # The exporter lists the operators of torchvision that it lacks.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     program = torch.onnx.export(

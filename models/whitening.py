@@ -5,6 +5,7 @@ from __future__ import annotations
 from system import UserError
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,18 @@ class Whitening(nn.Module):
 
     The potential has a steep spectrum: its variance lies at n <= 3, most of its modes at high n. `power` has
     the spectra of slices perpendicular to array axes 0, 1 and 2, None for an axis without one, or is one
-    spectrum for all axes. A spectrum is P(n) at n = 0, ..., N/2 - 1 as `isotropic_power` measures it; n is
-    the wavenumber in units of the fundamental mode, rounded to an integer. The mean of a slice (n = 0) is
-    removed, and so are modes with n >= N/2, where not all directions are sampled, and modes that hold nothing
-    but rounding errors.
+    spectrum for all axes. A spectrum, or one for each field, is P(n) at n = 0, ..., N/2 - 1 as
+    `isotropic_power` measures it; n is the wavenumber in units of the fundamental mode, rounded to an
+    integer. The mean of a slice (n = 0) is removed, and so are modes with n >= N/2, where not all directions
+    are sampled, and modes that hold nothing but rounding errors.
 
     Raises UserError if no mode is left.
     """
 
     gain: Tensor
-    """1 / sqrt P for each mode of `rfft2`, by axis and at last for their mean: (4, 1, N, N/2 + 1)."""
+    """1 / sqrt P for each mode of `rfft2`, by axis and at last for their mean: (4, fields, N, N/2 + 1)."""
 
-    def __init__(self, power: Tensor | Sequence[float] | Sequence[Sequence[float] | None]) -> None:
+    def __init__(self, power: Tensor | Sequence[Any]) -> None:
         super().__init__()
         known = [spectrum for spectrum in power if isinstance(spectrum, Sequence)]
         mean = torch.as_tensor(known or power, dtype=torch.float64)
@@ -43,20 +44,23 @@ class Whitening(nn.Module):
         Without `axes`, by the mean spectrum.
         """
         modes = torch.fft.rfft2(slices.float())  # there is no FFT in bfloat16
-        return torch.fft.irfft2(modes * self.gain[axes], s=slices.shape[-2:])
+        fields = modes.unflatten(1, (self.gain.shape[1], -1)) * self.gain[axes].unsqueeze(-3)
+        return torch.fft.irfft2(fields.flatten(1, 2), s=slices.shape[-2:])
 
 
-def _gain(power: Tensor | Sequence[float]) -> Tensor:
-    power = torch.as_tensor(power, dtype=torch.float64)
-    shells = _shells(2 * len(power))
-    inside = (shells > 0) & (shells < len(power))
-    power = power[shells.clamp(max=len(power) - 1)]
-    gain = torch.where(inside & (power > NEGLIGIBLE * power.mean()), power.rsqrt(), 0.0)
-    if not gain.any():
+def _gain(power: Tensor | Sequence[Any]) -> Tensor:
+    spectra = torch.atleast_2d(torch.as_tensor(power, dtype=torch.float64))
+    half = spectra.shape[1]
+    shells = _shells(2 * half)
+    inside = (shells > 0) & (shells < half)
+    of_modes = spectra[:, shells.clamp(max=half - 1)]
+    negligible = NEGLIGIBLE * of_modes.mean((1, 2), keepdim=True)
+    gain = torch.where(inside & (of_modes > negligible), of_modes.rsqrt(), 0.0)
+    if not gain.flatten(1).any(1).all():
         raise UserError(
             "whitening: the training slices have no power. Set data_params.whiten to none, or use other data."
         )
-    return gain.float()[None]
+    return gain.float()
 
 
 def isotropic_power(slices: Tensor) -> Tensor:

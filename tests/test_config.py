@@ -256,9 +256,9 @@ def test_a_cpu_has_no_fp16(template: Path) -> None:
 
 def test_there_are_no_more_channels_than_slices(template: Path) -> None:
     loaded = config.load_config(template, ["data_params.channels=65"])
-    assert loaded.network_settings(128).channels == 65
+    assert loaded.network_settings((2, 128, 128, 128)).channels == 130
     with pytest.raises(UserError, match=r"data_params\.channels: found 65, allowed: at most 64"):
-        loaded.network_settings(64)
+        loaded.network_settings((64, 64, 64))
 
 
 @pytest.mark.parametrize(("batch", "processes", "accumulation"), [(64, 3, 1), (64, 1, 3), (4, 4, 1)])

@@ -488,7 +488,7 @@ def test_constant_cubes_cannot_be_standardized(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "flat.h5", "w") as file:
         for gravity in GRAVITIES:
             file[f"0/{gravity}"] = np.full((N, N, N), 3, np.float32)
-    with pytest.raises(UserError, match=r"all values are 3\.0"):
+    with pytest.raises(UserError, match=r"all values of field 0 are 3\.0"):
         measure_normalization(CubeFile(tmp_path / "flat.h5"), range(1))
 
 

@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,7 +109,7 @@ class DataParams(Section):
     cache: Literal["auto", "disk", "memory", "device"] = "auto"
     """where cubes are held during training; the result is the same"""
     channels: Count = 1
-    """adjacent slices stacked as channels"""
+    """adjacent slices stacked as channels, of each field of the file"""
     axes: list[Annotated[int, Field(ge=0, le=2)]] = Field([0, 1, 2], min_length=1)
     """axes of the cube that are sliced"""
     symmetries: bool = True
@@ -232,17 +232,18 @@ class Config(Section):
         """Folder of the run."""
         return Path(self.train_params.log_dir) / self.model_params.name
 
-    def network_settings(self, size: int) -> NetworkSettings:
-        """The settings of the network for cubes of `size` cells a side.
+    def network_settings(self, shape: Sequence[int]) -> NetworkSettings:
+        """The settings of the network for cubes of this shape, (N, N, N) or (C, N, N, N).
 
         Raises UserError if there are more channels than slices along an axis.
         """
-        channels = self.data_params.channels
+        channels, size = self.data_params.channels, shape[-1]
         if channels > size:
             raise UserError(
                 f"data_params.channels: found {channels}, allowed: at most {size}, the cube's side"
             )
-        return NetworkSettings(**self.model_params.model_dump(exclude={"name"}), channels=channels, size=size)
+        settings = self.model_params.model_dump(exclude={"name"})
+        return NetworkSettings(**settings, channels=math.prod(shape[:-3]) * channels, size=size)
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as YAML and JSON hold it."""

@@ -17,6 +17,7 @@ from accelerate.utils import DynamoBackend, set_seed
 
 import datasets
 import models
+from datasets import PerField
 from training import checkpoint, distributed, metrics
 from training.config import Config, DataParams
 
@@ -60,13 +61,13 @@ class Run:
 class TrainState:
     """Progress of a run, as JSON-able values. Checkpoints hold its fields; a new one needs a default."""
 
-    mean: float
-    std: float
+    mean: PerField
+    std: PerField
     """The cubes are standardized by these."""
     power: list[Any] | None = None
     """Isotropic power spectra that whiten the slices, or None: [axis][n], P(n) at n = 0, ..., N/2 - 1 of the
-    training slices perpendicular to array axes 0, 1 and 2, None for an axis that is not sliced. Runs of
-    earlier versions have one spectrum [n] for all axes."""
+    training slices perpendicular to array axes 0, 1 and 2, None for an axis that is not sliced; with several
+    fields [axis][field][n]. Runs of earlier versions have one spectrum [n] for all axes."""
     calibration: dict[str, Any] | None = None
     """A `models.Calibration` fitted on the validation seeds at the end of the training: `temperature` and
     `threshold`, under `axes` the same for slices of each axis, under `cubes` for mean logits of cubes."""
@@ -192,7 +193,7 @@ def check_setup(config: Config) -> None:
         if data.synthetic is None or Path(data.datafile).exists():
             cubes = datasets.CubeFile(data.datafile)
             cubes.require(range(data.train_seeds + data.test_seeds))
-            config.network_settings(cubes.size)
+            config.network_settings(cubes.shape)
 
 
 def check_network(config: Config) -> None:
@@ -200,7 +201,7 @@ def check_network(config: Config) -> None:
     data = config.data_params
     smallest = -(-data.channels // 64) * 64  # smallest cubes with so many slices
     with torch.device("meta"):
-        models.build(config.network_settings(data.synthetic.size if data.synthetic else smallest))
+        models.build(config.network_settings((data.synthetic.size if data.synthetic else smallest,) * 3))
 
 
 def setup_run(
@@ -288,7 +289,9 @@ def initial_state(
     if last is not None:
         with last.explain():
             return TrainState(**last.train_state)
-    mean, std, power = 0.0, 1.0, None
+    mean: PerField = 0.0
+    std: PerField = 1.0
+    power = None
     if data.standardize == "train":
         mean, std = datasets.measure_normalization(cubes, data.train_range)
     if data.whiten == "isotropic":
@@ -332,7 +335,7 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Every batch has the same shape. On ROCm the search takes seconds per shape and rank (ROCm/MIOpen#1878).
     torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
-    network = models.build(config.network_settings(cubes.size))
+    network = models.build(config.network_settings(cubes.shape))
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]
     if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):

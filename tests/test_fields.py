@@ -1,0 +1,127 @@
+"""Cubes with several fields: each is read, sliced and standardized as if it were alone."""
+
+from system import UserError
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from datasets import GRAVITIES, CubeFile, WholeCubeDataset, measure_normalization, measure_power
+from datasets.sampler import EpochSampler
+from models import TrainedNetwork, Whitening, isotropic_power
+
+N = 64
+CPU = torch.device("cpu")
+FIELDS = 3
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A file of 3 seeds with three fields, then a file with each of the fields."""
+    folder, random = tmp_path_factory.mktemp("fields"), np.random.default_rng(7)
+    paths = [folder / f"{name}.h5" for name in ("all", *range(FIELDS))]
+    for seed in range(3):
+        for gravity in GRAVITIES:
+            cube = random.normal([[[[1.0]]], [[[-2.0]]], [[[0.0]]]], 2, (FIELDS, N, N, N)).astype(np.float32)
+            for path, values in zip(paths, (cube, *cube), strict=True):
+                with h5py.File(path, "a") as file:
+                    file[f"{gravity}_seed{seed:04d}"] = values
+    return paths
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The data section of an experiment."""
+
+    axes: tuple[int, ...] = (0, 1, 2)
+    channels: int = 2
+    newton_augmentation: float = 0.5
+    symmetries: bool = True
+    shifts: bool = True
+    pairs: bool = True
+    cache: str = "memory"
+
+
+def dataset(path: Path, **options: Any) -> WholeCubeDataset:
+    defaults: dict[str, Any] = {"batch_size": 24, "seed": 3, "device": CPU}
+    return WholeCubeDataset(CubeFile(path), range(3), Settings(), **defaults, **options)
+
+
+@pytest.mark.parametrize("cache", ["disk", "memory", "device"])
+def test_images_have_the_slices_of_each_field(cache: str, files: list[Path]) -> None:
+    mean, std = [1.0, -2.0, 0.0], [2.0, 4.0, 1.0]
+    together = dataset(files[0], mean=mean, std=std, cache=cache)
+    alone = [
+        dataset(path, mean=m, std=s, cache=cache) for path, m, s in zip(files[1:], mean, std, strict=True)
+    ]
+    assert together.shape == (2 * FIELDS, N, N)
+    for batches in ("train_batches", "evaluation_batches"):
+        arguments = (1,) if batches == "train_batches" else ()
+        of_each = zip(*(getattr(one, batches)(*arguments) for one in alone), strict=True)
+        for batch, parts in zip(getattr(together, batches)(*arguments), of_each, strict=True):
+            assert torch.equal(batch.images, torch.cat([part.images for part in parts], dim=1))
+            assert torch.equal(batch.ids, parts[0].ids)
+
+
+def test_fields_are_normalized_one_by_one(files: list[Path]) -> None:
+    alone = [measure_normalization(CubeFile(path), range(2)) for path in files[1:]]
+    assert measure_normalization(CubeFile(files[0]), range(2)) == tuple(map(list, zip(*alone, strict=True)))
+
+
+def test_the_memory_of_the_order_counts_fields() -> None:
+    windows = [EpochSampler(range(40), 128, (0,), 64, 1, fields=fields).window for fields in (1, 2, 4)]
+    assert windows == [8, 4, 2]
+
+
+def test_the_fields_of_a_file_have_names(tmp_path: Path) -> None:
+    def names(count: int, **attributes: Any) -> list[str]:
+        with h5py.File(tmp_path / "names.h5", "w") as file:
+            for gravity in GRAVITIES:
+                file[f"0/{gravity}"] = np.zeros((count, N, N, N), np.float32)
+            file.attrs.update(attributes)
+        return CubeFile(tmp_path / "names.h5").fields
+
+    assert names(1, field="phi", redshift=10.0) == ["phi, z = 10"]
+    assert names(2, fields=["phi", "chi"], redshifts=[10.0, 1.0]) == ["phi, z = 10", "chi, z = 1"]
+    assert names(2, field="phi", redshifts=[10.0, 1.0]) == ["phi, z = 10", "phi, z = 1"]
+    assert names(2) == ["field 0", "field 1"]
+    assert names(2, fields=["phi", "chi", "B"]) == ["field 0", "field 1"]
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, N, N, N), (2, N, N, 2 * N), (N, N, N, 2), (1, 2, N, N, N), (2, 32, 32, 32)]
+)
+def test_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with h5py.File(tmp_path / "bad.h5", "w") as file:
+        file["0/gr"] = file["0/newton"] = np.zeros(shape, np.float32)
+    with pytest.raises(UserError, match="cube /0/gr has"):
+        CubeFile(tmp_path / "bad.h5")
+
+
+def test_fields_are_whitened_one_by_one(files: list[Path]) -> None:
+    def power(path: Path) -> Any:
+        cubes = CubeFile(path)
+        return measure_power(cubes, range(1), Settings(), [1.0] * cubes.num_fields, 2.0, isotropic_power)
+
+    together, alone = power(files[0]), [power(path) for path in files[1:]]
+    assert together == [list(spectra) for spectra in zip(*alone, strict=True)]
+    slices = torch.randn(2, 2 * FIELDS, N, N, generator=torch.Generator().manual_seed(0))
+    expected = [Whitening(one)(part) for one, part in zip(alone, slices.split(2, dim=1), strict=True)]
+    assert torch.equal(Whitening(together)(slices), torch.cat(expected, dim=1))
+
+
+def test_a_trained_network_standardizes_its_fields_and_refuses_other_numbers_of_channels() -> None:
+    settings = {"architecture": "racoon", "layer_param": 2, "channels": 4, "size": N}
+    mean, std, fields = [1.0, -2.0], [2.0, 4.0], ["phi, z = 10", "phi, z = 1"]
+    trained = TrainedNetwork(**settings, mean=mean, std=std, fields=fields).eval()
+    slices = torch.randn(3, 4, N, N, generator=torch.Generator().manual_seed(0))
+    scaled = slices * torch.tensor([2.0, 2.0, 4.0, 4.0])[:, None, None]
+    shifted = scaled + torch.tensor([1.0, 1.0, -2.0, -2.0])[:, None, None]
+    torch.testing.assert_close(trained(shifted), trained.network(slices), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"found 2 channels, .* trained on 4 \(phi, z = 10; phi, z = 1\)"):
+        trained(slices[:, :2])
