@@ -54,12 +54,12 @@ def main() -> int:
         command += [str(ROOT / "trainer.py"), str(experiment), *options.overrides]
         whole, killed = (Path(folder) / "runs" / name for name in ("uninterrupted", "killed"))
         print("uninterrupted training:", flush=True)
-        started = time.time()
+        started = time.monotonic()
         if start(command, whole) != 0:
             return 2
-        seconds = time.time() - started
+        seconds = time.monotonic() - started
         print(f"  {seconds:.1f} s to step {last_step(whole)}\nkilled and resumed training:", flush=True)
-        setup_seconds = (whole / "config.yaml").stat().st_mtime - started
+        setup_seconds = seconds - sum(record["seconds"] for record in records(whole))
         generator = random.Random(options.seed)
         longest = setup_seconds + 1.5 * (seconds - setup_seconds) / max(options.kills, 1)
         for _ in range(options.kills):
@@ -122,7 +122,7 @@ def start(command: list[str], run_dir: Path, kill_after: float | None = None) ->
 def last_complete(run_dir: Path) -> Checkpoint | None:
     """The newest complete checkpoint."""
     newest_first = reversed(list_checkpoints(run_dir / "checkpoints"))
-    return next((one for one in newest_first if one.find_problem() is None), None)
+    return next((saved for saved in newest_first if saved.find_problem() is None), None)
 
 
 def last_step(run_dir: Path) -> int:
@@ -155,8 +155,13 @@ def moments(run_dir: Path) -> bytes:
 
 def metrics(run_dir: Path) -> bytes:
     """The lines of metrics.jsonl without timings."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return json.dumps([{k: v for k, v in one.items() if k not in TIMING} for one in records]).encode()
+    untimed = [{key: value for key, value in line.items() if key not in TIMING} for line in records(run_dir)]
+    return json.dumps(untimed).encode()
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 if __name__ == "__main__":

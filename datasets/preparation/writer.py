@@ -3,11 +3,13 @@
 import system
 from system import UserError
 
+import fcntl
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
@@ -20,14 +22,16 @@ from ..cube_file import packed_name
 def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Iterator[h5py.File]:
     """Write an HDF5 file under a temporary name, which becomes `path` when the block ends without an error.
 
-    The temporary file (`NAME.xxxxxxxx.partial`, in the same folder) is removed after an error; only a killed
-    program leaves it behind. Parent folders are created. Raises UserError if `path` exists and `overwrite` is
-    False, if the disk has less than `bytes_needed` free, or if writing fails.
+    The temporary file (`NAME.xxxxxxxx.partial`, in the same folder) is removed after an error; that of a
+    killed program is removed by the next one that writes `path`. Parent folders are created. Raises UserError
+    if `path` exists and `overwrite` is False, if the disk has less than `bytes_needed` free, or if writing
+    fails.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder. Give the name of the HDF5 file to write.")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already. Choose another name, or overwrite it with --force.")
+    remove_abandoned(path)
     existing = system.existing_parent(path.parent)
     free = shutil.disk_usage(existing).free
     if free < bytes_needed:
@@ -38,9 +42,11 @@ def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Itera
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(partial, "x", locking=False) as file:
-            yield file
-        with partial.open("rb") as written:
+        with partial.open("xb") as written:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(written, fcntl.LOCK_EX)
+            with h5py.File(partial, "w", locking=False) as file:
+                yield file
             os.fsync(written.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # h5py raises either for a disk that is full or read-only
@@ -48,6 +54,14 @@ def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Itera
     finally:
         partial.unlink(missing_ok=True)
     system.sync_directory(path.parent)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of programs that were killed while they wrote `path`: nobody locks them."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.????????.partial"):
+        with suppress(OSError), partial.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def new_cube(file: h5py.File, seed: int, gravity: str, size: int) -> h5py.Dataset:
