@@ -1,7 +1,6 @@
 """The structure of the project: imports run one way, and nothing is unpickled."""
 
 import ast
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -48,12 +47,6 @@ def test_imports_run_one_way() -> None:
         if (allowed := ALLOWED.get(module_of(path))) is not None and path.name != "__main__.py"
     }
     assert not {path: modules for path, modules in wrong.items() if modules}
-
-
-def test_the_training_path_does_not_import_preparation() -> None:
-    for path in (ROOT / "datasets").glob("*.py"):
-        if path.name not in ("__init__.py", "__main__.py"):
-            assert not re.search(r"(from|import) .*\bpreparation\b", path.read_text()), path
 
 
 FORBIDDEN = {"pickle", "dill", "joblib", "cloudpickle"}
