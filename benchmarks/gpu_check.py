@@ -38,8 +38,7 @@ PREFLIGHT_SECONDS = 20.0
 LOSS_TOLERANCE = {"fp16": 0.02, "bf16": 0.02, "two devices": 1e-3}
 MAX_SYNCHRONIZATIONS = 0.5  # per step; one that every step repeats gives at least 1
 NOISE = 0.95  # of a slices/s ratio
-Row = tuple[str, str, str, bool | None]
-"""Name, expected, measured, passed; `passed` is None for what was skipped or has no expected value."""
+Row = tuple[str, str, str, bool | None]  # name, expected, measured, passed (None: nothing was expected)
 
 
 class ProgramError(Exception):
@@ -92,13 +91,8 @@ class Checks:
     def train(self, name: str, *overrides: str, launcher: tuple[str, ...] = ()) -> Training:
         """Train the demo as run `name`. Raises ProgramError."""
         record = self.folder / f"{name}.json"
-        settings = (
-            f"model_params.name={name}",
-            f"data_params.datafile={self.folder / 'synthetic.h5'}",
-            f"train_params.log_dir={self.folder / 'runs'}",
-        )
-        program = (*launcher, "benchmarks/gpu_check.py", "--probe", str(record))
-        output = run_program(*program, EXPERIMENT, *settings, *self.overrides, *overrides)
+        program = (*launcher, "benchmarks/gpu_check.py", "--probe", str(record), EXPERIMENT)
+        output = run_program(*program, f"model_params.name={name}", *self.overrides, *overrides)
         return Training(self.folder / "runs" / name, output, json.loads(record.read_text()))
 
     def caches(self) -> Iterator[Row]:
@@ -118,9 +112,9 @@ class Checks:
 
     def evaluation(self) -> Iterator[Row]:
         """The evaluation of the demo's run."""
-        started, run_dir = time.perf_counter(), self.folder / "runs" / "demo"
-        run_program("evaluation.py", str(run_dir))
-        passed = (run_dir / "evaluation" / "report.json").exists()
+        started = time.perf_counter()
+        run_program("evaluation.py", f"{self.folder}/runs/demo")
+        passed = (self.folder / "runs/demo/evaluation/report.json").exists()
         yield "evaluation.py", "report.json", f"{time.perf_counter() - started:.0f} s", passed
 
     def compiler(self) -> Iterator[Row]:
@@ -147,8 +141,8 @@ class Checks:
         yield "reserved memory, epochs 3 to 6", "constant", measured, max(reserved) <= reserved[0]
         steps = training.epochs[0]["step"]
         ratio = training.record["synchronizations"][-1] / steps
-        expected, measured = f"at most {MAX_SYNCHRONIZATIONS}", f"{ratio:.2f} ({steps} steps)"
-        yield "synchronizations per step, epoch 6", expected, measured, ratio <= MAX_SYNCHRONIZATIONS
+        expected, passed = f"at most {MAX_SYNCHRONIZATIONS}", ratio <= MAX_SYNCHRONIZATIONS
+        yield "synchronizations per step, epoch 6", expected, f"{ratio:.2f} ({steps} steps)", passed
 
     def throughput(self) -> Iterator[Row]:
         """Slices per second beside the step alone, for a small and a large batch."""
@@ -172,9 +166,8 @@ class Checks:
             yield "two devices", "", "skipped: there is one device", None
             return
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        datafile = f"data_params.datafile={self.folder / 'synthetic.h5'}"
         started = time.perf_counter()
-        run_program(*launcher, "trainer.py", EXPERIMENT, "--preflight", datafile, *self.overrides)
+        run_program(*launcher, "trainer.py", EXPERIMENT, "--preflight", *self.overrides)
         seconds, expected = time.perf_counter() - started, f"below {PREFLIGHT_SECONDS:.0f} s"
         yield "preflight of two devices", expected, f"{seconds:.1f} s", seconds < PREFLIGHT_SECONDS
         reference = self.train("one", *EXACT)
@@ -275,11 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"There is no accelerator that torch {torch.__version__} can use.", file=sys.stderr)
         return 2
     device = torch.accelerator.current_accelerator()
-    module = torch.get_device_module(device)
-    name = module.get_device_name() if hasattr(module, "get_device_name") else device.type
+    name = getattr(torch.get_device_module(device), "get_device_name", lambda: "")()
     print(f"{name}, {device.type}, torch {torch.__version__}\n")
-    with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=options.folder) as folder:
-        failed = Checks(device, Path(folder).absolute(), options.overrides).run()
+    parent = options.folder and options.folder.absolute()
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=parent) as folder:
+        files = f"data_params.datafile={folder}/synthetic.h5", f"train_params.log_dir={folder}/runs"
+        failed = Checks(device, Path(folder), [*files, *options.overrides]).run()
     print(f"\n{failed} values are not as expected." if failed else "\nAll values are as expected.")
     return 1 if failed else 0
 

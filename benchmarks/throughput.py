@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -140,11 +140,8 @@ def machine(device: str) -> str:
 
         parts.append(torch.cuda.get_device_name())
     parts.append(f"Python {platform.python_version()}")
-    for package in PACKAGES:
-        try:
-            parts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            parts.append(f"no {package}")
+    installed = {package.name: package.version for package in distributions()}
+    parts += [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
     return ", ".join(parts)
 
 
