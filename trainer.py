@@ -251,7 +251,7 @@ def export(run: Run, state: TrainState) -> None:
     """Write the trained network to RUN/model, for use anywhere. Collective."""
     weights = run.accelerator.get_state_dict(run.network)
     if run.accelerator.is_main_process:
-        config = asdict(run.config.network_settings(run.cubes.shape)) | {
+        config = asdict(run.config.network_settings(run.cubes.shape, state.octaves)) | {
             "fields": run.cubes.fields,
             "mean": state.mean,
             "std": state.std,

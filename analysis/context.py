@@ -316,7 +316,11 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
     trained = export.TrainedNetwork(
-        **asdict(config.network_settings(selected.state["data_identity"]["shape"])),
+        **asdict(
+            config.network_settings(
+                selected.state["data_identity"]["shape"], selected.train_state.get("octaves", 1)
+            )
+        ),
         mean=selected.train_state["mean"],
         std=selected.train_state["std"],
         power=selected.train_state.get("power"),

@@ -52,7 +52,7 @@ class TrainedNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.settings = NetworkSettings(
-            **{f.name: config[f.name] for f in fields(NetworkSettings) if f.name in config}
+            **{"octaves": 1} | {f.name: config[f.name] for f in fields(NetworkSettings) if f.name in config}
         )
         self.mean, self.std = config.get("mean", 0.0), config.get("std", 1.0)
         calibration = Calibration.from_dict(config.get("calibration"))

@@ -37,6 +37,8 @@ class NetworkSettings:
     channels: int = 1
     size: int = 256
     """N, a multiple of 64, of slices (b, channels, N, N)."""
+    octaves: int = 0
+    """Scales at which LYNX filters a slice; 0: from N down to 64 cells per side. Earlier versions had 1."""
 
     def __post_init__(self) -> None:
         for key, allowed in (("activation", ACTIVATIONS), ("padding", PADDINGS)):
@@ -44,6 +46,8 @@ class NetworkSettings:
                 raise UserError(f"model_params.{key}: found {value!r}, allowed: {', '.join(allowed)}")
         if self.size < 64 or self.size % 64:
             raise UserError(f"side of a slice: found {self.size}, allowed: a multiple of 64")
+        if self.octaves == 0:
+            object.__setattr__(self, "octaves", (self.size // 64).bit_length())
 
 
 class CircularConv2d(nn.Conv2d):

@@ -35,6 +35,21 @@ def test_fourier_powers_are_those_of_the_convolution(channels: int) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_octaves_are_the_same_filters_on_slices_with_fewer_cells(size: int) -> None:
+    network, coarse = lynx(size=size), randn(4, 1, 64, 64)
+    modes = torch.fft.fftshift(torch.fft.fft2(coarse))
+    modes[..., 0, :], modes[..., 0] = 0, 0  # 64 cells do not determine the modes |n_i| = 32
+    margin = (size - 64) // 2
+    padded = nn.functional.pad(modes, (margin, margin, margin, margin))
+    fine = torch.fft.ifft2(torch.fft.ifftshift(padded)).real * (size / 64) ** 2
+    expected = fourier_power(torch.fft.ifft2(torch.fft.ifftshift(modes)).real, network.filters.weight)
+    powers = network.filter_power(fine)
+    assert powers.shape == (4, 6 * {64: 1, 128: 2, 256: 3}[size])
+    torch.testing.assert_close(powers[:, -6:], expected, rtol=1e-4, atol=1e-6)
+    assert lynx(size=size, padding="zeros")(fine).shape == (4,)
+
+
 def test_zero_padding_does_not_wrap_around() -> None:
     network = lynx(padding="zeros")
     slices = torch.zeros(1, 1, 64, 64)
@@ -44,8 +59,8 @@ def test_zero_padding_does_not_wrap_around() -> None:
 
 
 def test_logits_do_not_change_under_periodic_shifts() -> None:
-    slices = randn(8, 1, 64, 64)
-    network = lynx()
+    slices = randn(8, 1, 128, 128)
+    network = lynx(size=128)
     logits = network(slices)
     torch.testing.assert_close(network(slices.roll((5, -17), (2, 3))), logits, rtol=1e-3, atol=1e-3)
     assert logits.std() > 0.1
@@ -67,8 +82,8 @@ def test_a_constant_slice_has_a_finite_logit() -> None:
 def test_it_exports_to_onnx_with_circular_padding_and_whitening(tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="the extra onnx is not installed")
-    settings = {"architecture": "LYNX", "layer_param": 4, "padding": "circular", "size": 64}
-    network = export.TrainedNetwork(**settings, channels=2, power=[1.0] * 32)
+    settings = {"architecture": "LYNX", "layer_param": 4, "padding": "circular", "size": 128, "octaves": 2}
+    network = export.TrainedNetwork(**settings, channels=2, power=[1.0] * 64)
     assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
 
 
@@ -132,3 +147,9 @@ def test_synchronized_normalization_without_affine_parameters(process_group: Non
     )
     for name, buffer in plain.state_dict().items():
         torch.testing.assert_close(synchronized.state_dict()[name], buffer)
+
+
+def test_networks_of_earlier_versions_have_one_octave() -> None:
+    settings = {"architecture": "LYNX", "layer_param": 4, "size": 256}
+    assert export.TrainedNetwork(**settings).network.classifier[1].in_features == 4
+    assert models.build_model(**settings).classifier[1].in_features == 12

@@ -232,10 +232,11 @@ class Config(Section):
         """Folder of the run."""
         return Path(self.train_params.log_dir) / self.model_params.name
 
-    def network_settings(self, shape: Sequence[int]) -> NetworkSettings:
+    def network_settings(self, shape: Sequence[int], octaves: int = 0) -> NetworkSettings:
         """The settings of the network for cubes of this shape, (N, N, N) or (C, N, N, N).
 
-        Raises UserError if there are more channels than slices along an axis.
+        `octaves` are those of a run that exists, see `NetworkSettings`. Raises UserError if
+        there are more channels than slices along an axis.
         """
         channels, size = self.data_params.channels, shape[-1]
         if channels > size:
@@ -243,7 +244,8 @@ class Config(Section):
                 f"data_params.channels: found {channels}, allowed: at most {size}, the cube's side"
             )
         settings = self.model_params.model_dump(exclude={"name"})
-        return NetworkSettings(**settings, channels=math.prod(shape[:-3]) * channels, size=size)
+        channels *= math.prod(shape[:-3])
+        return NetworkSettings(**settings, channels=channels, size=size, octaves=octaves)
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its resolved value, as YAML and JSON hold it."""

@@ -19,7 +19,7 @@ import datasets
 import models
 from datasets import PerField
 from training import checkpoint, distributed, metrics
-from training.config import Config, DataParams
+from training.config import Config
 
 MAX_EVALUATION_STOPS = 3
 
@@ -71,6 +71,8 @@ class TrainState:
     calibration: dict[str, Any] | None = None
     """A `models.Calibration` fitted on the validation seeds at the end of the training: `temperature` and
     `threshold`, under `axes` the same for slices of each axis, under `cubes` for mean logits of cubes."""
+    octaves: int = 1
+    """`NetworkSettings.octaves`; runs of earlier versions have one."""
     epoch: int = 0
     """Epochs completed."""
     step: int = 0
@@ -223,10 +225,10 @@ def setup_run(
     seeds = range(data.train_seeds + data.test_seeds)
     cubes = open_cubes(config, accelerator, seeds)
     with distributed.raise_on_all_ranks():
-        state = initial_state(data, cubes, last)
+        state = initial_state(config, cubes, last)
         train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
         train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
-        network = build_network(config, accelerator, cubes)
+        network = build_network(config, accelerator, cubes, state)
         validation = f"{len(validation_set)} validation and " if validation_set else ""
         accelerator.print(
             f"{len(train_set)} training slices, {train_set.steps} steps per epoch; "
@@ -282,13 +284,12 @@ def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datase
     return cubes
 
 
-def initial_state(
-    data: DataParams, cubes: datasets.CubeFile, last: checkpoint.Checkpoint | None
-) -> TrainState:
+def initial_state(config: Config, cubes: datasets.CubeFile, last: checkpoint.Checkpoint | None) -> TrainState:
     """The state of the last checkpoint, or that of a new run."""
     if last is not None:
         with last.explain():
             return TrainState(**last.train_state)
+    data = config.data_params
     mean: PerField = 0.0
     std: PerField = 1.0
     power = None
@@ -296,7 +297,8 @@ def initial_state(
         mean, std = datasets.measure_normalization(cubes, data.train_range)
     if data.whiten == "isotropic":
         power = datasets.measure_power(cubes, data.train_range, data, mean, std, models.isotropic_power)
-    return TrainState(mean, std, power)
+    octaves = config.network_settings(cubes.shape).octaves
+    return TrainState(mean, std, power, octaves=octaves)
 
 
 def build_datasets(
@@ -325,7 +327,9 @@ def build_datasets(
     return dataset(data.train_range), validation_set, dataset(data.test_range)
 
 
-def build_network(config: Config, accelerator: Accelerator, cubes: datasets.CubeFile) -> torch.nn.Module:
+def build_network(
+    config: Config, accelerator: Accelerator, cubes: datasets.CubeFile, state: TrainState
+) -> torch.nn.Module:
     """The network on its device; its initial weights depend on train_params.seed alone."""
     params = config.train_params
     set_seed(params.seed)
@@ -335,7 +339,7 @@ def build_network(config: Config, accelerator: Accelerator, cubes: datasets.Cube
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Every batch has the same shape. On ROCm the search takes seconds per shape and rank (ROCm/MIOpen#1878).
     torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
-    network = models.build(config.network_settings(cubes.shape))
+    network = models.build(config.network_settings(cubes.shape, state.octaves))
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]
     if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):

@@ -54,21 +54,22 @@ class Filter:
         return {"cells": cells} | ({"max_wavenumber": float(min(kept))} if kept else {})
 
     def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
-        """A cube (N, N, N) -> (M, M, M), of the same floating-point type."""
+        """A cube (..., N, N, N) -> (..., M, M, M), of the same floating-point type."""
         from scipy import fft  # takes a second, which training need not wait
 
-        size, cells = len(values), self.cells or len(values)
-        half = cells // 2
-        modes = fft.rfftn(values, workers=-1)
+        size = values.shape[-1]
+        cells = self.cells or size
+        half, axes = cells // 2, (-3, -2, -1)
+        modes = fft.rfftn(values, axes=axes, workers=-1)
         if cells < size:
             rows = np.r_[:half, size - half : size]  # n = 0, ..., M/2 - 1, -M/2, ..., -1
-            modes = modes[rows][:, rows, : half + 1] * (cells / size) ** 3
-            modes[half], modes[:, half], modes[..., half] = 0, 0, 0
+            modes = modes[..., rows, :, :][..., rows, : half + 1] * (cells / size) ** 3
+            modes[..., half, :, :], modes[..., half, :], modes[..., half] = 0, 0, 0
         if self.max_wavenumber is not None:
             squares = np.fft.fftfreq(cells, 1 / cells) ** 2
             n2 = squares[:, None, None] + squares[:, None] + squares[: half + 1]
-            modes[n2 > self.max_wavenumber**2] = 0
-        return np.asarray(fft.irfftn(modes, (cells,) * 3, overwrite_x=True, workers=-1))
+            modes[..., n2 > self.max_wavenumber**2] = 0
+        return np.asarray(fft.irfftn(modes, (cells,) * 3, axes, overwrite_x=True, workers=-1))
 
 
 EVERYTHING = Filter()
