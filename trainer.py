@@ -1,14 +1,15 @@
 """Train a network to tell General Relativity from Newtonian gravity.
 
-    accelerate launch trainer.py experiments/temp.yaml [section.key=value ...]
+    python trainer.py experiments/temp.yaml                          one process, on a CPU or one GPU
+    python trainer.py experiments/temp.yaml train_params.lr=1e-4     with a key changed
+    python trainer.py experiments/temp.yaml --preflight              check the set-up only
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml trainer.py experiments/temp.yaml
 
 The program, top to bottom: read the experiment, set up the run (run.py), resume from its last checkpoint,
 train and evaluate epoch by epoch, and export the trained network.
 """
 
 from __future__ import annotations
-
-import system
 
 import argparse
 import sys
@@ -25,7 +26,7 @@ import datasets
 import models
 from training import checkpoint, distributed, metrics
 from training.config import Config, load_config
-from training.logger import RunLogger, require_trackers, setup_logging
+from training.logger import RunLogger, require_trackers, setup_logging, wrap
 from training.run import Run, TrainState, check_setup, describe_selection, setup_run
 
 
@@ -34,20 +35,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", help="YAML file of the experiment")
+    parser.add_argument("experiment", nargs="?", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
     parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
+    parser.add_argument("--no-extend", action="store_true", help="train no further if the run is complete")
     options = parser.parse_intermixed_args(arguments)
+    if options.experiment is None:
+        parser.print_help(sys.stderr)
+        return 2
 
     def program() -> None:
         distributed.setup_process()
-        train(load_config(options.experiment, options.overrides), preflight_only=options.preflight)
+        config = load_config(options.experiment, options.overrides)
+        train(config, preflight_only=options.preflight, extend=not options.no_extend)
 
     return distributed.run_program(program, resumes=True)
 
 
-def train(config: Config, *, preflight_only: bool) -> None:
-    """Train one run, from its start or from its last checkpoint."""
+def train(config: Config, *, preflight_only: bool, extend: bool) -> None:
+    """Train one run, from its start or from its last checkpoint; a finished one only to `extend` it."""
     params = config.train_params
     require_trackers(params.trackers)
     distributed.init_process_group()
@@ -62,17 +68,20 @@ def train(config: Config, *, preflight_only: bool) -> None:
             accelerator.device.type,
         )
     setup_logging(main=accelerator.is_main_process)
-    accelerator.print(distributed.describe_hardware(accelerator))
-    if preflight_only or system.world_size() > 1:
-        accelerator.print(distributed.preflight(accelerator, config.to_dict()))
+    launch = wrap(distributed.preflight(accelerator, config.to_dict()))
     if preflight_only:
-        check_setup(config)
+        accelerator.print(launch)
+        check_setup(config, accelerator)
         accelerator.print("preflight: network, data file and launch are in order")
         return
     checkpoints = checkpoint.CheckpointManager(config, accelerator)
     stop = distributed.StopSignals(minutes=params.max_minutes)
     with closing(checkpoints):
-        run, state = setup_run(config, accelerator, stop, checkpoints)
+        if (parts := setup_run(config, accelerator, stop, checkpoints, extend=extend)) is None:
+            return
+        run, state = parts
+        if accelerator.num_processes > 1:
+            accelerator.print(launch)
         with distributed.raise_on_all_ranks():
             logger = RunLogger(config, accelerator, state)
         try:

@@ -86,7 +86,7 @@ class Repetition:
         }
         changes = [f"{key}={value}" for key, value in settings.items()]
         trainer = str(ROOT / "trainer.py")
-        return [*options.launcher, trainer, options.experiment, *options.overrides, *changes]
+        return [*options.launcher, trainer, options.experiment, *options.overrides, *changes, "--no-extend"]
 
 
 def main(arguments: list[str] | None = None) -> int:

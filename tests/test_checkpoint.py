@@ -81,12 +81,13 @@ class Training:
     def counters(self, test_loss: float | None = None) -> dict[str, Any]:
         return {
             "epoch": 0,
+            "target_epoch": 1,
+            "stopped_early": False,
             "step": self.step,
             "step_in_epoch": self.step if test_loss is None else 0,
             "evaluation_pending": False,
             "test_loss": test_loss,
             "evaluations_without_improvement": 1,
-            "stopped_early": False,
         }
 
     def predictions(self) -> dict[str, torch.Tensor]:

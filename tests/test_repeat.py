@@ -23,6 +23,7 @@ program, first, *overrides = sys.argv[1:]
 with open("COUNT", "a") as file:
     file.write("x")
 if program.endswith("trainer.py"):
+    assert overrides.pop() == "--no-extend"
     keys = dict(override.split("=", 1) for override in overrides)
     if keys["train_params.seed"] == FAIL:
         sys.exit(1)

@@ -5,7 +5,9 @@ import fcntl
 import itertools
 import json
 import math
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -97,9 +99,23 @@ def test_the_same_experiment_gives_the_same_numbers(experiment: Experiment, tmp_
     assert timeless[0] == timeless[1]
 
 
-def test_a_finished_run_trains_as_many_epochs_again(experiment: Experiment, tmp_path: Path) -> None:
-    path = experiment(epochs=2)
-    assert [trainer.main([str(path)]) for _ in range(2)] == [0, 0]
+def test_a_finished_run_trains_as_many_epochs_again(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(epochs=2, keep_checkpoints=1)
+    assert trainer.main([str(path)]) == 0
+    capsys.readouterr()
+    before = tree(tmp_path)
+    assert trainer.main([str(path), "--no-extend"]) == 0
+    assert tree(tmp_path) == before
+    name = tmp_path / "runs" / "run"
+    assert capsys.readouterr().out == f"{name} is complete at epoch 2; not extended (--no-extend)\n"
+    assert trainer.main([str(path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{name} is complete at epoch 2; training 2 more"
+    assert sum("2 of 4 epochs remain" in line for line in shown) == 1
+    earlier = [path.name for path in (name / "checkpoints").iterdir()]
+    assert f"step_{2 * SLICES // 96:08}" in earlier, "the network of the earlier end"
     assert trainer.main([str(path), "model_params.name=whole", "train_params.epochs=4"]) == 0
     run_dir, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
     assert [line["epoch"] for line in lines(run_dir) if line["phase"] == "train"] == [1, 2, 3, 4]
@@ -192,7 +208,9 @@ def setup_run(path: Path) -> tuple[run.Run, run.TrainState]:
     loaded = loaded.with_launch_settings(1, "no", micro_batches)
     checkpoints = checkpoint.CheckpointManager(loaded, accelerator)
     with closing(checkpoints):
-        return run.setup_run(loaded, accelerator, distributed.StopSignals(), checkpoints)
+        parts = run.setup_run(loaded, accelerator, distributed.StopSignals(), checkpoints, extend=True)
+        assert parts is not None
+        return parts
 
 
 def test_a_training_that_diverges_stops_and_names_the_step(
@@ -319,9 +337,46 @@ def test_a_synthetic_universe_is_written_once(experiment: Experiment, tmp_path: 
     assert data.stat().st_mtime_ns == made
 
 
-def test_preflight_creates_nothing(experiment: Experiment, tmp_path: Path) -> None:
-    assert trainer.main([str(experiment()), "--preflight"]) == 0
+def test_preflight_says_what_a_start_says_and_creates_nothing(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines_of(*options: str) -> list[str]:
+        assert trainer.main([str(experiment(validation_seeds=1)), *options]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert max(map(len, shown)) <= 100
+        return [line for line in shown if re.match(r"(network|data|slices|steps) {2,}", line)]
+
+    preflight = lines_of("--preflight")
     assert not (tmp_path / "runs").exists()
+    assert preflight == lines_of()
+    assert [line.split()[0] for line in preflight] == ["network", "data", "slices", "steps"]
+    assert preflight[2] == "slices   512 training (seeds 0-1), 256 validation (seeds 2), 256 test (seeds 3)"
+    assert preflight[3] == "steps    6 per epoch, each of 96 slices"
+
+
+def test_a_new_run_estimates_its_time_once(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(experiment(epochs=2, batch_size=24, save_every_steps=1, max_minutes=1e-6))
+    assert trainer.main([path]) == 0
+    assert "estimated time" not in capsys.readouterr().out
+    assert trainer.main([path, "train_params.max_minutes=null", "model_params.name=other"]) == 0
+    assert capsys.readouterr().out.count("estimated time: ") == 1
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_a_line_fits_the_terminal_or_100_columns(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: columns != 100)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "epoch   1/10  test        loss 0.6931  accuracy 0.5000  auc 0.5000  cubes 0.5000  pairs 0.5000"
+    wrapped = logger.wrap(text)
+    assert max(map(len, wrapped.splitlines())) <= columns
+    assert wrapped.split() == text.split()
+
+
+def test_without_arguments_a_usage_with_examples_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.main([]) == 2
+    assert "python trainer.py experiments/temp.yaml" in capsys.readouterr().err
 
 
 def test_a_local_copy_is_read_and_the_original_recorded(

@@ -9,7 +9,9 @@ import importlib.util
 import json
 import logging
 import math
+import shutil
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Callable
@@ -34,6 +36,8 @@ SCALARS = (*HEADLINE_METRICS, "precision", "recall", "f1", "fpr", "slices_per_se
 METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
+LINE_LENGTH = 100  # of console lines, unless a terminal has another width
+ESTIMATE_STEP = 20  # of a new run, after which the time of the training is estimated
 PACKAGES = ("system", "training", "datasets", "models")
 PROJECT = "gravity-cnn"  # in the trackers
 log = logging.getLogger(__name__)
@@ -101,6 +105,7 @@ class RunLogger:
         self._bar: tqdm[Any] | None = None
         self._unsent: dict[int, dict[str, float]] = {}
         self._sent_step = -1
+        self._estimate_from: float | None = None
         if not self._main:
             return
         self._lines = config.run_dir / METRICS_FILE
@@ -147,7 +152,7 @@ class RunLogger:
     def print(self, text: str) -> None:
         """Print one line from the main process."""
         if self._main:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(wrap(text), file=sys.stdout)
             sys.stdout.flush()
 
     def log_metrics(
@@ -177,14 +182,16 @@ class RunLogger:
         self.log_scalars(scalars_of(record), state.step)
         self._events.flush()
         system.append_json_line(self._lines, record)
-        shown = "  ".join(f"{name} {record[name]:.4f}" for name in HEADLINE_METRICS if name in record)
-        share = "" if waiting is None else f", {100 * waiting / seconds:.0f} % of the time waiting for data"
+        shown = [
+            f"{name.replace('_accuracy', 's')} {record[name]:.4f}"
+            for name in HEADLINE_METRICS
+            if name in record
+        ]
         if waiting is not None:
             self.log_scalars({"data_waiting_share/train": waiting / seconds}, state.step)
+            shown.append(f"{speed:.0f} slices/s, {100 * waiting / seconds:.0f} % waiting")
         self.end_progress()
-        self.print(
-            f"epoch {state.epoch:>3}/{state.target_epoch}  {phase:<5}  {shown}  ({speed:.0f} slices/s{share})"
-        )
+        self.print(f"epoch {state.epoch:>3}/{state.target_epoch}  {phase:<10}  {'  '.join(shown)}")
 
     def start_epoch(self, state: TrainState, steps: int) -> None:
         """Prepare for the running epoch of `steps` steps."""
@@ -194,6 +201,8 @@ class RunLogger:
         self._epoch, self._steps = f"epoch {state.epoch + 1:>3}/{state.target_epoch}", steps
         self._started_from = state.step_in_epoch
         self._started_at = self._line_at = time.perf_counter()
+        if state.step == 0:
+            self._estimate_from = self._started_at
         if self._main and sys.stderr.isatty():
             initial = state.step_in_epoch
             self._bar = tqdm(total=steps, initial=initial, desc=self._epoch, unit="step", leave=False)
@@ -208,6 +217,13 @@ class RunLogger:
             return
         if self._bar is not None:
             self._bar.update()
+        if self._estimate_from is not None and state.step >= ESTIMATE_STEP:
+            epoch = (time.perf_counter() - self._estimate_from) / state.step * self._steps
+            training, self._estimate_from = epoch * state.target_epoch, None
+            self.print(
+                f"estimated time: {format_duration(epoch)} per epoch, {format_duration(training)} for "
+                f"{state.target_epoch} epochs, without evaluations"
+            )
         if values:
             self.log_scalars({f"{name}/step": value for name, value in values.items()}, state.step)
             self._show(state, f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}  ")
@@ -307,6 +323,13 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
         for section, keys in config.items()
         for key, value in keys.items()
     }
+
+
+def wrap(text: str, indent: int = 4) -> str:
+    """A line as lines that fit the terminal, or LINE_LENGTH columns elsewhere; words are never cut."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else LINE_LENGTH
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * indent}
+    return textwrap.fill(text, columns, **options)  # type: ignore[arg-type]
 
 
 def format_duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import system
 from system import UserError
 
 import math
@@ -20,6 +21,7 @@ import models
 from datasets import PerField
 from training import checkpoint, distributed, metrics
 from training.config import Config
+from training.logger import wrap
 
 MAX_EVALUATION_STOPS = 3
 
@@ -187,15 +189,40 @@ def describe_selection(config: Config, state: TrainState) -> dict[str, Any]:
     }
 
 
-def check_setup(config: Config) -> None:
+def check_setup(config: Config, accelerator: Accelerator) -> None:
     """Raise if the network or the data file cannot be used as configured; changes nothing. Collective."""
-    data = config.data_params
+    data, cubes = config.data_params, None
     with distributed.raise_on_all_ranks():
         check_network(config)
         if data.synthetic is None or Path(data.datafile).exists():
             cubes = datasets.CubeFile(data.datafile)
-            cubes.require(range(data.train_seeds + data.test_seeds))
-            config.network_settings(cubes.shape)
+            cubes.require(range(data.test_range.stop))
+        accelerator.print(describe_setup(config, accelerator, cubes))
+
+
+def describe_setup(
+    config: Config, accelerator: Accelerator, cubes: datasets.CubeFile | None, octaves: int = 0
+) -> str:
+    """What is trained, on which slices and on which device, in aligned lines; `cubes` may not exist yet."""
+    data, model, batch_size = config.data_params, config.model_params, config.train_params.batch_size
+    shape = cubes.shape if cubes else (data.synthetic.size if data.synthetic else 0,) * 3
+    with torch.device("meta"):
+        network = models.build(config.network_settings(shape, octaves))
+    redshift = cubes and cubes.attr_float("redshift")
+    origin = "to be written" if cubes is None else f"redshift {'unknown' if redshift is None else redshift}"
+    sets = {"training": data.train_range, "validation": data.validation_range, "test": data.test_range}
+    slices = {name: len(seeds) * 2 * len(data.axes) * shape[-1] for name, seeds in sets.items() if seeds}
+    rows = {
+        "network": f"{model.architecture}, layer_param {model.layer_param}, "
+        f"{sum(parameter.numel() for parameter in network.parameters()):,} parameters",
+        "data": f"{cubes.path if cubes else data.datafile}, {shape[-1]}^3 cells, {origin}",
+        "slices": ", ".join(
+            f"{count:,} {name} (seeds {system.format_ranges(sets[name])})" for name, count in slices.items()
+        ),
+        "device": distributed.describe_hardware(accelerator),
+        "steps": f"{-(-slices['training'] // batch_size):,} per epoch, each of {batch_size} slices",
+    }
+    return "\n".join(wrap(f"{name:<9}{text}", indent=9) for name, text in rows.items())
 
 
 def check_network(config: Config) -> None:
@@ -211,29 +238,38 @@ def setup_run(
     accelerator: Accelerator,
     stop: distributed.StopSignals,
     checkpoints: checkpoint.CheckpointManager,
-) -> tuple[Run, TrainState]:
-    """Build the parts of a run and restore its last checkpoint. Collective.
+    *,
+    extend: bool,
+) -> tuple[Run, TrainState] | None:
+    """Build the parts of a run and restore its last checkpoint; None for a finished run unless `extend`.
 
-    Everything the user gave is checked before anything of the run is changed.
+    Everything the user gave is checked before anything of the run is changed. Collective.
     """
+    # The run: is it new, interrupted or finished?
     with distributed.raise_on_all_ranks():
         check_network(config)
         if accelerator.is_main_process:
             checkpoints.acquire_lock()
     last = checkpoints.latest_complete()
+    state = saved_state(last) if last is not None else None
+    if state is not None and state.finished:
+        more = f"training {config.train_params.epochs} more" if extend else "not extended (--no-extend)"
+        accelerator.print(f"{config.run_dir} is complete at epoch {state.epoch}; {more}")
+        if not extend:
+            return None
+    else:
+        accelerator.print(wrap(f"run      {config.run_dir}, {'new' if last is None else 'interrupted'}"))
+    # The data, with what the state of a new run takes from it.
     data = config.data_params
-    seeds = range(data.train_seeds + data.test_seeds)
+    seeds = range(data.test_range.stop)
     cubes = open_cubes(config, accelerator, seeds)
     with distributed.raise_on_all_ranks():
-        state = initial_state(config, cubes, last)
+        accelerator.print(describe_setup(config, accelerator, cubes, state.octaves if state else 0))
+        state = state or initial_state(config, cubes)
         train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
         train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
         network = build_network(config, accelerator, cubes, state)
-        validation = f"{len(validation_set)} validation and " if validation_set else ""
-        accelerator.print(
-            f"{len(train_set)} training slices, {train_set.steps} steps per epoch; "
-            f"{validation}{len(test_set)} test slices"
-        )
+    # The network with its optimizer, as they were saved.
     network, optimizer = prepare(config, accelerator, network, train_set.shape)
     predictions = metrics.PredictionBuffer(accelerator)
     identity = cubes.identity(seeds) | {"path": str(Path(data.datafile).absolute())}
@@ -243,8 +279,10 @@ def setup_run(
         with last.explain():
             if saved:
                 predictions.restore(**saved)
-        accelerator.print(f"resumed from {last.folder}: {state.step} steps, {state.epoch} epochs completed")
     extend_training(config, accelerator, state)
+    if last is not None:
+        accelerator.print(wrap(f"resumed from {last.folder}: {describe_progress(state, train_set.steps)}"))
+    # Nothing failed: the experiment is recorded.
     with distributed.raise_on_all_ranks():
         if accelerator.is_main_process:
             config.save()
@@ -284,11 +322,14 @@ def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datase
     return cubes
 
 
-def initial_state(config: Config, cubes: datasets.CubeFile, last: checkpoint.Checkpoint | None) -> TrainState:
-    """The state of the last checkpoint, or that of a new run."""
-    if last is not None:
-        with last.explain():
-            return TrainState(**last.train_state)
+def saved_state(last: checkpoint.Checkpoint) -> TrainState:
+    """The state of a checkpoint. Raises UserError if it is not one of this program."""
+    with last.explain():
+        return TrainState(**last.train_state)
+
+
+def initial_state(config: Config, cubes: datasets.CubeFile) -> TrainState:
+    """The state of a new run."""
     data = config.data_params
     mean: PerField = 0.0
     std: PerField = 1.0
@@ -299,6 +340,14 @@ def initial_state(config: Config, cubes: datasets.CubeFile, last: checkpoint.Che
         power = datasets.measure_power(cubes, data.train_range, data, mean, std, models.isotropic_power)
     octaves = config.network_settings(cubes.shape).octaves
     return TrainState(mean, std, power, octaves=octaves)
+
+
+def describe_progress(state: TrainState, steps: int) -> str:
+    """What remains of a resumed training with `steps` steps per epoch."""
+    remaining = f"{state.target_epoch - state.epoch} of {state.target_epoch} epochs remain"
+    if state.evaluation_pending:
+        return f"the evaluation of epoch {state.epoch} and {remaining}"
+    return remaining + (f", step {state.step_in_epoch} of {steps} is done" if state.step_in_epoch else "")
 
 
 def build_datasets(

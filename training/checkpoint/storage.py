@@ -95,6 +95,13 @@ class Checkpoint:
             # Any other error (permissions, a storage that fails) does not make the checkpoint a damaged one.
             raise DamagedError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
 
+    @property
+    def ends_a_training(self) -> bool:
+        """Whether a training ended here; it may have been extended since."""
+        state = self.train_state
+        between_epochs = not (state["step_in_epoch"] or state["evaluation_pending"])
+        return between_epochs and (state["epoch"] >= state["target_epoch"] or state["stopped_early"])
+
     @cached_property
     def state(self) -> dict[str, Any]:
         """The content of state.json in the current format, whatever format it was written in.
@@ -263,7 +270,7 @@ def _write_file(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints and the one with the lowest test loss."""
+    """Delete all but the `keep` newest checkpoints, the best, and those at the end of a training."""
     checkpoints, readable = list_checkpoints(folder), []
     for checkpoint in checkpoints:
         with suppress(UserError):
@@ -271,7 +278,7 @@ def rotate(folder: Path, keep: int) -> None:
             readable.append(checkpoint)
     best = best_by_test_loss(readable)
     for checkpoint in checkpoints[:-keep]:
-        if checkpoint != best:
+        if checkpoint != best and not (checkpoint in readable and checkpoint.ends_a_training):
             # A kill in between leaves nothing damaged under its name. What cannot be deleted now (a file that
             # is open over NFS) is deleted when the run is resumed.
             shutil.rmtree(_move_aside(checkpoint.folder, PARTIAL), ignore_errors=True)
