@@ -31,20 +31,28 @@ def _parser() -> argparse.ArgumentParser:
         "--physics",
         choices=PHYSICS,
         default="toy",
-        help="how the twins differ. linear: as linear theory predicts for simulations; toy: a larger "
-        "difference with the opposite sign (default: toy)",
+        help="how the twins differ. linear: as linear theory predicts for simulations without radiation "
+        "treatment; late: as measured in simulations with it; toy: a larger difference with the opposite "
+        "sign (default: toy)",
     )
     synthesize.add_argument(
         "--strength",
         type=float,
         default=1.0,
-        help="factor on this difference; 1 is physical for linear (default: 1)",
+        help="factor on this difference; 1 is physical for linear and late (default: 1)",
     )
     synthesize.add_argument(
         "--grid",
         type=float,
         default=0.0,
         help="lattice effect in units of that of gevolution twins with 64^3 cells (default: 0)",
+    )
+    synthesize.add_argument(
+        "--resolution",
+        type=float,
+        default=0.0,
+        help="isotropic excess of GR near the Nyquist wavenumber, in units of that of gevolution twins, "
+        "0.7 %% (default: 0)",
     )
     synthesize.add_argument("--seed", type=int, default=0, help="random seed of the universe (default: 0)")
 
@@ -157,6 +165,7 @@ def _run(options: argparse.Namespace) -> None:
             physics=options.physics,
             strength=options.strength,
             grid=options.grid,
+            resolution=options.resolution,
             seed=options.seed,
             overwrite=force,
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from datasets.preparation.cosmology import HUBBLE_LENGTH, Cosmology
+from datasets.preparation.cosmology import HUBBLE_LENGTH, Cosmology, late_ratio, linear_theory_ratio
 
 COSMOLOGY = Cosmology()
 
@@ -65,3 +65,11 @@ def test_large_scale_power_is_primordial() -> None:
     k = np.array([COSMOLOGY.k_pivot / COSMOLOGY.h * 1e-4])
     expected = 9 / 25 * COSMOLOGY.A_s * 1e-4 ** (COSMOLOGY.n_s - 1) * COSMOLOGY.potential_growth(1) ** 2
     assert k**3 * COSMOLOGY.potential_power(k, 1) / (2 * np.pi**2) == pytest.approx(expected, rel=1e-3)
+
+
+def test_measured_ratios_of_power() -> None:
+    fundamental = 2 * np.pi / 5120
+    n = np.array([0.1, 1, 2.5, 4, 6, 100])
+    np.testing.assert_allclose(late_ratio(n * fundamental), [0.9975, 0.9975, 0.9991, 0.9998, 1, 1])
+    expected = [1.072, 1.072, (1.041 * 1.019) ** 0.5, 1.006, 1, 1]
+    np.testing.assert_allclose(linear_theory_ratio(n * fundamental), expected)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from datasets.cube_file import CubeFile
-from datasets.preparation.cosmology import Cosmology, linear_theory_ratio
+from datasets.preparation.cosmology import Cosmology, late_ratio, linear_theory_ratio
 from datasets.preparation.synthetic import BOX_SIZE, REDSHIFT, Settings, Universe, write_synthetic
 
 N = 64
@@ -53,14 +53,25 @@ def direction() -> np.ndarray:
     return fourth / np.maximum(whole[:, None, None] ** 2 + whole[None, :, None] ** 2 + half**2, 1) ** 2
 
 
-@pytest.mark.parametrize(("strength", "grid"), [(1.0, 0.0), (2.0, 0.0), (1.0, 1.0), (0.0, 3.0)])
-def test_linear_physics_and_lattice_set_the_ratio_of_every_mode(strength: float, grid: float) -> None:
-    modes = modes_of_twins(universe(strength=strength, physics="linear", grid=grid))
-    ratio = linear_theory_ratio(wavenumbers()) ** strength * (1 + grid * (0.0425 - 0.054 * direction()))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"physics": "linear"},
+        {"physics": "linear", "strength": 2.0},
+        {"physics": "linear", "grid": 1.0, "resolution": 2.0},
+        {"physics": "late", "strength": 2.0, "resolution": 1.0},
+        {"physics": "linear", "strength": 0.0, "grid": 3.0},
+    ],
+)
+def test_physics_lattice_and_resolution_set_the_ratio_of_every_mode(settings: dict[str, Any]) -> None:
+    modes, n = modes_of_twins(universe(**settings)), wavenumbers() * BOX_SIZE / (2 * np.pi)
+    physics = {"linear": linear_theory_ratio, "late": late_ratio}[settings["physics"]]
+    ratio = physics(wavenumbers()) ** settings.get("strength", 1.0)
+    ratio *= 1 + settings.get("grid", 0.0) * (0.0425 - 0.054 * direction())
+    ratio *= 1 + settings.get("resolution", 0.0) * 0.007 * (n / 32) ** 2
     error = np.abs(modes["gr"] - modes["newton"] * np.sqrt(ratio))
     assert error.max() < 1e-5 * np.abs(modes["newton"]).max()
-    small = wavenumbers() > 20 * 2 * np.pi / BOX_SIZE
-    assert error[small].max() < 1e-3 * np.abs(modes["newton"][small]).mean()
+    assert error[n > 20].max() < 1e-3 * np.abs(modes["newton"][n > 20]).mean()
 
 
 def test_lattice_term_mimics_gevolution_twins() -> None:
@@ -141,6 +152,10 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
     assert (cubes.layout, cubes.size, cubes.seeds) == ("packed", N, (0, 1))
     assert all(cube.direct for cube in cubes.cubes.values())
     attributes = cubes.attributes
+    assert "radiation treatment" not in attributes
+    for physics, treatment in (("linear", "none"), ("late", "CLASS")):
+        write(tmp_path / "b.h5", seeds=1, strength=1.0, physics=physics, overwrite=True)
+        assert CubeFile(tmp_path / "b.h5").attributes["radiation treatment"] == treatment
     assert attributes["variance"] == pytest.approx(attributes["std"] ** 2)
     assert 3e-5 < attributes["std"] < 6e-5  # similar to the simulations
     expected = {
@@ -169,6 +184,7 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
         {"physics": "real"},
         {"strength": 100.0, "physics": "linear"},
         {"grid": 51.0},
+        {"resolution": -1.0},
         {"strength": float("nan")},
         {"seed": -1},
     ],

@@ -75,12 +75,15 @@ class Synthetic(Section):
 
     size: int = Field(64, ge=64, le=4096, multiple_of=64)
     """cells along each side of a cube"""
-    physics: Literal["toy", "linear"] = "toy"
-    """how the twins differ. `linear`: as linear theory predicts; `toy`: more, with the opposite sign"""
+    physics: Literal["toy", "linear", "late"] = "toy"
+    """how the twins differ. `linear`: as linear theory predicts without radiation treatment; `late`: as
+    measured with it; `toy`: more, with the opposite sign"""
     strength: float = Field(1.0, ge=0)
     """factor on the difference of the twins; 1 is physical for `linear`"""
     grid: float = Field(0.0, ge=0, le=50)
     """lattice effect in units of that of gevolution twins with 64^3 cells"""
+    resolution: float = Field(0.0, ge=0, le=50)
+    """isotropic excess near the Nyquist wavenumber, in units of that of gevolution twins"""
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of the universe"""
 
@@ -119,7 +122,8 @@ class DataParams(Section):
     pairs: bool = False
     """both twins of a slice in the same batch, with the same symmetry and shift"""
     synthetic: Synthetic | None = None
-    """`size`, `physics`, `strength`, `grid`, `seed` of a synthetic universe if `datafile` is absent"""
+    """`size`, `physics`, `strength`, `grid`, `resolution`, `seed` of a synthetic universe if `datafile` is
+    absent"""
 
     @property
     def train_range(self) -> range:

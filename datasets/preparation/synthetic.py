@@ -18,6 +18,10 @@ radiation when they start (`cosmology.linear_theory_ratio`):
 
     P_GR(k) = P_Newton(k) linear_theory_ratio(k)^s
 
+These are simulations without radiation treatment (attribute `radiation treatment`). `late` imitates those
+with `radiation treatment = CLASS`, whose gravities part late, at the horizon: P_GR is 0.25 % below P_Newton
+for the longest wave (`cosmology.late_ratio`, likewise to the power s).
+
 `toy`: a larger difference, with the opposite sign. If the potential were constant (f = 1) and the same delta
 entered both equations, GR would reduce the potential of waves that are not small compared to the horizon:
 
@@ -26,13 +30,15 @@ entered both equations, GR would reduce the potential of waves that are not smal
 Phi_GR is then 15 % below Phi_Newton for the longest wave of the box and 1 % for its fourth harmonic. Networks
 trained on it test the pipeline and say nothing about simulations.
 
-`grid` g adds to either the effect of the lattice on which N-body codes start and evolve. It multiplies the
-power of GR by
+`grid` g adds the effect of the lattice on which N-body codes start and evolve: it multiplies P_GR by
 
     1 + g (0.0425 - 0.054 sum_i mu_i^4),    mu_i = k_i / |k|,
 
 which for g = 1 mimics gevolution twins (Adamek et al. 2016, JCAP 07, 053) of 64^3 cells and one particle per
-cell: P_GR/P_Newton is 0.99 along the axes of the grid and 1.02 along its diagonals.
+cell: P_GR/P_Newton is 0.99 along the axes of the grid and 1.02 along its diagonals. `resolution` r adds what
+such codes show equally in all directions near the Nyquist wavenumber n_Ny = N/2, with any cell:
+
+    1 + 0.007 r (n / n_Ny)^2
 """
 
 from system import UserError
@@ -48,7 +54,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..cube_file import GRAVITIES, SIZE_UNIT, CubeFile
-from .cosmology import Cosmology, linear_theory_ratio
+from .cosmology import Cosmology, late_ratio, linear_theory_ratio
 from .writer import new_cube, new_file
 
 log = logging.getLogger(__name__)
@@ -57,11 +63,15 @@ BOX_SIZE = 5120.0  # Mpc/h
 REDSHIFT = 1.0
 PHYSICS = {
     "toy": "a toy difference with the opposite sign of gevolution twins",
-    "linear": "the linear-theory difference of gevolution twins",
+    "linear": "the linear-theory difference of gevolution twins without radiation treatment",
+    "late": "the late difference of gevolution twins with radiation treatment",
 }
+RADIATION = {"linear": "none", "late": "CLASS"}  # gevolution's setting that they imitate
+RATIOS = {"linear": linear_theory_ratio, "late": late_ratio}
+RESOLUTION_EXCESS = 0.007  # of P_GR at the Nyquist wavenumber of gevolution twins of 128^3 and 256^3 cells
 LATTICE_OFFSET, LATTICE_SLOPE = 0.0425, 0.054  # fitted to gevolution twins at n = 12 to 16
 MAX_LINEAR_STRENGTH = 100.0  # an exponent: the ratio of powers is then 1,000
-MAX_GRID = 50.0  # keeps the power of every mode positive
+MAX_GRID = 50.0  # keeps the power of every mode positive; also of `resolution`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,23 +83,25 @@ class Settings:
     physics: str = "toy"
     strength: float = 1.0
     grid: float = 0.0
+    resolution: float = 0.0
     seed: int = 0
     """Random seed of the universe."""
 
     def __post_init__(self) -> None:
-        strongest = MAX_LINEAR_STRENGTH if self.physics == "linear" else np.inf
+        strongest = MAX_LINEAR_STRENGTH if self.physics in RATIOS else np.inf
         if (
             self.size < SIZE_UNIT
             or self.size % SIZE_UNIT
             or self.physics not in PHYSICS
             or not 0 <= self.strength < strongest
             or not 0 <= self.grid <= MAX_GRID
+            or not 0 <= self.resolution <= MAX_GRID
             or self.seed < 0
         ):
             raise UserError(
                 f"synthetic universe: found {self}; allowed: size a multiple of {SIZE_UNIT}, physics "
-                f"{' or '.join(PHYSICS)}, strength >= 0 (linear: below {MAX_LINEAR_STRENGTH:g}), "
-                f"0 <= grid <= {MAX_GRID:g}, seed >= 0"
+                f"{' or '.join(PHYSICS)}, strength >= 0 (linear, late: below {MAX_LINEAR_STRENGTH:g}), "
+                f"grid and resolution from 0 to {MAX_GRID:g}, seed >= 0"
             )
 
     def __str__(self) -> str:
@@ -108,11 +120,12 @@ class Universe:
         self._n2 = whole[:, None, None] + whole[None, :, None] + half
         k = 2 * np.pi / BOX_SIZE * np.sqrt(np.arange(1, self._n2.max() + 1))
         power = {"newton": cosmology.potential_power(k, REDSHIFT)}
-        if settings.physics == "linear":
-            power["gr"] = power["newton"] * linear_theory_ratio(k) ** settings.strength
+        if settings.physics in RATIOS:
+            power["gr"] = power["newton"] * RATIOS[settings.physics](k) ** settings.strength
         else:
             horizon = 3 * settings.strength * cosmology.conformal_hubble(REDSHIFT) ** 2
             power["gr"] = power["newton"] * (k**2 / (k**2 + horizon)) ** 2
+        power["gr"] *= 1 + settings.resolution * RESOLUTION_EXCESS * (k * BOX_SIZE / (np.pi * size)) ** 2
         lattice = lattice_ratio(size, settings.grid)
         self._lattice_amplitude = np.sqrt(lattice)
         modes = {"newton": self._count_modes(np.ones_like(lattice)), "gr": self._count_modes(lattice)}
@@ -163,8 +176,9 @@ def lattice_ratio(size: int, grid: float) -> NDArray[np.float32]:
 def check_synthetic(cubes: CubeFile, **settings: Any) -> None:
     """Raise UserError unless `cubes` are the synthetic universe of these `Settings`. Logs what it is."""
     expected = asdict(Settings(**settings))
-    attributes = {"physics": "toy", "grid": 0.0} | cubes.attributes | {"size": cubes.size}
-    written = {key: attributes.get(key) for key in expected}  # older files have neither physics nor grid
+    older = {"physics": "toy", "grid": 0.0, "resolution": 0.0}
+    attributes = older | cubes.attributes | {"size": cubes.size}
+    written = {key: attributes.get(key) for key in expected}
     if written != expected:
         raise UserError(
             f"{cubes.path}: data_params.synthetic is {expected}, but the file has {written}.\n"
@@ -193,6 +207,8 @@ def write_synthetic(path: str | Path, *, seeds: int, overwrite: bool = False, **
         file.attrs.update(mean=0.0, std=float(np.sqrt(universe.variance)), variance=universe.variance)
         file.attrs.update(source=f"python -m datasets synthesize, {chosen}", synthetic=True)
         file.attrs["gravities"] = list(GRAVITIES)
+        if chosen.physics in RADIATION:
+            file.attrs["radiation treatment"] = RADIATION[chosen.physics]
         for index in tqdm(range(seeds), desc="synthetic universe", unit="pair", disable=None):
             for gravity, cube in universe.twins(index):
                 new_cube(file, index, gravity, chosen.size).write_direct(cube)
