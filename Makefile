@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | verify-resume | fuzz | gpu-check | venv
+# make demo | test | lint | coverage | bench | verify-resume | fuzz | gpu-check | venv
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # --system-site-packages: .venv uses the torch of PYTHON, and pip must not replace it (docs/installation.md)
 VENV_OPTIONS ?=
 
-.PHONY: venv demo test lint bench verify-resume gpu-check fuzz
+.PHONY: venv demo test lint coverage bench verify-resume gpu-check fuzz
 
 venv: .venv/installed
 
@@ -26,6 +26,10 @@ demo: venv
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+# which lines the tests run, of processes that they start as well
+coverage: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: venv
 	$(BIN)/ruff check .
