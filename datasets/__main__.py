@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     inspection.add_argument(
         "--plot", type=Path, metavar="OUT.png", help="plot GR, Newton and their difference"
     )
+    inspection.add_argument(
+        "--write-experiment", type=Path, metavar="MINE.yaml", help="write an experiment that fits the file"
+    )
 
     for command in (synthesize, packing, repacking, inspection):
         command.add_argument("--force", action="store_true", help="overwrite the output file")
@@ -116,6 +119,12 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.plot:
         plot(options.file, options.plot)
         print(f"plot written to {options.plot}")
+    if options.write_experiment:
+        from .preparation.experiment import write_experiment
+
+        write_experiment(options.file, options.write_experiment, overwrite=options.force)
+        out = options.write_experiment
+        print(f"experiment written to {out}; next: python trainer.py {out}")
 
 
 def _pack(options: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ import evaluation
 import trainer
 from datasets import __main__ as datasets_command
 from training.checkpoint import __main__ as checkpoint_command
+from training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S)
 SEEDS = 9
-SMALL = ["data_params.train_seeds=6", "data_params.validation_seeds=2", "data_params.test_seeds=3"]
-SMALL += ["model_params.layer_param=4", "train_params.epochs=1"]
+SMALL = ["model_params.layer_param=4", "train_params.epochs=1"]
 UNIT = 4e-5  # standard deviation of gevolution's potential
 
 
@@ -33,7 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the experiments and the raw output of nine seeds."""
     folder = tmp_path_factory.mktemp("tutorial")
     (folder / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments" / "lynx_z1.yaml", folder / "experiments")
     datasets.write_synthetic(folder / "cubes.h5", seeds=SEEDS, size=64, strength=100)
     with h5py.File(folder / "cubes.h5") as cubes:
         for name in cubes:
@@ -50,8 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROGRAMS = {
     ("python", "-m", "datasets"): datasets_command.main,
     ("python", "-m", "training.checkpoint"): checkpoint_command.main,
-    ("accelerate", "launch", "trainer.py"): trainer.main,
-    ("accelerate", "launch", "evaluation.py"): evaluation.main,
+    ("python", "trainer.py"): trainer.main,
     ("python", "evaluation.py"): evaluation.main,
 }
 
@@ -59,9 +56,6 @@ PROGRAMS = {
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of the tutorial in this process, where torch is imported already."""
     words = shlex.split(line)
-    if words[0] == "cp":
-        shutil.copy(*words[1:])
-        return
     command = next(command for command in PROGRAMS if tuple(words[: len(command)]) == command)
     program, arguments = PROGRAMS[command], words[len(command) :]
     if program is trainer.main:
@@ -88,12 +82,26 @@ def test_every_block_runs(
     written = {path.name for path in folder.iterdir()}
     assert {"data_z1.h5", "slices.png", "runs", "logits.pdf", "predictions.h5"} <= written
     assert (folder / "runs" / "mine" / "evaluation" / "report.html").exists()
+    data = load_config(folder / "experiments" / "mine.yaml").data_params
+    assert (data.train_range, data.validation_range, data.test_range) == (range(4), range(4, 6), range(6, 9))
+    assert data.standardize == "none"
     assert "AUC" in capsys.readouterr().out
     run_notebook(ROOT / "docs" / "explore_run.ipynb")
     printed = capsys.readouterr().out
     assert "- Selection: " in printed
     assert "over 3 seeds" in printed
     assert "axis 2: accuracy" in printed
+
+
+def test_an_experiment_needs_seeds_for_every_set(
+    universe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.yaml"
+    command = ["inspect", str(universe), "--write-experiment", str(out)]
+    monkeypatch.setattr(sys, "argv", ["datasets", *command])
+    assert datasets_command.main() == 2
+    assert "found 4 pairs of twins, but an experiment takes 6 or more" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def run_notebook(path: Path) -> None:
