@@ -5,11 +5,11 @@ Programs import this module before torch, which reads these settings when it is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -103,21 +103,6 @@ def local_world_size() -> int:
     return read_int("LOCAL_WORLD_SIZE", 1, minimum=1)
 
 
-def ranks_sharing_cores() -> int:
-    """Number of ranks between which the cores of this process are divided.
-
-    A task of SLURM has its own cores, and is one rank or a launcher of several.
-    """
-    if "SLURM_STEP_NUM_TASKS" in os.environ:
-        return max(1, world_size() // read_int("SLURM_STEP_NUM_TASKS", 1, minimum=1))
-    return local_world_size()
-
-
-def launch_seconds() -> int:
-    """How long ranks wait for one another at the start; to be raised where importing torch takes minutes."""
-    return read_int("LAUNCH_SECONDS", 50, minimum=1)
-
-
 def read_int(name: str, default: int, *, minimum: int = 0) -> int:
     """The integer in an environment variable. Raises UserError that names the variable."""
     text = os.environ.get(name, str(default))
@@ -145,20 +130,33 @@ def invalid_variable(name: str, allowed: str) -> UserError:
 
 
 def available_cores() -> int:
-    """Cores this process may use: the minimum of its affinity mask, cgroups (version 2) and SLURM task.
+    """Cores this process may use: the minimum of its affinity mask, cgroups and SLURM task.
 
     Raises UserError if SLURM_CPUS_PER_TASK is not an integer.
     """
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     if "SLURM_CPUS_PER_TASK" in os.environ:
         limits.append(read_int("SLURM_CPUS_PER_TASK", 1, minimum=1))
-    with contextlib.suppress(OSError):  # there are no cgroups here
-        for folder in _cgroups("cpu"):
-            if (folder / "cpu.max").is_file():
-                quota, period = (folder / "cpu.max").read_text().split()
-                if quota != "max":
-                    limits.append(max(1, int(quota) // int(period)))
+    for folder in _cgroups("cpu"):
+        # One file in version 2, two in version 1. Both give microseconds of computing per period.
+        files = (folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+        words = [word for file in files if file.is_file() for word in file.read_text().split()]
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            limits.append(max(1, int(words[0]) // int(words[1])))
     return min(limits)
+
+
+def thread_limits() -> str:
+    """The limits on processes and threads that apply to this process, with their names."""
+    limits = [
+        f"{path} {path.read_text().strip()}"
+        for path in (folder / "pids.max" for folder in _cgroups("pids"))
+        if path.is_file() and path.read_text().strip() != "max"
+    ]
+    for name, kind in (("-u", resource.RLIMIT_NPROC), ("-v", resource.RLIMIT_AS)):
+        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            limits.append(f"ulimit {name} {limit}")
+    return ", ".join(limits) or "none known"
 
 
 def available_memory() -> int:
@@ -168,21 +166,19 @@ def available_memory() -> int:
     pages that a cgroup has cached count as free.
     """
     free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError):  # there are no cgroups here
-        for folder in _cgroups("memory"):
-            v2 = (folder / "memory.max").exists()
-            limit_file, used = ("memory.max", "anon") if v2 else ("memory.limit_in_bytes", "total_rss")
-            if (folder / limit_file).exists() and (
-                limit := (folder / limit_file).read_text().strip()
-            ) != "max":
-                usage = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                free = min(free, int(limit) - int(usage[used]))
+    for folder in _cgroups("memory"):
+        v2 = (folder / "memory.max").is_file()
+        limit_file, used = ("memory.max", "anon") if v2 else ("memory.limit_in_bytes", "total_rss")
+        if (folder / limit_file).is_file() and (limit := (folder / limit_file).read_text().strip()) != "max":
+            usage = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, int(limit) - int(usage[used]))
     return min(free, sys.maxsize)
 
 
 def _cgroups(controller: str) -> Iterator[Path]:
     """Folders of this process's cgroup of `controller` and of the cgroups above it, in both versions."""
-    for line in (PROC / "self/cgroup").read_text().splitlines():
+    groups = PROC / "self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
         number, controllers, group = line.split(":", 2)
         if number == "0":
             root = CGROUPS
@@ -278,5 +274,17 @@ def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def existing_parent(folder: Path) -> Path:
-    """`folder`, or the nearest directory above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    """`folder`, or the nearest directory above it that exists.
+
+    Raises UserError if something on the way to `folder` is not a directory.
+    """
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path.is_dir():
+            return path
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, which does not exist. Mount or remove it."
+            )
+        if path.exists():
+            raise UserError(f"{path} is not a folder. Remove it, or choose another folder.")
+    raise AssertionError  # the root exists

@@ -167,9 +167,8 @@ def environments(finished: Path, tmp_path: Path, generator: random.Random) -> At
                 os.environ.pop(name, None)
             os.environ.update(variables)
             system.setup_ranks()
-            system.launch_seconds()
             system.available_cores()
-            system.ranks_sharing_cores()
+            system.local_world_size()
 
     texts = [text for text in [*NUMBERS, *WORDS] if "\0" not in text]
     while True:

@@ -29,7 +29,7 @@ from accelerate.utils import DynamoBackend, is_torch_xla_available
 
 from training.distributed.collectives import all_gather_json, raise_on_all_ranks, require_equal
 from training.distributed.devices import device_type
-from training.distributed.process import deadline, error_summary
+from training.distributed.process import deadline, error_summary, share_cores
 
 RUN_SECONDS = 1800.0
 """Longest wait for another rank after the start: rank 0 may write or verify files meanwhile."""
@@ -62,12 +62,15 @@ def init_process_group() -> None:
         connect()
     with raise_on_all_ranks():
         check_launch_settings()
-    require_equal({"device": device_type()})
+    hosts = require_equal({"device": device_type()})
+    if len(hosts) > 1 and "LOCAL_WORLD_SIZE" not in os.environ:  # only launchers and MPI set it
+        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
+        share_cores()
 
 
 def connect() -> None:
     """Make a process group of all ranks."""
-    rank, size, seconds = system.rank(), system.world_size(), system.launch_seconds()
+    rank, size, seconds = system.rank(), system.world_size(), launch_seconds()
     host = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.setdefault("MASTER_PORT", "29500"))
 
@@ -95,6 +98,11 @@ def connect() -> None:
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     # Its threads must end before the interpreter does. Otherwise the process may abort at exit.
     atexit.register(dist.destroy_process_group)
+
+
+def launch_seconds() -> int:
+    """How long ranks wait for one another at the start; to be raised where importing torch takes minutes."""
+    return system.read_int("LAUNCH_SECONDS", 50, minimum=1)
 
 
 def backends() -> str:
@@ -202,7 +210,7 @@ def sum_over_devices(accelerator: Accelerator) -> None:
             "choose the network."
         )
 
-    with deadline(system.launch_seconds(), not_reached("no answer")):
+    with deadline(launch_seconds(), not_reached("no answer")):
         try:
             ones = torch.ones(1, device=accelerator.device)
             dist.all_reduce(ones)

@@ -53,7 +53,8 @@ def setup_process() -> None:
     # Deterministic cuBLAS kernels need it; cuBLAS reads it once.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     system.setup_ranks()
-    share_cores()
+    if system.world_size() == 1 or "LOCAL_WORLD_SIZE" in os.environ:  # else when the ranks are connected
+        share_cores()
     if system.rank() == 0:
         warn_of_unused_accelerator()
     if system.world_size() == 1:
@@ -114,13 +115,40 @@ def keep_freed_memory() -> None:
 
 def share_cores() -> None:
     """Divide the cores between the ranks of this host, unless the user chose a number of threads."""
-    if threads_set_by_user():
-        return
-    threads = max(1, system.available_cores() // system.ranks_sharing_cores())
-    if "numba" in sys.modules:  # first, because the two may share a thread pool
-        sys.modules["numba"].set_num_threads(min(threads, sys.modules["numba"].config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets the threads again
+    threads = torch.get_num_threads()
+    chosen = threads_set_by_user()
+    if not chosen:
+        ranks = system.local_world_size()
+        if (
+            "SLURM_STEP_NUM_TASKS" in os.environ
+        ):  # each task has other cores, and is one rank or starts several
+            ranks = max(1, system.world_size() // system.read_int("SLURM_STEP_NUM_TASKS", 1, minimum=1))
+        threads = max(1, system.available_cores() // ranks)
+    require_threads(2 * threads + 8)  # about as many as a training has
+    if not chosen:
+        if "numba" in sys.modules:  # first, because the two may share a thread pool
+            numba = sys.modules["numba"]
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Accelerate sets the threads again
+    torch.ones(2**16).add_(1)  # starts torch's threads, before others take their place
+
+
+def require_threads(count: int) -> None:
+    """Raise RuntimeError unless `count` threads can be started.
+
+    Where libgomp or torch cannot start one, they end the process without an error that could be handled.
+    """
+    tried = threading.Event()
+    threads = [threading.Thread(target=tried.wait) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        tried.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def threads_set_by_user() -> bool:
@@ -205,6 +233,11 @@ def explain_error(error: Exception) -> Exception | None:
     if isinstance(error, UserError | OSError):
         return error
     text = str(error)
+    if "can't start new thread" in text:
+        return UserError(
+            f"cannot start another thread; limits here: {system.thread_limits()}\n"
+            "Raise the limit on processes and threads, or set OMP_NUM_THREADS to fewer threads."
+        )
     if dist.is_initialized() and any(words in text for words in CONNECTION_LOST):
         return UserError("another rank ended; see its error")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
