@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,32 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, rank
     distributed.setup_process()
     assert torch.get_num_threads() == threads
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_ranks_that_a_script_starts_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/clusters.md says, without LOCAL_WORLD_SIZE."""
+    hosts = [socket.gethostname(), "other", socket.gethostname(), "other"]
+    monkeypatch.setattr(system, "available_cores", lambda: 6)
+    monkeypatch.setattr(launch, "connect", lambda: None)
+    monkeypatch.setattr(launch, "require_equal", lambda values: hosts)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    distributed.setup_process()
+    distributed.init_process_group()
+    assert torch.get_num_threads() == 3
+    assert system.local_world_size() == 2
+
+
+def test_a_limit_on_threads_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(system, "thread_limits", lambda: "ulimit -u 20")
+    assert distributed.run_program(distributed.setup_process) == 2
+    assert "error: cannot start another thread; limits here: ulimit -u 20\n" in capsys.readouterr().err
 
 
 def test_threads_set_by_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,15 +56,30 @@ def write_cgroup(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str, **fil
 
 
 @pytest.mark.parametrize(
-    ("quota", "cores"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 10**6)]
+    ("files", "cores"),
+    [
+        ({"jobs__cpu.max": "250000 100000\n"}, 2),
+        ({"jobs__cpu.max": "50000 100000\n"}, 1),
+        ({"jobs__cpu.max": "max 100000\n", "jobs__mine__memory.max": "max\n"}, 10**6),
+        ({"cpu__pod__cpu.cfs_quota_us": "300000\n", "cpu__pod__cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu__pod__cpu.cfs_quota_us": "-1\n", "cpu__pod__cpu.cfs_period_us": "100000\n"}, 10**6),
+        # In a container the folders of the host's cgroups are missing.
+        ({"cpu__cpu.cfs_quota_us": "50000\n", "cpu__cpu.cfs_period_us": "100000\n"}, 1),
+    ],
 )
-def test_the_cgroup_above_limits_the_cores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, cores: int
+def test_a_cgroup_limits_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(10**6)), raising=False)
-    files = {"jobs__cpu.max": f"{quota}\n", "jobs__mine__memory.max": "max\n"}
-    write_cgroup(tmp_path, monkeypatch, "4:memory:/else\n0::/jobs/mine\n", **files)
+    write_cgroup(tmp_path, monkeypatch, "4:cpu,cpuacct:/pod/mine\n0::/jobs/mine\n", **files)
     assert system.available_cores() == cores
+
+
+@pytest.mark.parametrize("line", ["7:pids:/pod\n", "0::/pids/pod\n"])
+def test_limits_on_threads_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
+    write_cgroup(tmp_path, monkeypatch, line, **{"pids__pod__pids.max": "12\n", "pids__pids.max": "max\n"})
+    assert f"{tmp_path}/pids/pod/pids.max 12" in system.thread_limits()
+    assert "max max" not in system.thread_limits()
 
 
 # Memory: cached files count as free
@@ -275,3 +290,13 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
 
 def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
     assert system.read_json_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
+    assert system.existing_parent(tmp_path / "a" / "b") == tmp_path
+    (tmp_path / "link").symlink_to("/no/such/scratch")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"link is a link to /no/such/scratch, which does not exist"):
+        system.existing_parent(tmp_path / "link" / "runs")
+    with pytest.raises(UserError, match=r"file is not a folder"):
+        system.existing_parent(tmp_path / "file" / "runs")
