@@ -555,12 +555,6 @@ def test_weights_that_are_not_finite_are_never_saved(run_dir: Path, value: float
     assert content(run_dir) == before
 
 
-def test_a_sharded_state_is_rejected(tmp_path: Path) -> None:
-    sharded = types.SimpleNamespace(distributed_type=types.SimpleNamespace(value="FSDP"))
-    with pytest.raises(UserError, match="distributed_type FSDP"):
-        CheckpointManager(Training(tmp_path).config, sharded)
-
-
 def test_the_gradient_scaler_is_restored(tmp_path: Path) -> None:
     first = Training(tmp_path)
     first.train()

@@ -656,7 +656,7 @@ def test_an_error_of_all_ranks_is_printed_once(
             2,
             "error: out of memory: CUDA out of memory.\n",
         ),
-        (MemoryError(), 2, "Reduce train_params.batch_size"),
+        (MemoryError(), 2, "reduce train_params.batch_size"),
     ],
 )
 def test_errors_that_users_can_fix_have_status_2(

@@ -260,7 +260,8 @@ class PredictionBuffer:
             raise UserError(
                 f"{where}: the network's output is not finite for sample ids "
                 f"{ids[~finite[first]].tolist()}.\n"
-                "Earlier checkpoints are kept. Reduce train_params.lr, or set train_params.gradient_clipping."
+                "Earlier checkpoints are kept. Train again with a lower train_params.lr, under another "
+                "model_params.name."
             )
 
 

@@ -47,10 +47,7 @@ class CheckpointManager:
     """The checkpoints of one run. `latest_complete`, `restore` and `save` are collective."""
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
-        """Keep the newest checkpoints, `keep_checkpoints` of them, and the one with the lowest test loss.
-
-        Raises UserError for a distributed type that shards the state over the ranks.
-        """
+        """Keep the newest checkpoints, `keep_checkpoints` of them, and the one with the lowest test loss."""
         self._config, self._accelerator = config, accelerator
         self._run_dir, self._folder = config.run_dir, config.run_dir / "checkpoints"
         self._writer: threading.Thread | None = None
@@ -60,12 +57,6 @@ class CheckpointManager:
         self._created: list[Path] = []
         self.saved_step = -1
         """Step of the last checkpoint that this process has written to disk."""
-        kind = accelerator.distributed_type.value
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            raise UserError(
-                f"distributed_type {kind} shards the optimizer over the ranks, and its state cannot be "
-                "restored exactly. Use a configuration from accelerate_configs/."
-            )
 
     def acquire_lock(self) -> None:
         """Prevent other programs from training this run until `close`.
@@ -199,8 +190,8 @@ class CheckpointManager:
             if names := tensors.not_finite({**parts["model"], **parts["optimizer"]}):
                 raise UserError(
                     f"step {train_state['step']} is not saved: {', '.join(names[:4])} not finite. "
-                    f"{self._describe_last()} The training diverged: reduce train_params.lr, or set "
-                    "train_params.gradient_clipping."
+                    f"{self._describe_last()} The training diverged: train again with a lower "
+                    "train_params.lr, under another model_params.name."
                 )
         if not self._accelerator.is_main_process:
             return

@@ -243,8 +243,8 @@ def explain_error(error: Exception) -> Exception | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return UserError(
             f"out of memory: {text.splitlines()[0] if text else 'malloc failed'}\n"
-            "Reduce train_params.batch_size or model_params.layer_param, raise "
-            "train_params.gradient_accumulation_steps, or set data_params.cache to disk."
+            "Set data_params.cache to disk. In a new run you may also reduce train_params.batch_size or "
+            "model_params.layer_param, or raise train_params.gradient_accumulation_steps."
         )
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return UserError(
