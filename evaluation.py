@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def evaluate(options: argparse.Namespace) -> None:
         every = context.slices(context.seeds)
         changed = context.collect(lambda: interventions.measure(network, every, bands, context.box))
         clock.lap("interventions")
-        spectra = measure_spectra(context)
+        spectra = [measure_spectra(context, field) for field in range(context.cubes.num_fields)]
         clock.lap("spectra")
     if not context.accelerator.is_main_process:
         return
@@ -157,7 +157,10 @@ def evaluate(options: argparse.Namespace) -> None:
         results["degradation"] = robustness.summarize(predictions, degraded[1], degradations, *settings)
     if changed is not None and spectra is not None:
         results |= interventions.summarize(context.predictions(*changed[:2]), changed[2:], bands, context.box)
-        results |= compare_spectra(predictions, spectra, results["interventions"])
+        of_fields = [compare_spectra(predictions, part, results["interventions"]) for part in spectra]
+        results |= of_fields[0]
+        if len(spectra) > 1:
+            results["fields"] = dict(zip(context.cubes.fields, of_fields, strict=True))
         results["saliency"] = saliency.saliency_of_extremes(network, predictions, context.slices_of_seed)
     results |= {"warnings": warnings(results), "findings": findings(results)}
     clock.lap("conclusions")
@@ -177,14 +180,18 @@ class Spectra:
     newton_augmentation: float
 
 
-def measure_spectra(context: EvaluationContext) -> Spectra:
-    """Spectra of training and test seeds, with the likelihood ratios of test slices. Collective."""
-    partitions = Partitions(context.box)
+def measure_spectra(context: EvaluationContext, field: int = 0) -> Spectra:
+    """Spectra of a field of training and test seeds, with the likelihood ratios of test slices. Collective.
+
+    Of several adjacent slices the first counts.
+    """
+    partitions, channel = Partitions(context.box), field * context.config.data_params.channels
 
     def measure(
         seeds: range, file: datasets.CubeFile, ceilings: dict[str, classifiers.Ceiling]
     ) -> SimulationSpectra:
-        batches, fields = context.slices(seeds, file), context.fields(seeds, file)
+        batches = (replace(batch, images=batch.images[:, channel:]) for batch in context.slices(seeds, file))
+        fields = ((number, cube[field]) for number, cube in context.whole_cubes(seeds, file))
         with distributed.raise_on_all_ranks():
             slices, cubes = simulation_spectra.measure(partitions, batches, fields, ceilings)
         rows = context.gather(*slices), context.gather(*cubes)

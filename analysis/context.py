@@ -87,16 +87,18 @@ class EvaluationContext:
             std=self.trained.std,
         ).evaluation_batches()
 
-    def fields(
+    def whole_cubes(
         self, seeds: range, cubes: datasets.CubeFile | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """This rank's cubes of `seeds`, in the units of `slices`: 2 * seed + label and (N, N, N)."""
+        """This rank's cubes of `seeds`, in the units of `slices`: 2 * seed + label and (C, N, N, N)."""
         file, factor = cubes or self.cubes, self.config.data_params.newton_augmentation
-        values = np.empty((file.size,) * 3, np.float32)
+        values = np.empty((file.num_fields, *(file.size,) * 3), np.float32)
+        moments = (self.trained.mean, self.trained.std)
+        mean, std = (np.reshape(np.float32(values), (-1, 1, 1, 1)) for values in moments)
         for seed in self._share(seeds):
             for label, gravity in enumerate(datasets.GRAVITIES):
                 file.read(seed, gravity, values)
-                field = torch.from_numpy((values - self.trained.mean) / self.trained.std)
+                field = torch.from_numpy((values - mean) / std)
                 yield 2 * seed + label, field if label else field * factor
 
     def _share(self, seeds: range) -> range:
@@ -155,6 +157,7 @@ class EvaluationContext:
                 "train_seeds": self.train_seeds.stop,
                 "size": self.cubes.size,
                 **{key: self.cubes.attr_float(key) for key in ("box_size", "redshift", "mean", "std")},
+                "fields": self.cubes.fields,
                 **data.model_dump(include={"newton_augmentation", "axes"}),
             },
             "environment": {
@@ -200,11 +203,11 @@ def load_run(
     training_file = find_training_file(run, config, last, given)
     cubes = given or training_file
     assert cubes is not None
-    size = trained.settings.size
-    if cubes.size != size:
+    fields, size = trained.num_fields, trained.settings.size
+    if (cubes.num_fields, cubes.size) != (fields, size):
         raise UserError(
-            f"{cubes.path}: the cubes are {cubes.size}^3, but the network was trained on {size}^3. "
-            "Evaluate on cubes of the same size."
+            f"{cubes.path}: the cubes are {cubes.size}^3 with {cubes.num_fields} field(s), but the network "
+            f"was trained on {size}^3 with {fields}. Evaluate on cubes of the same size and fields."
         )
     cubes.require(selected)
     if training_file is not None:
@@ -363,15 +366,16 @@ def find_training_file(
     )
 
 
-def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict[str, float | None], float]:
-    """The training file's attributes of units and filter, and the standard deviation of its cubes.
+def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict[str, Any], list[float]]:
+    """The training file's attributes of units and filter, and the standard deviations of its fields.
 
     Without that file: no attributes, and the standard deviation by which the network standardizes.
     """
     if not Path(config.data_params.datafile).exists():
-        return {}, trained.std
+        return {}, np.broadcast_to(trained.std, trained.num_fields).tolist()
     cubes = datasets.CubeFile(config.data_params.datafile)
-    values = np.empty((cubes.size,) * 3, np.float32)
+    values = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
     cubes.read(cubes.seeds[0], datasets.GRAVITIES[0], values)
     keys = ("mean", "std", "max_wavenumber", "cells")
-    return {key: cubes.attr_float(key) for key in keys}, float(values.std(dtype=np.float64))
+    units = {key: cubes.attributes.get(key) for key in keys}
+    return units, values.std(axis=(1, 2, 3), dtype=np.float64).tolist()

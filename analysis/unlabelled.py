@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from system import UserError
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def is_prediction(path: Path) -> bool:
         return False
 
 
-def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> list[str]:
-    """Names of the 3-D data sets in the HDF5 file `path`, all of them (size, size, size).
+def find_cubes(path: Path, fields: int, size: int, *, units: Mapping[str, Any]) -> list[str]:
+    """Names of the cubes in the HDF5 file `path`: (N, N, N) or (C, N, N, N) with C = `fields`, N = `size`.
 
     `units` are the attributes `mean`, `std`, `max_wavenumber` and `cells` of the training's file; empty if
     they are not known. Raises UserError if the file cannot be read, holds no or other cubes, or was
@@ -42,7 +43,7 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
     names: list[str] = []
 
     def collect(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.ndim == 3 and item.dtype.kind in "fiu":
+        if isinstance(item, h5py.Dataset) and item.ndim in (3, 4) and item.dtype.kind in "fiu":
             names.append(name)
 
     try:
@@ -55,28 +56,29 @@ def find_fields(path: Path, size: int, *, units: Mapping[str, float | None]) -> 
     if not names:
         raise UserError(f"{path}: the file has no 3-D data sets of numbers. Give a file of cubes.")
     for name, shape in shapes.items():
-        if shape != (size,) * 3:
+        if (math.prod(shape[:-3]), *shape[-3:]) != (fields, size, size, size):
             raise UserError(
-                f"{path}: /{name} has the shape {shape}, but the network was trained on cubes of {size}^3. "
-                "Use cubes of that size."
+                f"{path}: /{name} has the shape {shape}, but the network was trained on cubes of {size}^3 "
+                f"with {fields} field{'s' * (fields > 1)}. Use such cubes."
             )
     if units:
         require_same_filter(path, attributes, units)
     for key in ("mean", "std"):
         trained, found = units.get(key), attributes.get(key)
-        if trained is not None and found is not None and not np.isclose(float(found), trained, rtol=1e-6):
+        if trained is not None and found is not None and not np.allclose(found, trained, rtol=1e-6):
+            now, before = ([f"{value:.6g}" for value in np.atleast_1d(values)] for values in (found, trained))
             raise UserError(
-                f"{path}: the cubes were standardized by {key} {float(found):.6g}, those of the training by "
-                f"{trained:.6g}. Standardize both files by the same mean and std."
+                f"{path}: the cubes were standardized by {key} {', '.join(now)}, those of the training by "
+                f"{', '.join(before)}. Standardize both files by the same mean and std."
             )
     return names
 
 
-def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tuple[str, Tensor]]:
-    """Each data set by name, (N, N, N) float32. Raises UserError for values that are not finite or in other
+def read_cubes(path: Path, names: Sequence[str], *, std: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
+    """Each cube by name, (C, N, N, N) float32. Raises UserError for values that are not finite or in other
     units.
 
-    `std` is the standard deviation of the training's cubes.
+    `std` are the standard deviations of the fields in training.
     """
     with h5py.File(path, "r", locking=False) as file:
         for name in names:
@@ -84,31 +86,35 @@ def read_fields(path: Path, names: Sequence[str], *, std: float) -> Iterator[tup
                 values = np.asarray(file[name][()], dtype=np.float32)
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{path}: /{name} cannot be read ({error}). Copy the file again.") from None
-            spread = float(values.std(dtype=np.float64))
-            if not np.isfinite(spread):
-                raise UserError(f"{path}: /{name} has values that are not finite. Make this cube again.")
-            if not SPREAD[0] * std < spread < SPREAD[1] * std:
-                raise UserError(
-                    f"{path}: /{name} has a standard deviation of {spread:.3g}, the training's cubes about "
-                    f"{std:.3g}. Standardize the file like the training's."
-                )
+            values = values.reshape(len(std), *values.shape[-3:])
+            for expected, spread in zip(std, values.std(axis=(1, 2, 3), dtype=np.float64), strict=True):
+                if not np.isfinite(spread):
+                    raise UserError(f"{path}: /{name} has values that are not finite. Make this cube again.")
+                if not SPREAD[0] * expected < spread < SPREAD[1] * expected:
+                    raise UserError(
+                        f"{path}: /{name} has a standard deviation of {spread:.3g}, the training's cubes "
+                        f"about {expected:.3g}. Standardize the file like the training's."
+                    )
             yield name, torch.from_numpy(values)
 
 
-def slice_field(field: Tensor, axis: int, channels: int) -> Tensor:
-    """The slices (N, channels, N, N) of a cube perpendicular to `axis`; channel c is c cells further."""
-    planes = field.movedim(axis, 0)
-    return torch.stack([planes.roll(-channel, 0) for channel in range(channels)], dim=1)
+def slice_cube(cube: Tensor, axis: int, channels: int) -> Tensor:
+    """The slices (N, C * channels, N, N) of a cube (C, N, N, N) perpendicular to `axis`.
+
+    Of each field there are `channels` adjacent slices; channel c is c cells further.
+    """
+    planes = cube.movedim(axis + 1, 0)
+    return torch.stack([planes.roll(-channel, 0) for channel in range(channels)], dim=2).flatten(1, 2)
 
 
 def classify(
-    network: Network, field: Tensor, *, axes: Sequence[int], channels: int, device: torch.device
+    network: Network, cube: Tensor, *, axes: Sequence[int], channels: int, device: torch.device
 ) -> Floats:
-    """Logits (axes, N) of the slices of a cube in the units that `network` takes."""
+    """Logits (axes, N) of the slices of a cube in the units that `network` takes; as `slice_cube`."""
     logits = []
     with torch.inference_mode():
         for axis in axes:
-            parts = slice_field(field, axis, channels).split(ROWS)
+            parts = slice_cube(cube, axis, channels).split(ROWS)
             logits.append(torch.cat([network(part.to(device), axes=axis).float() for part in parts]))
     return torch.stack(logits).double().cpu().numpy()
 
@@ -120,19 +126,20 @@ def predict(
     *,
     axes: Sequence[int],
     device: torch.device,
-    std: float,
-    units: Mapping[str, float | None],
+    std: Sequence[float],
+    units: Mapping[str, Any],
 ) -> str:
     """Write the predictions of all cubes in `path` to the HDF5 file `output`; returns a table of them.
 
     Data sets: `logits/NAME` (axes, N) of each cube, and the table `cubes` of all. The probability of a cube
     comes from the mean logit of its slices. `std` and `units` describe the cubes of the training
-    (`read_fields`, `find_fields`).
+    (`read_cubes`, `find_cubes`).
     """
-    settings, of_cubes = network.settings, network.calibration.cubes
+    settings, fields, of_cubes = network.settings, network.num_fields, network.calibration.cubes
+    names, channels = find_cubes(path, fields, settings.size, units=units), settings.channels // fields
     logits = {
-        name: classify(network, field, axes=axes, channels=settings.channels, device=device)
-        for name, field in read_fields(path, find_fields(path, settings.size, units=units), std=std)
+        name: classify(network, cube, axes=axes, channels=channels, device=device)
+        for name, cube in read_cubes(path, names, std=std)
     }
     means = np.array([values.mean() for values in logits.values()])
     # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.

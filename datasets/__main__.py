@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cube_file import GRAVITIES, CubeFile
+from .preparation.fields import pack_redshifts, stack
 from .preparation.filter import Filter
-from .preparation.pack import pack, pack_difference, pack_snapshot, repack
+from .preparation.pack import pack_difference, pack_snapshot, repack
 from .preparation.synthetic import PHYSICS, write_synthetic
 
 
@@ -62,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     packing.add_argument("out", type=Path, metavar="OUT.h5")
     which = packing.add_mutually_exclusive_group(required=True)
-    which.add_argument("--redshift", type=float, help="pack the potential at this redshift")
+    which.add_argument(
+        "--redshift",
+        type=float,
+        nargs="+",
+        metavar="Z",
+        help="pack the potential at this redshift; several become fields of one file",
+    )
     which.add_argument("--snapshot", type=int, help="pack the potential of this snapshot number")
     which.add_argument(
         "--difference",
@@ -79,9 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     repacking = commands.add_parser(
-        "repack", help="convert a chunked or compressed file to one that is fast to read"
+        "repack", help="convert a chunked or compressed file to one that is fast to read, or stack several"
     )
-    repacking.add_argument("file", type=Path, metavar="IN.h5")
+    repacking.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="IN.h5",
+        help="a file, or several of the same simulations, whose fields become those of one file",
+    )
     repacking.add_argument("out", type=Path, metavar="OUT.h5")
 
     for command in (packing, repacking):
@@ -134,7 +147,7 @@ def _pack(options: argparse.Namespace) -> None:
         "overwrite": options.force,
     }
     if options.redshift is not None:
-        pack(options.raw, options.out, redshift=options.redshift, **how)
+        pack_redshifts(options.raw, options.out, options.redshift, **how)
     elif options.snapshot is not None:
         pack_snapshot(options.raw, options.out, snapshot=options.snapshot, **how)
     else:
@@ -180,14 +193,20 @@ def _run(options: argparse.Namespace) -> None:
         )
     elif options.command == "repack":
         wanted = Filter(options.max_wavenumber, options.cells)
-        repack(options.file, options.out, filter=wanted, overwrite=force)
+        if len(options.files) == 1:
+            repack(options.files[0], options.out, filter=wanted, overwrite=force)
+        elif wanted:
+            raise UserError("repack several files without other options, then OUT.h5 with them.")
+        else:
+            stack(options.files, options.out, overwrite=force)
     elif options.command == "inspect":
         _inspect(options)
     else:
         _pack(options)
     if options.command != "inspect":
         written = CubeFile(options.out)
-        print(f"{written.path}: {len(written.seeds)} pairs of twins, {written.size}^3 cells each")
+        fields = "; ".join(written.fields) if written.num_fields > 1 else ""
+        print(f"{written.path}: {len(written.seeds)} pairs of twins, {written.size}^3 cells each", fields)
 
 
 def main() -> int:

@@ -56,6 +56,7 @@ class TrainedNetwork(nn.Module):
         )
         self.mean, self.std = config.get("mean", 0.0), config.get("std", 1.0)
         calibration = Calibration.from_dict(config.get("calibration"))
+        self.num_fields = len(config.get("fields", [""]))  # older files have one field without a name
         self.is_calibrated = calibration is not None
         self.calibration = calibration or Calibration()
         self.whitening = Whitening(config["power"]) if config.get("power") else None

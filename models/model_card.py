@@ -20,8 +20,8 @@ TEXT = """# {name}
 A {architecture} of width {layer_param} that classifies 2D slices of a cosmological simulation by its gravity:
 General Relativity (positive logit) or Newtonian gravity (negative logit).
 
-Input: slices (b, {channels}, {size}, {size}) with the values of the data file that it was trained on. The
-network standardizes{whitens} them. Output: one logit per slice; its `probability` is {calibrated}.{cubes}
+Input: slices (b, {channels}, {size}, {size}){fields} with the values of the data file that it was trained on.
+The network standardizes{whitens} them. Output: one logit per slice; its `probability` is {calibrated}.{cubes}
 
 It needs a checkout of gravity-cnn, torch, safetensors, numpy and psutil, in any folder:
 
@@ -66,7 +66,7 @@ def model_card(config: dict[str, Any]) -> ModelCard:
     training, evaluation = config.get("training") or {}, config.get("evaluation") or {}
     calibration = config.get("calibration") or {}
     name = str(training.get("run", "gravity-cnn"))
-    estimates = evaluation.get("estimates", {})
+    estimates, names = evaluation.get("estimates", {}), config.get("fields", [])
     estimates = {key: estimates[key] for key in TITLES if estimates.get(key, [None])[0] is not None}
     metadata = ModelCardData(
         license="mit",
@@ -90,6 +90,7 @@ def model_card(config: dict[str, Any]) -> ModelCard:
     text = TEXT.format(
         name=name,
         **{key: _text(config.get(key)) for key in ("architecture", "layer_param", "channels", "size")},
+        fields=f" of {_text('; '.join(names))}" if names else "",
         whitens=" and whitens" if config.get("power") else "",
         calibrated="calibrated on validation seeds" if calibration else "not calibrated",
         cubes=CUBES if calibration.get("cubes") else "",

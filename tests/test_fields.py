@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from datasets import GRAVITIES, CubeFile, WholeCubeDataset, measure_normalization, measure_power
+from datasets import __main__ as commands
 from datasets.sampler import EpochSampler
 from models import TrainedNetwork, Whitening, isotropic_power
 
@@ -125,3 +126,74 @@ def test_a_trained_network_standardizes_its_fields_and_refuses_other_numbers_of_
     torch.testing.assert_close(trained(shifted), trained.network(slices), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"found 2 channels, .* trained on 4 \(phi, z = 10; phi, z = 1\)"):
         trained(slices[:, :2])
+
+
+def universe(path: Path, redshift: float, growth: dict[str, float], **changes: Any) -> Path:
+    """A packed file of 2 seeds: one realization, times the growth of each gravity, and some noise."""
+    attributes = {"field": "phi", "redshift": redshift, "mean": 0.0, "std": redshift + 1, "box_size": 5120.0}
+    with h5py.File(path, "w") as file:
+        file.attrs.update(attributes | changes)
+        for seed in range(2):
+            cube = np.random.default_rng(seed).standard_normal((N, N, N))
+            for gravity in GRAVITIES:
+                noise = np.random.default_rng([seed, int(redshift)]).standard_normal(cube.shape)
+                file[f"{gravity}_seed{seed:04d}"] = (cube * growth[gravity] + 1e-3 * noise).astype(np.float32)
+    return path
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["datasets", *map(str, arguments)])
+    return commands.main()
+
+
+def test_files_of_the_same_simulations_are_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [
+        universe(tmp_path / f"z{z:g}.h5", z, dict.fromkeys(GRAVITIES, growth))
+        for z, growth in ((10.0, 1.0), (1.0, 0.95))
+    ]
+    assert command(monkeypatch, "repack", *files, tmp_path / "both.h5") == 0
+    both, alone = CubeFile(tmp_path / "both.h5"), [CubeFile(path) for path in files]
+    assert both.fields == ["phi, z = 10", "phi, z = 1"]
+    assert both.field_attrs("std") == [11.0, 2.0]
+    assert both.attributes["box_size"] == 5120
+    cube, parts = np.empty((2, N, N, N), np.float32), np.empty((2, N, N, N), np.float32)
+    both.read(1, "gr", cube)
+    for file, part in zip(alone, parts, strict=True):
+        file.read(1, "gr", part)
+    np.testing.assert_array_equal(cube, parts)
+    # A file of several fields is repacked and stacked as one of a single field.
+    assert command(monkeypatch, "repack", tmp_path / "both.h5", tmp_path / "again.h5") == 0
+    assert command(monkeypatch, "repack", tmp_path / "again.h5", files[0], tmp_path / "three.h5") == 0
+    assert CubeFile(tmp_path / "three.h5").fields == ["phi, z = 10", "phi, z = 1", "phi, z = 10"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"box_size": 100.0}, "box_size = 100"),
+        ({"h": 0.7}, "h = 0.7, but None in"),
+        ("no twin", "has no gr cube of seed 1"),
+        ("other seeds", "correlates with that of"),
+    ],
+)
+def test_fields_of_other_simulations_are_refused(
+    change: Any,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    growth = dict.fromkeys(GRAVITIES, 1.0)
+    first = universe(tmp_path / "a.h5", 10.0, growth)
+    other = universe(tmp_path / "b.h5", 1.0, growth, **(change if isinstance(change, dict) else {}))
+    with h5py.File(other, "a") as file:
+        if change == "no twin":
+            del file["gr_seed0001"]
+        if change == "other seeds":
+            for gravity in GRAVITIES:
+                file.move(f"{gravity}_seed0000", "moved")
+                file.move(f"{gravity}_seed0001", f"{gravity}_seed0000")
+                file.move("moved", f"{gravity}_seed0001")
+    assert command(monkeypatch, "repack", first, other, tmp_path / "out.h5") == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "b.h5"]

@@ -36,8 +36,9 @@ class Network(torch.nn.Module):
 
     settings = SimpleNamespace(size=SIZE, channels=2)
 
-    def __init__(self, cubes: Calibration | None) -> None:
+    def __init__(self, cubes: Calibration | None, num_fields: int) -> None:
         super().__init__()
+        self.num_fields = num_fields
         self.calibration = Calibration(temperature=1.0, threshold=0.0, cubes=cubes)
 
     def forward(self, slices: torch.Tensor, axes: object = None) -> torch.Tensor:
@@ -45,10 +46,10 @@ class Network(torch.nn.Module):
         return slices[:, 0, 0, 1] + 2 * slices[:, -1, 0, 1]
 
 
-def predict(path: Path, calibration: Calibration | None = CALIBRATION) -> str:
-    network: Any = Network(calibration)
-    output, device = path.with_name("out.h5"), torch.device("cpu")
-    return unlabelled.predict(network, path, output, axes=[0, 2], device=device, std=1.0, units=UNITS)
+def predict(path: Path, calibration: Calibration | None = CALIBRATION, fields: int = 1) -> str:
+    network: Any = Network(calibration, fields)
+    output, device, std = path.with_name("out.h5"), torch.device("cpu"), [1.0] * fields
+    return unlabelled.predict(network, path, output, axes=[0, 2], device=device, std=std, units=UNITS)
 
 
 def test_logits_of_slices_and_probabilities_of_cubes(tmp_path: Path) -> None:
@@ -66,6 +67,17 @@ def test_logits_of_slices_and_probabilities_of_cubes(tmp_path: Path) -> None:
         assert found.attrs["axes"].tolist() == [0, 2]
         assert found.attrs["calibrated"]
     assert [line.split()[0] for line in table.splitlines()] == ["/a", "/deep/b"]
+
+
+def test_cubes_of_several_fields_are_predicted(tmp_path: Path) -> None:
+    path = cubes(tmp_path / "in.h5", shape=(2, *(SIZE,) * 3))
+    predict(path, fields=2)
+    with h5py.File(path) as given, h5py.File(tmp_path / "out.h5") as predicted:
+        first, second = given["a"][:].astype(np.float32)
+        expected = [first[:, 0, 1] + 2 * second[:, 0, 1], first[0, 1, :] + 2 * second[0, 1, :]]
+        np.testing.assert_allclose(predicted["logits/a"][:], expected, rtol=1e-5)
+    with pytest.raises(UserError, match=r"shape \(2, .* but the network was trained on .* with 1 field\."):
+        predict(path)
 
 
 def test_a_probability_without_calibration_of_cubes_is_marked(tmp_path: Path) -> None:

@@ -269,14 +269,17 @@ def _read(data: h5py.Dataset, path: Path, where: slice, out: NDArray[np.float64]
 def repack(path: Path, out: Path, *, filter: Filter = EVERYTHING, overwrite: bool = False) -> None:
     """Write the cubes and attributes of a file, contiguous and in the packed layout. Raises UserError."""
     cubes = CubeFile(path)
-    values = np.empty((cubes.size,) * 3, dtype=np.float32)
+    values = np.empty((cubes.num_fields, *(cubes.size,) * 3), dtype=np.float32)
     with open_cubes(path) as old:
         attributes = dict(old.attrs)
     if filter:
         attributes |= filter.attributes(path, cubes.size, attributes)
     cells = filter.cells or cubes.size
-    with new_file(out, bytes_needed=len(cubes.cubes) * cells**3 * 4, overwrite=overwrite) as file:
+    bytes_needed = len(cubes.cubes) * len(values) * cells**3 * 4
+    with new_file(out, bytes_needed=bytes_needed, overwrite=overwrite) as file:
         file.attrs.update(attributes)
         for seed, gravity in tqdm(cubes.cubes, desc="repacking", unit="cube", disable=None):
             cubes.read(seed, gravity, values)
-            new_cube(file, seed, gravity, cells).write_direct(filter(values) if filter else values)
+            filtered = np.stack([filter(field) for field in values]) if filter else values
+            cube = new_cube(file, seed, gravity, cells, len(values))
+            cube.write_direct(filtered.reshape(cube.shape))

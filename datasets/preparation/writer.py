@@ -18,6 +18,14 @@ import numpy as np
 from ..cube_file import packed_name
 
 
+def require_new(path: Path, *, overwrite: bool) -> None:
+    """Raise UserError if `path` exists, unless it is a file and `overwrite`."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder. Give the name of the HDF5 file to write.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already. Choose another name, or overwrite it with --force.")
+
+
 @contextmanager
 def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Iterator[h5py.File]:
     """Write an HDF5 file under a temporary name, which becomes `path` when the block ends without an error.
@@ -27,10 +35,7 @@ def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Itera
     if `path` exists and `overwrite` is False, if the disk has less than `bytes_needed` free, or if writing
     fails.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder. Give the name of the HDF5 file to write.")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists already. Choose another name, or overwrite it with --force.")
+    require_new(path, overwrite=overwrite)
     remove_abandoned(path)
     existing = system.existing_parent(path.parent)
     free = shutil.disk_usage(existing).free
@@ -64,12 +69,14 @@ def remove_abandoned(path: Path) -> None:
             partial.unlink()
 
 
-def new_cube(file: h5py.File, seed: int, gravity: str, size: int) -> h5py.Dataset:
-    """A data set (N, N, N) for a cube in the packed layout: float32 and contiguous, for direct reading.
+def new_cube(file: h5py.File, seed: int, gravity: str, size: int, fields: int = 1) -> h5py.Dataset:
+    """A data set for a cube in the packed layout: float32 and contiguous, for direct reading.
 
-    Its place in the file is allocated at once, without a fill value, so cubes can be written in any order.
+    Its shape is (N, N, N) with N = `size`, or (C, N, N, N) with several `fields`. Its place in the file is
+    allocated at once, without a fill value, so cubes can be written in any order.
     """
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    shape = (size,) * 3 if fields == 1 else (fields, size, size, size)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    return file.create_dataset(packed_name(seed, gravity), (size,) * 3, np.float32, dcpl=creation)
+    return file.create_dataset(packed_name(seed, gravity), shape, np.float32, dcpl=creation)
