@@ -273,6 +273,16 @@ def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
+def expand_path(path: str) -> str:
+    """A path with `~`, $VARIABLE and ${VARIABLE} replaced. Raises UserError if a variable is not set."""
+    for braces, name in re.findall(r"\$(?:\{(\w+)\}|(\w+))", path):
+        if (variable := braces or name) not in os.environ:
+            raise UserError(
+                f"a path without ${variable}, which is not set. Set it, or write the path in full"
+            )
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def existing_parent(folder: Path) -> Path:
     """`folder`, or the nearest directory above it that exists.
 

@@ -11,6 +11,8 @@ train and evaluate epoch by epoch, and export the trained network.
 
 from __future__ import annotations
 
+import system
+
 import argparse
 import sys
 import time
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def program() -> None:
         distributed.setup_process()
-        config = load_config(options.experiment, options.overrides)
+        config = load_config(system.expand_path(options.experiment), options.overrides)
         train(config, preflight_only=options.preflight, extend=not options.no_extend)
 
     return distributed.run_program(program, resumes=True)

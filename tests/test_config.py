@@ -216,6 +216,50 @@ def test_files_that_are_not_experiments(tmp_path: Path, content: str, rest: str)
     assert rest in text
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "rest"),
+    [
+        (
+            "  dropout: 0.5",
+            "\tdropout: 0.5",
+            "line 4, column 1: found character '\\t'",
+        ),
+        ("train_params:", "---\ntrain_params:", "line 11, column 1: but found another document"),
+        ('name: "Somename"', 'name: "Somename', "line 7, column 14: expected <block end>"),
+        (
+            'name: "Somename"',
+            "name: 2025-01-30",
+            "line 5, column 9: name: found 2025-01-30, which",
+        ),
+        ('name: "Somename"', "name: 1:30", "line 5, column 9: name: found 1:30"),
+        ('name: "Somename"', "name: 0xFF", "line 5, column 9: name: found 0xFF"),
+    ],
+)
+def test_yaml_errors_name_line_and_column(template: Path, old: str, new: str, rest: str) -> None:
+    template.write_text(TEMPLATE.replace(old, new))
+    assert rest in message(template)
+    if "name: " in new and '"' not in new:
+        value = new.removeprefix("name: ")
+        assert "put it in quotes" in message(template)
+        template.write_text(TEMPLATE)
+        assert "put it in quotes" in message(template, f"model_params.{new.replace(': ', '=')}")
+        template.write_text(TEMPLATE.replace(old, f"name: '{value.replace(':', '-')}'"))
+        assert config.load_config(template).model_params.name == value.replace(":", "-")
+
+
+def test_paths_expand_variables(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    overrides = ["data_params.datafile=$SCRATCH/a.h5", "train_params.log_dir=${SCRATCH}/runs"]
+    loaded = config.load_config(template, [*overrides, "data_params.local_copy=~/b.h5"])
+    assert loaded.data_params.datafile == "/scratch/me/a.h5"
+    assert loaded.train_params.log_dir == "/scratch/me/runs"
+    assert loaded.data_params.local_copy == str(Path.home() / "b.h5")
+    monkeypatch.delenv("SCRATCH")
+    text = message(template, *overrides)
+    assert "data_params.datafile: found '$SCRATCH/a.h5'" in text
+    assert "allowed: a path without $SCRATCH, which is not set" in text
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read" in message(tmp_path / "absent.yaml")
     assert "cannot be read" in message(tmp_path)

@@ -7,7 +7,6 @@ from system import UserError
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from models import NetworkSettings
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seeds = Annotated[int, Field(ge=1, le=10**6)]
 PathText = Annotated[
-    str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)
+    str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$"), AfterValidator(system.expand_path)
 ]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -314,14 +313,30 @@ class _Loader(yaml.SafeLoader):
         """Reject duplicate keys, of which YAML would silently take the last."""
         self.flatten_mapping(node)
         seen: set[Any] = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key '{key}'", key_node.start_mark
                 )
             seen.add(key)
+            _require_quotes(value_node, f"{key}: ")
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Reject values that only look like text."""
+        _require_quotes(node)
+        return super().construct_object(node, deep)
+
+
+def _require_quotes(node: yaml.Node, key: str = "") -> None:
+    """Raise an error for 2025-01-30, 1:30 and 0xFF, of which YAML makes a date, 90 and 255."""
+    kind = node.tag.rpartition(":")[2]
+    number = isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[^:xXbB]*", node.value)
+    if kind == "timestamp" or (kind in ("int", "float") and not number):
+        kind = "a date" if kind == "timestamp" else "a number that is not decimal"
+        message = f"{key}found {node.value}, which YAML reads as {kind}; put it in quotes"
+        raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
@@ -340,7 +355,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{_shorten(path)}: the experiment file cannot be read: {_shorten(error)}") from error
     except YAML_ERRORS as error:
-        raise UserError(f"{path}: not valid YAML: {_shorten(error)}") from error
+        raise UserError(f"{path}: not valid YAML: {_explain_yaml(error)}") from error
     sections = ", ".join(Config.model_fields)
     if not isinstance(raw, dict):
         content = "nothing" if raw is None else type(raw).__name__
@@ -366,7 +381,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except YAML_ERRORS as error:
         raise UserError(
-            f"override '{_shorten(override)}': the value is not valid YAML: {_shorten(error)}"
+            f"override '{_shorten(override)}': the value is not valid YAML: {_explain_yaml(error)}"
         ) from error
     mapping = raw
     for section in sections:
@@ -376,6 +391,18 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(mapping, dict):
             raise UserError(f"override '{_shorten(override)}': '{_shorten(section)}' is not a section")
     mapping[last] = value
+
+
+def _explain_yaml(error: Exception) -> str:
+    """The problem that PyYAML encountered, with its line and column."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return _shorten(error)
+    places = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
+    lines = [
+        f"line {mark.line + 1}, column {mark.column + 1}: {text}" for text, mark in places if mark and text
+    ]
+    hint = ". Indent with spaces, not tabs" if "'\\t'" in error.problem else ""
+    return "; ".join(lines) + hint
 
 
 def _shorten(value: object) -> str:
