@@ -5,7 +5,7 @@ from system import UserError
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from .preparation.fields import pack_redshifts, stack
 from .preparation.filter import Filter
 from .preparation.pack import pack_difference, pack_snapshot, repack
 from .preparation.synthetic import PHYSICS, write_synthetic
+
+RATIO_SEEDS = 8  # twins share their phases: 8 pairs show the ratio to 1e-4
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     inspection = commands.add_parser("inspect", help="list the contents of a file and its problems")
     inspection.add_argument("file", type=Path, metavar="FILE")
     inspection.add_argument(
+        "other",
+        type=Path,
+        metavar="OTHER",
+        nargs="?",
+        help="file of the same box with another number of cells",
+    )
+    inspection.add_argument(
         "--plot", type=Path, metavar="OUT.png", help="plot GR, Newton and their difference"
     )
     inspection.add_argument(
@@ -129,6 +138,7 @@ def _inspect(options: argparse.Namespace) -> None:
         check_plot(options.plot, options.force)
     print(report(options.file))
     _print_lattice(options.file)
+    _print_resolution(options.file, options.other)
     if options.plot:
         plot(options.file, options.plot)
         print(f"plot written to {options.plot}")
@@ -166,15 +176,43 @@ def _print_lattice(path: Path) -> None:
     if len(cubes.seeds) < 2:
         return
 
-    def twins() -> Iterator[NDArray[np.float32]]:
-        for seed in cubes.seeds:
-            pair = np.empty((2, *(cubes.size,) * 3), np.float32)
-            for gravity, cube in zip(GRAVITIES, pair, strict=True):
-                cubes.read(seed, gravity, cube)
-            yield pair
-
     box = Box(cubes.size, cubes.attr_float("box_size"))
-    print(lattice.describe(lattice.measure(twins(), box)))
+    print(lattice.describe(lattice.measure(_twins(cubes, cubes.seeds), box)))
+
+
+def _print_resolution(path: Path, other: Path | None) -> None:
+    """Print P_GR/P_N by wavenumber, beside theory or beside a file with other cells."""
+    from analysis import resolution
+    from analysis.power_spectrum import Box
+
+    ratios, boxes = [], []
+    for file in (path, *([other] if other else [])):
+        try:
+            cubes = CubeFile(file)
+        except UserError:
+            return  # the report lists its problems
+        if not cubes.seeds:
+            return
+        boxes.append(Box(cubes.size, cubes.attr_float("box_size")))
+        seeds = cubes.seeds[:RATIO_SEEDS]
+        ratios.append(resolution.measure(_twins(cubes, seeds), boxes[-1], cubes.attr_float("max_wavenumber")))
+        print(f"{file}:", resolution.describe(ratios[-1], boxes[-1], cubes.attributes), sep="\n")
+    if other:
+        if boxes[0].length != boxes[1].length:
+            raise UserError(
+                f"{other}: the box is {boxes[1].length} Mpc/h, that of {path} {boxes[0].length}. Give files "
+                "of the same box (attribute box_size)."
+            )
+        print(resolution.compare(*ratios))
+
+
+def _twins(cubes: CubeFile, seeds: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+    """Both cubes (2, N, N, N) of each seed, Newton first."""
+    for seed in seeds:
+        pair = np.empty((2, *(cubes.size,) * 3), np.float32)
+        for gravity, cube in zip(GRAVITIES, pair, strict=True):
+            cubes.read(seed, gravity, cube)
+        yield pair
 
 
 def _run(options: argparse.Namespace) -> None:

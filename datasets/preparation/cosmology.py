@@ -7,7 +7,9 @@ Sources: Meszaros 1974 (A&A 37, 225); Eisenstein & Hu 1998 (ApJ 496, 605); Dodel
 Cosmology, 2nd ed., chapter 8.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,3 +136,18 @@ class Cosmology:
         primordial = self.A_s * (k * self.h / self.k_pivot) ** (self.n_s - 1)
         growth = self.potential_growth(redshift)
         return np.asarray(2 * np.pi**2 / k**3 * 9 / 25 * primordial * (self.transfer(k) * growth) ** 2)
+
+
+def reference_ratio(k: NDArray[np.float64], attributes: Mapping[str, Any]) -> NDArray[np.float64] | None:
+    """P_GR/P_N that theory predicts at `k` in h/Mpc for the cubes of a file with these attributes.
+
+    Without radiation treatment, gevolution's default, that of linear theory; with CLASS 1, to 0.1 %, and NaN
+    for the longest waves (n < 3), where the gravities part late. None where the settings are not known.
+    """
+    default = "none" if "gevolution" in str(attributes.get("source")) else "unknown"
+    match str(attributes.get("radiation treatment", default)).lower():
+        case "none":
+            return linear_theory_ratio(k)
+        case "class":
+            return np.where(k * _BOX / (2 * np.pi) < 2.5, np.nan, 1.0)
+    return None
