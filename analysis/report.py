@@ -12,14 +12,16 @@ import base64
 import io
 import json
 import math
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
 from analysis.figures import WIDTH
 from analysis.findings import format_estimate, format_number
@@ -29,86 +31,23 @@ MAPS = ("image", "gradient", "integrated")  # drawn as figures, too large to lis
 REPORT, PREDICTIONS = "report.json", "predictions.h5"
 COLUMNS = ("id", "seed", "label", "axis", "position", "logit")
 Results = Mapping[str, Any]
-Cell = str | Mapping[str, Any] | None
-"""A text or an estimate."""
 
-NAMES = {
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "tpr": "true positive rate",
-    "fpr": "false positive rate",
-    "auc": "area under the ROC curve (AUC)",
-    "average_precision": "average precision",
-    "log_loss": "log loss [nat]",
-    "brier_score": "Brier score",
-    "calibration_error": "expected calibration error",
-    "cube_accuracy": "accuracy of cubes",
-    "cube_auc": "AUC of cubes",
-    "pair_accuracy": "pair accuracy",
-    "mean_difference": "mean difference of twins [logit]",
-    "separation": "mean difference / its standard deviation",
-    "contrast": "mean difference / standard deviation between cubes",
-}
-# figures of the report: title, caption
-FIGURES = {
-    "twins": (
-        "Twins",
-        "Mean logit of the slices of each cube. Twins share their initial conditions and are joined by a "
-        "line.",
-    ),
-    "roc": (
-        "ROC and precision-recall",
-        "Curves of single slices. The shade is the pointwise 95 % interval over seeds.",
-    ),
-    "confusion": ("Confusion matrix", "Predictions at the threshold logit > 0."),
-    "reliability": (
-        "Calibration",
-        "Share of GR against predicted probability, in bins of equally many slices. A calibrated network is "
-        "on the dotted line.",
-    ),
-    "logits": ("Logits", "Distribution of the logits of slices; the outermost bins include what is beyond."),
-    "training": (
-        "Training",
-        "From metrics.jsonl, over all starts of the run.",
-    ),
-    "attribution": (
-        "Attribution",
-        "Share of the mean twin difference that changes sign when twins exchange a group of modes (left) or "
-        "a band of wavenumbers (right; open symbol: the mean of the slice).",
-    ),
-    "interventions": (
-        "Interventions",
-        "Slices of which only wavenumbers below or above k remain, and twins that exchanged one band. "
-        "Exchanging a band that the network uses lowers the AUC, below 0.5 if no other band holds the same "
-        "information. An accuracy of 0.5 with a higher AUC means that a filter shifted all logits. Dotted: "
-        "unchanged slices. Shades: 95 % over seeds.",
-    ),
-    "power_spectra": (
-        "Power spectra",
-        "Left: mean spectra of slices as the network sees them. Middle: ratio of twins. Right: power of the "
-        "gradient of the logit; regular peaks come from the stride of the first convolution. The last k is "
-        "the Nyquist frequency.",
-    ),
-    "directions": (
-        "Ratio by direction",
-        "P_GR/P_N of the cubes along the grid axes, along diagonals and between. An isotropic theory has one "
-        "curve. Right of the dotted line: the corners of Fourier space, beyond the Nyquist sphere.",
-    ),
-    "information": (
-        "Network, baselines and ceilings",
-        "Baselines: logistic regressions on log P(k), isotropic and by direction. Likelihood ratios: the "
-        "optimal test for Gaussian fields with the spectra of the training twins, on the test seeds; open "
-        "symbols: its expectation, the ceiling. Dotted: chance.",
-    ),
-    "saliency": (
-        "Saliency",
-        "The slices with extreme logits, the gradient of the logit by pixel, and integrated gradients, which "
-        "add up to the logit minus that of an empty slice.",
-    ),
-}
-STYLE = Path(__file__).with_name("report.css")
+# Figures of the report; the captions stand in report.html.j2.
+FIGURES = (
+    "attribution",
+    "interventions",
+    "directions",
+    "power_spectra",
+    "information",
+    "roc",
+    "twins",
+    "confusion",
+    "reliability",
+    "logits",
+    "saliency",
+    "training",
+)
+FOLDER = Path(__file__).parent
 
 
 class Stopwatch:
@@ -220,56 +159,37 @@ def to_json(value: Any) -> Any:
 
 def page(results: Results, images: Mapping[str, bytes]) -> str:
     """The report as one page without external files; `images` are PNG files by name."""
-    dropout = " The training loss includes dropout." if results["model"].get("dropout") else ""
-    sections = [
-        ("Findings", _warnings(results["warnings"]) + _list(results["findings"])),
-        (
-            "Attribution",
-            _attribution(results) + _figures(images, "attribution", "interventions", "directions"),
-        ),
-        ("Baselines and ceilings", _information(results) + _figures(images, "power_spectra", "information")),
-        (
-            "Predictions",
-            _predictions(results) + _figures(images, "roc", "twins", "confusion", "reliability", "logits"),
-        ),
-        ("Robustness", _degradation(results)),
-        ("Saliency", _figures(images, "saliency")),
-        ("Training", _figures(images, "training", note=dropout)),
-        ("Provenance", _provenance(results)),
-    ]
-    body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections if content)
-    title = escape(f"{results['run']}: evaluation")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE.read_text()}</style></head>\n'
-        f"<body><h1>{title}</h1>\n{body}</body></html>\n"
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "estimate": _estimate,
+        "number": format_number,
+        "setting": _setting,
+        "typeset": _typeset,
+    }
+    figures = {
+        name: {"data": base64.b64encode(png).decode(), "inches": _inches(png)} for name, png in images.items()
+    }
+    style = Markup((FOLDER / "report.css").read_text())
+    return environment.get_template("report.html.j2").render(results, figures=figures, style=style)
+
+
+def _estimate(estimate: Mapping[str, Any], small: float = 1e-3) -> Markup:
+    """A value, and its interval in an element that a page shows on a line below."""
+    value, _, interval = format_estimate(estimate, small=small).partition(" ")
+    return _typeset(value) + (
+        Markup('<span class="interval">{}</span>').format(_typeset(interval)) if interval else ""
     )
 
 
-def _list(lines: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _warnings(lines: Iterable[str]) -> str:
-    return "".join(f'<p class="warning">{escape(line)}</p>' for line in lines)
-
-
-def _cell(cell: Cell, small: float) -> str:
-    """A text, or an estimate with its interval on a line below."""
-    if cell is None or isinstance(cell, str):
-        return escape(cell or "")
-    value, _, interval = format_estimate(cell, small=small).partition(" ")
-    return value + (f' <span class="interval">{interval}</span>' if interval else "")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], small: float = 1e-3) -> str:
-    """A table whose head print repeats on each page. Estimates below `small` are in powers of ten."""
-
-    def line(tag: str, cells: Sequence[Cell]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_cell(cell, small)}</{tag}>" for cell in cells) + "</tr>"
-
-    top = f"<thead>{line('th', head)}</thead>" if any(head) else ""
-    return f"<table>{top}<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
+def _typeset(text: str) -> Markup:
+    """Plain text in the typography of a paper: subscripts, signs and powers of ten."""
+    html = str(escape(text))
+    html = re.sub(r"\bP_(GR|N)\b", r"P<sub>\1</sub>", html)
+    html = re.sub(r"(\d)e([-+]?)0*(\d+)\b", r"\1 × 10<sup>\2\3</sup>", html).replace("<sup>+", "<sup>")
+    html = re.sub(r"(?<![\w.)])-(?=\d)", "−", html).replace("<sup>-", "<sup>−")
+    return Markup(html.replace("+-", "±").replace("&lt;=", "≤").replace("&gt;=", "≥"))
 
 
 def _inches(png: bytes) -> float:
@@ -279,130 +199,7 @@ def _inches(png: bytes) -> float:
     return int.from_bytes(png[16:20], "big") / per_meter / 0.0254 if per_meter else WIDTH
 
 
-def _figures(images: Mapping[str, bytes], *names: str, note: str = "") -> str:
-    """Figures with their captions, each followed by `note`. Two of one column stand side by side."""
-    parts = []
-    for name in names:
-        if name in images:
-            title, caption = FIGURES[name]
-            data = base64.b64encode(images[name]).decode()
-            picture = f'<img src="data:image/png;base64,{data}" alt="{escape(title)}">'
-            words = f"<b>{escape(title)}.</b> {escape(caption + note)} ({name}.png, {name}.pdf)"
-            parts.append(
-                f'<figure style="--inches: {_inches(images[name]):.2f}"><div class="scroll">{picture}</div>'
-                f"<figcaption>{words}</figcaption></figure>"
-            )
-    return '<div class="figures">' + "\n".join(parts) + "</div>" if parts else ""
-
-
-def _predictions(results: Results) -> str:
-    columns = {
-        "all axes": results["slices"],
-        **{f"axis {axis}": row for axis, row in results["axes"].items()},
-    }
-    chance = {key: format_number(value) for key, value in results["chance"].items()}
-    rows: list[list[Cell]] = [
-        [NAMES[key], chance.get(key), *(part[key] for part in columns.values())] for key in results["slices"]
-    ]
-    simulations = {**results["cubes"], **results["pairs"]}
-    cubes: list[list[Cell]] = [
-        [NAMES[key], chance.get(key), estimate] for key, estimate in simulations.items()
-    ]
-    tests: list[list[Cell]] = [
-        [
-            "slice AUC above chance, labels of twins exchanged",
-            format_number(results["significance"]["p_value"]),
-        ],
-        ["cubes better than chance, McNemar", format_number(results["significance"]["mcnemar_p_value"])],
-    ]
-    data = results["data"]
-    intro = (
-        f"{sum(results['confusion'].values()):,} slices of {data['seeds'][1] - data['seeds'][0]} seeds, "
-        f"{100 * results['chance']['balance']:.1f} % of them GR, the positive class. Brackets are 95 % "
-        "intervals over seeds: the delete-one-seed jackknife with a t quantile, score intervals for rates. "
-        "AUC and its interval count pairs of slices from different seeds. Trainings differ too: see "
-        "--ensemble. Metrics by metrics.py and analysis/statistics.py; logistic regression by scikit-learn."
-    )
-    return (
-        f"<p>{escape(intro)}</p><h3>Slices</h3>{_table(['', 'chance', *columns], rows)}"
-        f"<h3>Cubes and pairs of twins, by mean logit</h3>{_table(['', 'chance', 'value'], cubes)}"
-        f"<h3>One-sided p-values</h3>{_table(['', 'p'], tests)}"
-        "<p>Pair accuracy is no evidence: a few modes at the largest scales rank all twins correctly.</p>"
-    )
-
-
-def _attribution(results: Results) -> str:
-    if "attribution" not in results:
-        return ""
-    names = {
-        "mean": "mean of the slice",
-        "large_scales": "large scales, 0 < n <= 4",
-        "axes": "n > 4, along grid axes",
-        "between": "n > 4, between",
-        "diagonals": "n > 4, along diagonals",
-        "remainder": "remainder: interactions of several groups",
-    }
-    rows: list[list[Cell]] = [[name, results["attribution"][key]] for key, name in names.items()]
-    text = (
-        "Share of the mean difference of twins, logit of GR minus logit of Newton, by exchanging each group "
-        "of modes between twins. n is the wavenumber in units of the fundamental mode."
-    )
-    return f"<p>{text}</p>{_table(['', 'share'], rows, small=0)}"
-
-
-def _information(results: Results) -> str:
-    if "baselines" not in results:
-        return ""
-    keys = ("accuracy", "auc", "cube_accuracy", "cube_auc")
-    rows: list[list[Cell]] = []
-
-    def add(name: str, estimates: Mapping[str, Any]) -> None:
-        rows.append([name, *(estimates.get(key) for key in keys)])
-
-    add("network", {**results["slices"], **results["cubes"]})
-    for name, found in results["baselines"].items():
-        add(f"{name} baseline, slices", {**found["slices"], **found["slices_by_cube"]})
-        add(f"{name} baseline, cubes", found["cubes"])
-        add(f"network minus {name} baseline", found["gain"])
-    for name, limit in results.get("ceilings", {}).items():
-        expected = {"accuracy": limit["slice_accuracy"], "auc": limit["slice_auc"]}
-        add(
-            f"{name} ceiling",
-            expected | {key: limit[key] for key in ("cube_accuracy", "cube_auc") if key in limit},
-        )
-        add(
-            f"{name} likelihood ratio on the test seeds",
-            {**limit["test"]["slices"], **limit["test"]["cubes"]},
-        )
-        add(f"network minus {name} likelihood ratio", limit["gain"])
-    text = (
-        "Baselines are logistic regressions on log P(k) of slices or cubes, fitted to the training seeds. "
-        "Ceilings are the expected performance of the likelihood ratio of Gaussian fields with the spectra "
-        "of the training twins. Of several channels the first counts."
-    )
-    return f"<p>{text}</p>{_table(['', *(NAMES[key] for key in keys)], rows)}"
-
-
-def _degradation(results: Results) -> str:
-    if "degradation" not in results:
-        return ""
-    found = results["degradation"]
-    unit = "Mpc/h" if results["data"]["box_size"] else "cells"
-    names = {
-        "none": "unchanged",
-        "smoothed": f"Gaussian smoothing, R = {found['smoothing']:g} {unit}",
-        "large_scales": "only n <= N/4",
-        "mean_removed": "mean removed",
-        "noisy": f"white noise, {found['noise']:g} standard deviations",
-        "random_phases": "random phases, the same power spectra",
-    }
-    keys = ("auc", "accuracy", "cube_auc", "change")
-    head = ["", NAMES["auc"], NAMES["accuracy"], NAMES["cube_auc"], "change of AUC"]
-    rows: list[list[Cell]] = [[name, *(found[kind].get(key) for key in keys)] for kind, name in names.items()]
-    return _table(head, rows)
-
-
-def _setting(key: str, value: Any) -> str:
+def _setting(value: Any, key: str) -> str:
     """What a setting is: seeds as a range with its last one, numbers with the digits that matter."""
     if key == "seeds" and value:
         return f"{value[0]} to {value[1] - 1}"
@@ -411,12 +208,3 @@ def _setting(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _provenance(results: Results) -> str:
-    rows: list[list[Cell]] = [
-        [f"{part}: {key}", _setting(key, value)]
-        for part in ("model", "data", "selection", "environment")
-        for key, value in results[part].items()
-    ]
-    return f'<div class="small">{_table(["", ""], rows)}</div>'

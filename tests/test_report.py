@@ -18,7 +18,7 @@ from PIL import Image
 
 from analysis import comparison, figures, findings, report, spectral_figures, statistics
 from analysis.power_spectrum import Box
-from analysis.report import FIGURES, NAMES
+from analysis.report import FIGURES
 from training import metrics
 from training.metrics import Predictions
 
@@ -179,17 +179,16 @@ def test_the_report_has_every_number_and_no_external_files(written: tuple[Path, 
     assert "image" not in found["saliency"][0]
     html = (folder / "report.html").read_text()
     assert html.count("data:image/png;base64,") == len(FIGURES)
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|<script|https?://""", html)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)|url\(|@import|<script|https?://""", html)
     assert "a &lt;run&gt;" in html
-    assert html.index("a warning") < html.index("The lattice drives the classification")
-    for key in found["slices"]:
-        assert NAMES[key] in html
+    assert html.index("The lattice drives the classification") < html.index("a warning")  # the verdict first
+    for name in ("F1", "Brier score", "area under the ROC curve (AUC)", "expected calibration error"):
+        assert f"<td>{name}</td>" in html
 
 
 def test_tables_have_heads_and_numbers_of_few_digits(written: tuple[Path, dict[str, Any]]) -> None:
     results = json.loads((written[0] / "evaluation" / "report.json").read_text())
     results["attribution"]["mean"] = {"value": 2.3e-8, "low": -1.2e-7, "high": 1.7e-7}
-    results["pairs"]["separation"] = {"value": 538.4822, "low": 249.14, "high": 827.8243}
     results["pairs"]["contrast"] = {"value": 3.11194, "low": -0.00001, "high": 4.3175}
     results["slices"]["log_loss"] = {"value": 1.234e-7, "low": None, "high": None}
     results["environment"] = {
@@ -199,13 +198,11 @@ def test_tables_have_heads_and_numbers_of_few_digits(written: tuple[Path, dict[s
     images = {"training": (written[0] / "evaluation" / "training.png").read_bytes()}
     html = report.page(results, {})
     assert html.count("<thead><tr><th>") == html.count("<table>") - 1  # that of provenance has no head
-    assert html.count("<tbody><tr><td>") == html.count("<table>")
-    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"</?sup>", "", html)))
     for row in (
         "mean of the slice 0.0000 [0.0000, 0.0000]",
-        "mean difference / its standard deviation 538.5 [249.1, 827.8]",
         "mean difference / standard deviation between cubes 3.112 [0.000, 4.317]",
-        "log loss [nat] 0.6931 1.23e-07",
+        "log loss [nat] 0.6931 1.23 × 10−7",
         "environment: seconds forward pass 2.8, metrics 0.0",
         "data: seeds 24 to 31",
         "selection: seeds 20 to 23",
@@ -370,8 +367,9 @@ PROBE = """<script>addEventListener("load", () => {
   const all = what => [...document.querySelectorAll(what)];
   const shown = [...document.images].filter(p => p.complete && p.naturalWidth > 0);
   const requests = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
-  const wide = all("table, figure, .scroll, p, li").filter(
-    item => item.getBoundingClientRect().right > document.documentElement.clientWidth + 1);
+  const wide = all("figure, .scroll, p, li, dl, nav").filter(
+    item => !item.parentElement.closest(".scroll")
+      && item.getBoundingClientRect().right > document.documentElement.clientWidth + 1);
   const broken = all(".interval").filter(
     item => item.offsetHeight > 2 * parseFloat(getComputedStyle(item).fontSize));
   document.title = JSON.stringify({
