@@ -5,7 +5,10 @@ from __future__ import annotations
 import system
 from system import UserError
 
+import csv
+import io
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ COLUMNS = {
 }
 P_VALUE = "p against chance, adjusted for the number of runs"
 ENSEMBLE_COLUMNS = ("accuracy", "auc", "cube_auc")
+IN_PAPER = ("run", "network", "keys that differ", "AUC", P_VALUE)  # columns of comparison.tex
 MAY_DIFFER = {  # between trainings of one experiment
     "model_params.name",
     "train_params.seed",
@@ -37,30 +41,39 @@ MAY_DIFFER = {  # between trainings of one experiment
 
 
 def compare(folder: Path, runs: Mapping[str, Path]) -> str:
-    """Write `comparison.json`, `.md`, `.png` and `.pdf` of evaluated runs by name; returns the table.
+    """Write `comparison.json`, `.md`, `.csv`, `.tex`, `.png` and `.pdf` of runs by name; returns the table.
 
     The p-value tests the slice AUC of each run against chance by exchanging the labels of twins, with the
     maximum over the runs as statistic (statistics.max_p_values). `AUC - first` is the paired difference to
-    the first run; a line below the table says why values are blank. Raises UserError for runs without
-    evaluation.
+    the first run; a line below the table says why values are blank. Runs without a report are left out, with
+    a line on standard error. Raises UserError if none has one.
     """
+    evaluated = {name: run for name, run in runs.items() if (run / "evaluation" / report.REPORT).is_file()}
+    if missing := [name for name in runs if name not in evaluated]:
+        print(f"without a report, left out: {', '.join(missing)}", file=sys.stderr)
+    if not evaluated:
+        raise UserError("--compare: no run has a report. Evaluate the runs first: evaluation.py RUN")
     with _damaged_reports():
-        reports, predictions = _read(runs)
-        results, table = _compare(reports, predictions)
+        reports, predictions = _read(evaluated)
+        results, rows, note = _compare(reports, predictions)
+    table = markdown(list(rows[0]), [list(row.values()) for row in rows]) + note
     _write(folder / "comparison", table, results)
+    system.write_atomically(folder / "comparison.csv", as_csv(reports, results))
+    system.write_atomically(folder / "comparison.tex", as_latex(rows))
     figures.save(figures.intervals(results, figures.COMPARED), folder / "comparison")
     return table
 
 
 def _compare(
     reports: Mapping[str, Mapping[str, Any]], predictions: Mapping[str, Predictions]
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], list[dict[str, str]], str]:
     members = list(predictions.values())
     adjusted: dict[str, float] = {}
     if all(np.array_equal(members[0].seeds, member.seeds) for member in members):
         p_values = statistics.max_p_values([member.wins for member in members])
         adjusted = dict(zip(predictions, p_values, strict=True))
-    first, results, lines = next(iter(reports)), {}, []
+    first, results, rows = next(iter(reports)), {}, []
+    keys = differing_keys(reports)
     for name, content in reports.items():
         row = {**content["slices"], **content["cubes"]}
         if np.array_equal(predictions[name].id, predictions[first].id):
@@ -68,27 +81,66 @@ def _compare(
         results[name] = row | {"p_value": adjusted.get(name)}
         model, data = content["model"], content["data"]
         start, end = data["seeds"]
-        lines.append(
-            [
-                name,
-                f"{model['architecture']} {model['layer_param']}",
-                f"{Path(data['file']).name}, {start} to {end - 1}, {data['newton_augmentation']:g}",
-                *(format_estimate(row[key]) for key in COLUMNS),
-                format_estimate(row["difference"]) if "difference" in row and name != first else "",
-                format_number(adjusted[name]) if adjusted else "",
-            ]
+        paired = "difference" in row and name != first
+        rows.append(
+            {
+                "run": name,
+                "network": f"{model['architecture']} {model['layer_param']}",
+                "keys that differ": ", ".join(f"{key}={value}" for key, value in keys[name].items()),
+                "data, seeds, Newton x": f"{Path(data['file']).name}, {start} to {end - 1}, "
+                f"{data['newton_augmentation']:g}",
+                **{title: format_estimate(row[key]) for key, title in COLUMNS.items()},
+                "AUC - first": format_estimate(row["difference"]) if paired else "",
+                P_VALUE: format_number(adjusted[name]) if adjusted else "",
+            }
         )
-    table = markdown(
-        ["run", "network", "data, seeds, Newton x", *COLUMNS.values(), "AUC - first", P_VALUE], lines
-    )
+    note = ""
     if blank := [name for name in results if "difference" not in results[name]]:
         values = "difference" if adjusted else "difference and no p-value"
-        table += (
+        note = (
             f"\nNo {values} where blank: {', '.join(blank)} and {first} were evaluated on other seeds or "
             "axes. "
             "Evaluate all runs on the same seeds (--seeds A:B).\n"
         )
-    return results, table
+    return results, rows, note
+
+
+def differing_keys(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each run, by name, the keys of the experiment that differ between the runs, with their values."""
+    configs = {name: _flat(content["config"]) for name, content in reports.items()}
+    names = sorted(set().union(*configs.values()) - (MAY_DIFFER - {"train_params.seed"}))
+    differing = [key for key in names if len({str(config.get(key)) for config in configs.values()}) > 1]
+    return {name: {key: config.get(key) for key in differing} for name, config in configs.items()}
+
+
+def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+
+
+def as_csv(reports: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    """One row per run: its name, network, keys that differ, estimates with their intervals, p-value."""
+    keys, text = differing_keys(reports), io.StringIO()
+    ends = [f"{key}{end}" for key in COLUMNS for end in ("", "_low", "_high")]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "architecture", "layer_param", *next(iter(keys.values())), *ends, "p_value"])
+    for name, row in results.items():
+        model = reports[name]["model"]
+        values = [row[key].get(end) for key in COLUMNS for end in ("value", "low", "high")]
+        network = [model["architecture"], model["layer_param"]]
+        writer.writerow([name, *network, *keys[name].values(), *values, row["p_value"]])
+    return text.getvalue()
+
+
+def as_latex(rows: Sequence[Mapping[str, str]]) -> str:
+    """The columns IN_PAPER as a table of the LaTeX package booktabs."""
+    escaped = str.maketrans({character: f"\\{character}" for character in "_%&#"})
+    head, *lines = (
+        " & ".join(cell.translate(escaped) for cell in cells) + r" \\"
+        for cells in (IN_PAPER, *([row[key] for key in IN_PAPER] for row in rows))
+    )
+    columns = "l" * len(IN_PAPER)
+    start = [r"\begin{tabular}{" + columns + "}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def ensemble(folder: Path, runs: Mapping[str, Path]) -> str:
@@ -124,10 +176,7 @@ def require_one_experiment(configs: Mapping[str, Mapping[str, Any]]) -> None:
     if len(configs) < 2:
         raise UserError("--ensemble: one run is no ensemble. Give two or more runs.")
     first, *others = configs
-    settings = {
-        name: {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
-        for name, config in configs.items()
-    }
+    settings = {name: _flat(config) for name, config in configs.items()}
     seeds = {settings[first]["train_params.seed"]: first}
     for name in others:
         for key in sorted({*settings[first], *settings[name]} - MAY_DIFFER):

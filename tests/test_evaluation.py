@@ -380,8 +380,10 @@ def test_runs_are_compared(home: Path, run: Path, tmp_path: Path, capsys: Any) -
     assert (tmp_path / "both" / "comparison.pdf").exists()
     assert capsys.readouterr().out.count("RACOON 8") == 2
     shutil.rmtree(run / "evaluation")
-    assert evaluation.main(["--compare", *runs, "--output", str(tmp_path / "again")]) == 2
-    assert not (tmp_path / "again").exists()
+    assert evaluation.main(["--compare", *runs, "--output", str(tmp_path / "again")]) == 0
+    assert f"without a report, left out: {run}" in capsys.readouterr().err
+    assert evaluation.main(["--compare", str(run), "--output", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_run_or_a_comparison_is_needed() -> None:

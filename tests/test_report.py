@@ -2,6 +2,7 @@
 
 from system import UserError
 
+import csv
 import json
 import re
 import shutil
@@ -297,15 +298,22 @@ def runs(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> dict[str, Path
 def test_runs_are_compared_in_one_table(runs: dict[str, Path], tmp_path: Path) -> None:
     table = comparison.compare(tmp_path / "out", runs)
     assert len(table.splitlines()) == 5
-    assert "z1.h5, 4 to 9, 1" in table
+    assert "| train_params.seed=1 | z1.h5, 4 to 9, 1" in table
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"comparison.{suffix}" for suffix in ("md", "json", "png", "pdf")
+        f"comparison.{suffix}" for suffix in ("md", "json", "csv", "tex", "png", "pdf")
     }
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["a"]["difference"]["value"] == 0
     first, second = (statistics.headline(report.read_predictions(runs[name])) for name in "ab")
     difference = second["auc"]["value"] - first["auc"]["value"]
     assert found["b"]["difference"]["value"] == pytest.approx(difference)
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [(row["run"], row["train_params.seed"]) for row in rows] == [("a", "0"), ("b", "1"), ("c", "2")]
+    assert [float(row["auc_low"]) for row in rows] == [found[name]["auc"]["low"] for name in "abc"]
+    tex = (tmp_path / "out" / "comparison.tex").read_text().splitlines()
+    assert tex[:2] == [r"\begin{tabular}{lllll}", r"\toprule"]
+    assert [line.count("&") for line in tex if line.endswith(r"\\")] == [4] * 4
+    assert r"train\_params.seed=2" in tex[-3]
     # looking at three runs makes each less significant than by itself
     alone = statistics.summarize(report.read_predictions(runs["b"]))["significance"]["p_value"]
     assert found["b"]["p_value"] >= alone
