@@ -68,10 +68,15 @@ class TrainedNetwork(nn.Module):
         `axes`, (b,) or one for all, are the array axes perpendicular to the slices. If they are given, slices
         are whitened by the spectrum of their axis, otherwise by the mean spectrum.
         """
-        if slices.shape[1] != self.settings.channels:
+        shape = (self.settings.channels, self.settings.size, self.settings.size)
+        if not isinstance(slices, Tensor) or not slices.is_floating_point() or slices.shape[1:] != shape:
+            kind, found = getattr(slices, "dtype", type(slices)), tuple(getattr(slices, "shape", ()))
+            names = "; ".join(self.config.get("fields", []))
             raise UserError(
-                f"slices: found {slices.shape[1]} channels, but the network was trained on "
-                f"{self.settings.channels} ({'; '.join(self.config.get('fields', []))}). Give it the same."
+                f"slices: found {kind} of the shape {found}, but the network takes floating-point tensors of "
+                f"(b, {shape[0]}, {shape[1]}, {shape[2]})"
+                + (f", channels {names}" if names else "")
+                + ". Slices of a cube are torch.from_numpy(cube).movedim(axis, 0)[:, None]."
             )
         standardized = (slices - per_channel(self.mean, slices)) / per_channel(self.std, slices)
         if self.whitening is not None:
@@ -81,7 +86,8 @@ class TrainedNetwork(nn.Module):
     def probability(self, slices: Tensor, axes: Tensor | int | None = None) -> Tensor:
         """Slices (b, C, N, N) -> calibrated probabilities of General Relativity (b,); `axes` as above.
 
-        Without calibration (no validation seeds in training) the sigmoid of the logit.
+        Above 1/2 the slice is classified as General Relativity. Without calibration (no validation seeds in
+        training) the sigmoid of the logit.
         """
         return self.calibration.probability(self(slices, axes), axes)
 

@@ -18,22 +18,25 @@ TITLES = {  # by key of the report
 TEXT = """# {name}
 
 A {architecture} of width {layer_param} that classifies 2D slices of a cosmological simulation by its gravity:
-General Relativity (positive logit) or Newtonian gravity (negative logit).
+General Relativity (higher logits) or Newtonian gravity.
 
 Input: slices (b, {channels}, {size}, {size}){fields} with the values of the data file that it was trained on.
-The network standardizes{whitens} them. Output: one logit per slice; its `probability` is {calibrated}.{cubes}
+The network standardizes{whitens} them. Output: one logit per slice. Its `probability` of General Relativity
+is {calibrated}; a slice is classified as General Relativity where it exceeds 1/2.{cubes}
 
-It needs a checkout of gravity-cnn, torch, safetensors, numpy and psutil, in any folder:
+It needs a checkout of gravity-cnn and `pip install torch safetensors numpy psutil`, in any folder:
 
 ```python
 import sys
 
 sys.path.insert(0, "gravity-cnn")  # the checkout
 import models
+import torch
 
 network = models.load("model")  # this folder, in eval mode
-logits = network(slices)
-probability = network.probability(slices)
+slices = torch.from_numpy(cube).movedim(axis, 0)[:, None]  # perpendicular to array axis 0, 1 or 2
+logits = network(slices, axis)
+probability = network.probability(slices, axis)
 ```
 
 From the Hugging Face Hub: `models.TrainedNetwork.from_pretrained("user/{name}")`.

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -127,6 +128,24 @@ def test_whitening_and_calibration_are_part_of_the_network(
     torch.testing.assert_close(loaded.probability(3 + 2 * slices), probability, rtol=1e-4, atol=1e-4)
     assert ("network.calibration.cubes" in (tmp_path / "README.md").read_text()) == (cubes is not None)
     assert loaded.calibration.cubes == (models.Calibration(0.1, 0.5) if cubes else None)
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        torch.ones(2, 1, 64, 64),
+        torch.ones(2, 2, 32, 32),
+        torch.ones(2, 64, 64),
+        torch.ones(2, 2, 64, 64, dtype=torch.int64),
+        np.ones((2, 2, 64, 64), np.float32),
+        None,
+    ],
+    ids=lambda slices: str(getattr(slices, "shape", None)),
+)
+def test_wrong_shapes_and_types_are_named(tmp_path: Path, slices: Any) -> None:
+    save_network("RACOON", tmp_path)
+    with pytest.raises(UserError, match=r"slices: found .* takes floating-point tensors of \(b, 2, 64, 64\)"):
+        models.load(tmp_path).probability(slices)
 
 
 def test_files_get_the_umasks_permissions(tmp_path: Path) -> None:
