@@ -37,6 +37,7 @@ try:
     from analysis import (
         classifiers,
         comparison,
+        fields,
         figures,
         interventions,
         report,
@@ -133,7 +134,7 @@ def evaluate(options: argparse.Namespace) -> None:
     # Predict and measure: each process takes its share of the seeds.
     predictions = context.predict()
     clock.lap("forward pass")
-    degraded, changed, spectra = None, None, None
+    degraded, changed, spectra, joint = None, None, None, None
     if options.degrade is not None:
         slices = context.slices(context.seeds)
         degraded = context.collect(lambda: robustness.measure(network, slices, degradations))
@@ -144,6 +145,11 @@ def evaluate(options: argparse.Namespace) -> None:
         changed = context.collect(lambda: interventions.measure(network, every, bands, context.box))
         clock.lap("interventions")
         spectra = [measure_spectra(context, field) for field in range(context.cubes.num_fields)]
+        if len(spectra) > 1 and context.training_file is not None:
+            joint = (
+                fields.measure(context, context.train_seeds, context.training_file),
+                fields.measure(context, context.seeds, context.cubes),
+            )
         clock.lap("spectra")
     if not context.accelerator.is_main_process:
         return
@@ -163,6 +169,9 @@ def evaluate(options: argparse.Namespace) -> None:
             results["fields"] = dict(zip(context.cubes.fields, of_fields, strict=True))
         results["saliency"] = saliency.saliency_of_extremes(network, predictions, context.slices_of_seed)
     results |= {"warnings": warnings(results), "findings": findings(results)}
+    if joint is not None:
+        results["joint_ceilings"] = fields.compare(context.box, context.cubes.fields, *joint)
+        results["findings"].insert(1, fields.describe(results["joint_ceilings"]))
     clock.lap("conclusions")
     write(context, options, output, predictions, results, clock)
 
@@ -191,9 +200,9 @@ def measure_spectra(context: EvaluationContext, field: int = 0) -> Spectra:
         seeds: range, file: datasets.CubeFile, ceilings: dict[str, classifiers.Ceiling]
     ) -> SimulationSpectra:
         batches = (replace(batch, images=batch.images[:, channel:]) for batch in context.slices(seeds, file))
-        fields = ((number, cube[field]) for number, cube in context.whole_cubes(seeds, file))
+        solids = ((number, cube[field]) for number, cube in context.whole_cubes(seeds, file))
         with distributed.raise_on_all_ranks():
-            slices, cubes = simulation_spectra.measure(partitions, batches, fields, ceilings)
+            slices, cubes = simulation_spectra.measure(partitions, batches, solids, ceilings)
         rows = context.gather(*slices), context.gather(*cubes)
         return SimulationSpectra.from_rows(partitions, *rows, ceilings)
 

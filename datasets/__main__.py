@@ -165,8 +165,8 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _print_lattice(path: Path) -> None:
-    """Print whether direction or mean separates the gravities, for a file without problems."""
-    from analysis import lattice  # imports torch and scipy
+    """Print whether direction or mean separates the gravities, and growth, for a file without problems."""
+    from analysis import fields, lattice  # imports torch and scipy
     from analysis.power_spectrum import Box
 
     try:
@@ -177,7 +177,12 @@ def _print_lattice(path: Path) -> None:
         return
 
     box = Box(cubes.size, cubes.attr_float("box_size"))
-    print(lattice.describe(lattice.measure(_twins(cubes, cubes.seeds), box)))
+    for field, name in enumerate(cubes.fields):
+        if cubes.num_fields > 1:
+            print(f"{name}:")
+        print(lattice.describe(lattice.measure(_twins(cubes, cubes.seeds, field), box)))
+    if growth := fields.growth_table(cubes):
+        print(growth)
 
 
 def _print_resolution(path: Path, other: Path | None) -> None:
@@ -206,13 +211,13 @@ def _print_resolution(path: Path, other: Path | None) -> None:
         print(resolution.compare(*ratios))
 
 
-def _twins(cubes: CubeFile, seeds: Iterable[int]) -> Iterator[NDArray[np.float32]]:
-    """Both cubes (2, N, N, N) of each seed, Newton first."""
+def _twins(cubes: CubeFile, seeds: Iterable[int], field: int = 0) -> Iterator[NDArray[np.float32]]:
+    """A field (2, N, N, N) of both cubes of each seed, Newton first."""
     for seed in seeds:
-        pair = np.empty((2, *(cubes.size,) * 3), np.float32)
+        pair = np.empty((2, cubes.num_fields, *(cubes.size,) * 3), np.float32)
         for gravity, cube in zip(GRAVITIES, pair, strict=True):
             cubes.read(seed, gravity, cube)
-        yield pair
+        yield pair[:, field]
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from analysis import fields
+from analysis.power_spectrum import Box, directions
 from datasets import GRAVITIES, CubeFile, WholeCubeDataset, measure_normalization, measure_power
 from datasets import __main__ as commands
 from datasets.sampler import EpochSampler
@@ -197,3 +199,64 @@ def test_fields_of_other_simulations_are_refused(
     assert command(monkeypatch, "repack", first, other, tmp_path / "out.h5") == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "b.h5"]
+
+
+def test_inspect_lists_the_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    files = [
+        universe(tmp_path / "z10.h5", 10.0, {"newton": 1 / 11, "gr": 1 / 11}),
+        universe(tmp_path / "z1.h5", 1.0, {"newton": 0.95 / 2, "gr": 0.94 / 2}),
+    ]
+    command(monkeypatch, "repack", *files, tmp_path / "both.h5")
+    assert fields.growth_table(CubeFile(files[0])) == ""
+    lines = fields.growth_table(CubeFile(tmp_path / "both.h5")).splitlines()
+    assert "linear theory has 0.954" in lines[0]
+    rows = [line.replace("(", " ").replace(")", " ").replace("+-", " ").split() for line in lines[2:]]
+    assert [float(row[0]) for row in rows] == [1.0, 1.41, 1.73, 2.0, 3.0, 4.0]
+    for row in rows:
+        newton, scatter, gr, _, difference, _ = map(float, row[1:])
+        # The noise of 1e-3 is that of the standardized fields; it is divided by their growth.
+        np.testing.assert_allclose([newton, gr, difference], [0.95, 0.94, -0.01], atol=0.03)
+        assert 0.0 < scatter < 0.05
+    assert command(monkeypatch, "inspect", tmp_path / "both.h5") == 0
+    assert lines[-1] in capsys.readouterr().out
+
+
+def cross_spectra(seeds: range, box: Box, growth: tuple[float, float], noise: float) -> fields.CrossSpectra:
+    """Of a Gaussian field and its growth, which differs between the gravities; the noise does not."""
+    cubes, numbers, slices, ids = [], [], [], []
+    for seed in seeds:
+        early, rest = np.random.default_rng(seed).standard_normal((2, *(box.size,) * 3))
+        for label in (0, 1):
+            cube = torch.from_numpy(np.stack([early, growth[label] * early + noise * rest]))
+            cubes.append(fields.cross_power(cube[None], directions(box, 3)))
+            numbers.append(2 * seed + label)
+            for axis in range(3):
+                slices.append(fields.cross_power(cube.movedim(axis + 1, 0), directions(box, 2)))
+                ids.append(((seed * 2 + label) * 3 + axis) * box.size + np.arange(box.size))
+    return fields.CrossSpectra(
+        np.concatenate(ids), np.concatenate(slices), np.array(numbers), np.concatenate(cubes)
+    )
+
+
+def test_two_redshifts_are_classified_as_their_ceiling_predicts() -> None:
+    box, growth, noise = Box(16, None), (0.95, 0.951), 0.01
+    train, test = (cross_spectra(seeds, box, growth, noise) for seeds in (range(40), range(40, 80)))
+    rows = fields.compare(box, ["early", "late"], train, test)
+    assert [(row["fields"], row["max_wavenumber"]) for row in rows] == [
+        (name, limit) for limit in (4, 8) for name in ("early", "late", "all")
+    ]
+    early, late, together = rows[:3]
+    assert early["slices"]["auc"] == early["cubes"]["auc"] == early["slices"]["test_auc"] == 0.5
+    assert late["cubes"]["auc"] < 0.52
+    # The same eigenvalues for every mode, from the covariances as they are.
+    newton, gr = (np.array([[1, t], [t, t**2 + noise**2]]) for t in growth)
+    ratios = np.linalg.eigvals(np.linalg.solve(newton, gr))
+    for part, dimensions in (("slices", 2), ("cubes", 3)):
+        bins = directions(box, dimensions)
+        modes = bins.modes[bins.n <= 4].sum()
+        assert together[part]["d_prime"] == pytest.approx(
+            np.sqrt(modes / 2 * (np.log(ratios) ** 2).sum()), rel=0.1
+        )
+        error = 2 * 0.5 / np.sqrt(len(test.numbers))  # of the cubes; more slices have a smaller one
+        assert together[part]["test_auc"] == pytest.approx(together[part]["auc"], abs=error)
+        assert together[part]["auc"] > 0.6
