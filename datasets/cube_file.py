@@ -194,9 +194,8 @@ def problems(cubes: Cubes) -> dict[str, str]:
         if cube.dtype.kind not in "fiu":
             found[cube.name] = f"{name} has the type {cube.dtype}; real numbers are needed."
         elif len(shape) not in (3, 4) or len(set(shape[-3:])) != 1:
-            found[cube.name] = (
-                f"{name} has the shape {shape}; (N, N, N) is needed, or (C, N, N, N) for C fields."
-            )
+            wanted = "(N, N, N)" if len(shape) < 4 else "(C, N, N, N) for C fields"
+            found[cube.name] = f"{name} has the shape {shape}; {wanted} is needed."
         elif 0 in shape or shape[-1] % SIZE_UNIT:
             found[cube.name] = f"{name} has N = {shape[-1]}; N must be a multiple of {SIZE_UNIT}."
         elif shape != common:
