@@ -184,12 +184,14 @@ def growth_table(cubes: CubeFile) -> str:
 
     T is the regression of one field on the other over all modes and seeds; its scatter is the root mean
     square of phi(z_i) - T phi(z_j) over that of phi(z_j). The standard error of the difference of the
-    gravities comes from the seeds. Empty for a file with one redshift.
+    gravities comes from the seeds. Empty for a file of unknown redshifts, or without two of one field.
     """
-    redshifts, stds = (cubes.field_attrs(*keys) for keys in (("redshifts",), ("std",)))
-    pairs = [(i, j) for i in range(cubes.num_fields) for j in range(i) if redshifts[i] != redshifts[j]]
-    if None in redshifts or not pairs:
+    redshifts = [z for z in cubes.field_floats("redshifts") if z is not None]
+    stds = [std or 1.0 for std in cubes.field_floats("std")]
+    names = cubes.field_attrs("fields", "field")
+    if len(redshifts) < cubes.num_fields:
         return ""
+    pairs = [(i, j) for i in range(len(names)) for j in range(i) if names[i] == names[j]]
     bins = equal_wavenumbers(Box(cubes.size, None), 3)
     spectra = np.empty((len(cubes.seeds), 2, len(bins), *[cubes.num_fields] * 2))
     values = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
@@ -197,10 +199,11 @@ def growth_table(cubes: CubeFile) -> str:
         for label, gravity in enumerate(GRAVITIES):
             cubes.read(seed, gravity, values)
             spectra[s, label] = cross_power(torch.from_numpy(values)[None], bins)[0]
-    universe = Cosmology(**{k: v for k, v in cubes.attributes.items() if k in Cosmology.__annotations__})
+    settings = {key: cubes.attr_float(key) for key in Cosmology.__annotations__}
+    universe = Cosmology(**{key: value for key, value in settings.items() if value is not None})
     lines = []
     for i, j in pairs:
-        factor = stds[i] / stds[j] if None not in stds else 1.0
+        factor = stds[i] / stds[j]
         linear = universe.potential_growth(redshifts[i]) / universe.potential_growth(redshifts[j])
         lines += [
             f"growth T from {cubes.fields[j]} to {cubes.fields[i]}; linear theory has {linear:.4f} in both "

@@ -296,10 +296,14 @@ class CubeFile:
         values = value if isinstance(value, list) else [value] * self.num_fields
         return values if len(values) == self.num_fields else [None] * self.num_fields
 
+    def field_floats(self, *keys: str) -> list[float | None]:
+        """As `field_attrs`, but None where it is no finite number."""
+        return [attr_float({"": value}, "") for value in self.field_attrs(*keys)]
+
     @property
     def fields(self) -> list[str]:
         """The fields in order, as `phi, z = 10`."""
-        names, redshifts = self.field_attrs("fields", "field"), self.field_attrs("redshifts", "redshift")
+        names, redshifts = self.field_attrs("fields", "field"), self.field_floats("redshifts", "redshift")
         return [
             (str(name) if name is not None else f"field {i}") + (f", z = {z:g}" if z is not None else "")
             for i, (name, z) in enumerate(zip(names, redshifts, strict=True))

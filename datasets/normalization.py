@@ -144,10 +144,10 @@ def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
     standard deviation.
     """
     require_same_filter(other.path, other.attributes, trained_on.attributes)
-    redshifts = {tuple(cubes.field_attrs("redshifts", "redshift")) for cubes in (trained_on, other)}
+    redshifts = {tuple(cubes.field_floats("redshifts", "redshift")) for cubes in (trained_on, other)}
     redshifts = {values for values in redshifts if None not in values}
     for key in ("mean", "std") if len(redshifts) < 2 else ():
-        for before, now in zip(trained_on.field_attrs(key), other.field_attrs(key), strict=True):
+        for before, now in zip(trained_on.field_floats(key), other.field_floats(key), strict=True):
             if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
                 raise UserError(
                     f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained "
