@@ -12,12 +12,15 @@ train and evaluate epoch by epoch, and export the trained network.
 from __future__ import annotations
 
 import system
+from system import UserError
 
 import argparse
+import errno
 import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +31,7 @@ import datasets
 import models
 from training import checkpoint, distributed, metrics
 from training.config import Config, load_config
-from training.logger import RunLogger, require_trackers, setup_logging, wrap
+from training.logger import METRICS_FILE, RunLogger, require_trackers, setup_logging, wrap
 from training.run import Run, TrainState, check_setup, describe_selection, setup_run
 
 
@@ -84,16 +87,24 @@ def train(config: Config, *, preflight_only: bool, extend: bool) -> None:
         run, state = parts
         if accelerator.num_processes > 1:
             accelerator.print(launch)
-        with distributed.raise_on_all_ranks():
-            logger = RunLogger(config, accelerator, state)
         try:
+            with distributed.raise_on_all_ranks():
+                logger = RunLogger(config, accelerator, state)
             with closing(logger), stop:
                 if state.step == 0:
                     logger.log_hyperparameters(config.to_dict())
+                    logger.log_twins(*run.example_twins())
                 fit(run, state, logger)
-        except OSError:
+            if accelerator.is_main_process:
+                draw_curves(config.run_dir)
+        except OSError as error:
             checkpoints.require_run_dir()  # the cause, if the folder was renamed
-            raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{error.filename or config.run_dir}: {error.strerror}. Free space, then run the same "
+                "command again: it resumes from the last checkpoint."
+            ) from error
 
 
 def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
@@ -115,14 +126,11 @@ def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
     run.checkpoints.wait()
     # The next program may evaluate the last step. A tracker takes all values of a step at once.
     logger.send_to_trackers(run.checkpoints.saved_step - (not completed and state.step_in_epoch == 0))
-    if not completed:
-        logger.print(
-            f"stopped at step {state.step} ({run.stop.reason or 'requested by another rank'}); "
-            "the same command resumes from there"
-        )
+    run_dir, reason = run.config.run_dir, run.stop.reason or "requested by another rank"
+    if completed:
+        logger.print(f"network: {run_dir / 'model'}; next: python evaluation.py {run_dir}")
     else:
-        run_dir = run.config.run_dir
-        logger.print(f"network: {run_dir / 'model'}; next: accelerate launch evaluation.py {run_dir}")
+        logger.print(f"stopped at step {state.step} ({reason}); the same command resumes from there")
 
 
 def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
@@ -133,8 +141,6 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     run.network.train()
     logger.start_epoch(state, train_set.steps)
     for batch in state.measure_waiting(train_set.train_batches(state.epoch, state.step_in_epoch)):
-        if state.step == 0:
-            logger.log_images(batch.images[:4, 0], batch.labels[:4])
         # One step. Its predictions stay on the device, so that the host does not wait for it.
         lr = state.learning_rate(params.lr, params.schedule, params.warmup_epochs, train_set.steps)
         logits = train_step(run, batch, lr)
@@ -164,7 +170,6 @@ def train_epoch(run: Run, state: TrainState, logger: RunLogger) -> bool:
     state.end_epoch(params.test_every)
     values = metrics.compute(run.gather(run.predictions), label_smoothing=params.label_smoothing)
     run.predictions.reset()
-    logger.log_scalars({"lr": lr}, state.step)
     logger.log_metrics("train", state, values, seconds=seconds, waiting=waiting)
     return True
 
@@ -272,6 +277,14 @@ def export(run: Run, state: TrainState) -> None:
             "selection": describe_selection(run.config, state),
         }
         models.export.save(run.config.run_dir / "model", weights, config)
+
+
+def draw_curves(run_dir: Path) -> None:
+    """Draw what is logged so far: RUN/training.png and .pdf."""
+    from analysis import figures  # imports matplotlib, for which the first step need not wait
+
+    if records := system.read_json_lines(run_dir / METRICS_FILE):
+        figures.save(figures.training_curves(records), run_dir / "training")
 
 
 if __name__ == "__main__":

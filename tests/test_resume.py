@@ -170,7 +170,8 @@ def interrupted_of_two(trainer: Trainer) -> str:
 
 def test_a_run_leaves_no_file_that_could_be_unpickled(whole: dict[str, Any]) -> None:
     # The lock has no suffix and no content.
-    assert whole["suffixes"] <= {"", ".safetensors", ".json", ".jsonl", ".yaml", ".md", ".0"}
+    known = {"", ".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", ".pdf", ".0"}
+    assert whole["suffixes"] <= known
 
 
 def test_each_tag_has_each_step_once(whole: dict[str, Any]) -> None:

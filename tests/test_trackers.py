@@ -132,7 +132,14 @@ def test_a_tracker_gets_what_tensorboard_gets(experiment: Experiment, tmp_path: 
     assert len(calls("finish")) == 1
 
 
-TENSORBOARD_ONLY = {"slices", "confusion", "twins", "precision_recall", "_hparams_"}
+TENSORBOARD_ONLY = {
+    "custom_scalars__config__",
+    "slices",
+    "confusion",
+    "twins",
+    "precision_recall",
+    "_hparams_",
+}
 KILLS = [
     (trainer, "train_step", 1),  # before the first checkpoint
     (trainer, "train_step", 4),

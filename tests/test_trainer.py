@@ -1,6 +1,7 @@
 """Whole runs of the trainer, as a user starts them, in this process."""
 
 import copy
+import errno
 import fcntl
 import itertools
 import json
@@ -23,6 +24,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from test_resume import tensorboard_points
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import datasets
@@ -445,8 +447,54 @@ def test_tensorboard_shows_each_step_once(experiment: Experiment, tmp_path: Path
         assert [event.value for event in shown] == pytest.approx(losses)
     tags = set(events.Tags()["images"]) | set(events.Tags()["tensors"])
     assert {"confusion/test", "twins/test", "precision_recall/test"} <= tags
-    assert any(tag.startswith("slices/") for tag in tags)
+    assert {"slices/gr", "slices/newton", "slices/difference"} <= tags
+    assert "custom_scalars__config__" in events.summary_metadata
+    assert all((run_dir / f"training.{kind}").stat().st_size > 1000 for kind in ("png", "pdf"))
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_clock_that_is_behind_changes_no_order(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run_dir = str(experiment(log_every_steps=1)), tmp_path / "runs" / "run"
+    for behind in (0, 1000, 1000, 0):
+        with monkeypatch.context() as patch:
+            now = time.time
+            patch.setattr(time, "time", lambda now=now, behind=behind: now() - behind)
+            assert trainer.main([path]) == 0
+    points = tensorboard_points(run_dir)["loss/train"]
+    assert [step for step, _ in points] == [8, 16, 24, 32]
+
+
+def test_event_files_keep_their_order_when_they_are_renamed(tmp_path: Path) -> None:
+    last = int(time.time())
+    for number, second in enumerate([last - 2, last - 1, last, last + 50]):
+        (tmp_path / f"events.out.tfevents.{second}.host.1.0").write_text(str(number))
+    logger.order_event_files(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert [file.read_text() for file in files] == ["0", "1", "2", "3"]
+    assert int(files[-1].name.split(".")[3]) < time.time()
+
+
+def test_a_full_disk_that_tensorboard_meets_is_named(
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self: RecordWriter, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = str(experiment())
+    at_step(1, lambda: monkeypatch.setattr(RecordWriter, "write", full), monkeypatch)
+    assert trainer.main([path]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'runs' / 'run'}: No space left on device. Free space" in error
+    assert "Traceback" not in error
+    monkeypatch.undo()
+    assert trainer.main([path]) == 0
 
 
 def test_one_program_at_a_time_trains_a_run(

@@ -12,27 +12,38 @@ import math
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
     from matplotlib.figure import Figure
-    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
     from training.config import Config
-    from training.metrics import Predictions
+    from training.metrics import Floats, Predictions
     from training.run import TrainState
 
 # Metrics on the console and in TensorBoard's comparison of runs.
 HEADLINE_METRICS = ("loss", "accuracy", "auc", "cube_accuracy", "pair_accuracy")
 # Scalars that TensorBoard shows as NAME/PHASE.
 SCALARS = (*HEADLINE_METRICS, "precision", "recall", "f1", "fpr", "slices_per_second")
+# Hyperparameters that TensorBoard lists first.
+MAIN_PARAMETERS = {"model_params.architecture", "model_params.layer_param", "model_params.dropout"}
+MAIN_PARAMETERS |= {
+    "data_params.train_seeds",
+    "data_params.whiten",
+    "train_params.lr",
+    "train_params.batch_size",
+}
 METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
@@ -116,11 +127,9 @@ class RunLogger:
         # Imported here: it takes a second, which the other ranks need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard reads event files in the order of their names: the second, then the process id. Of two
-        # files of one second the later could come first, and purge steps that it should not.
-        while any(config.run_dir.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(0.02)
+        order_event_files(config.run_dir)
         purged = state.step + 1 if state.step else 0
+        threading.excepthook = ignore_storage_errors
         self._events: SummaryWriter = SummaryWriter(str(config.run_dir), purge_step=purged)
         if self._params.trackers:
             self._start_trackers(config, state)
@@ -252,13 +261,20 @@ class RunLogger:
             self._bar = None
 
     def log_hyperparameters(self, config: dict[str, Any]) -> None:
-        """Log the parameters of the experiment with the tags of the metrics by which runs are compared."""
+        """Log the parameters of a new run, metrics by which runs are compared, and the layout of charts."""
         if not self._main:
             return
         from torch.utils.tensorboard.summary import hparams
 
         metrics = dict.fromkeys((f"{name}/test" for name in HEADLINE_METRICS), 0.0)
-        for summary in hparams(flatten(config), metrics):
+        phases = ("train", "validation", "test")
+        charts = {
+            name: ["Multiline", [f"{name}/{phase}" for phase in phases]] for name in HEADLINE_METRICS[:3]
+        }
+        self._events.add_custom_scalars({"training": charts})
+        values = flatten(config)
+        ordered = {key: values[key] for key in sorted(values, key=lambda key: key not in MAIN_PARAMETERS)}
+        for summary in hparams(ordered, metrics):
             self._events._get_file_writer().add_summary(summary)
 
     def log_scalars(self, values: dict[str, float], step: int) -> None:
@@ -280,12 +296,12 @@ class RunLogger:
                 log.warning("the trackers receive nothing more until the run is resumed: %s", error)
                 self._accelerator.trackers.clear()
 
-    def log_images(self, images: Tensor, labels: Tensor) -> None:
-        """Log slices (b, N, N), in standard deviations, as images that map -3..3 to black..white."""
+    def log_twins(self, gr: Floats, newton: Floats) -> None:
+        """Log one slice (N, N) of a cube, of its twin, and their difference, each from black to white."""
         if self._main:
-            for index, (image, label) in enumerate(zip(images.cpu(), labels.cpu(), strict=True)):
-                name = f"slices/{index}_{'gr' if label else 'newton'}"
-                self._events.add_image(name, ((image + 3) / 6).clamp(0, 1), 0, dataformats="HW")
+            for name, image in {"gr": gr, "newton": newton, "difference": gr - newton}.items():
+                scaled = (image - image.min()) / max(float(np.ptp(image)), 1e-30)
+                self._events.add_image(f"slices/{name}", scaled, 0, dataformats="HW")
             self._events.flush()  # a resumed run does not log them again
 
     def log_figures(
@@ -309,6 +325,26 @@ class RunLogger:
                 tracker.finish()
             except Exception as error:
                 log.warning("%s failed at its end: %s", tracker.name, error)
+
+
+def order_event_files(run_dir: Path) -> None:
+    """Let the names of older event files precede that of a new one, whatever the clock did since.
+
+    TensorBoard reads them in the order of their names, which begin with the second in which they were made.
+    """
+    names, limit = [], int(time.time())
+    for path in sorted(run_dir.glob("events.out.tfevents.*"), reverse=True):
+        second, _, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
+        limit = min(int(second), limit - 1)
+        names.append((path, f"events.out.tfevents.{limit:010}.{rest}"))
+    for path, name in reversed(names):  # in this order no file replaces another
+        path.rename(path.with_name(name))
+
+
+def ignore_storage_errors(arguments: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's thread if the disk is full: the next call of the log raises it."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 def scalars_of(record: dict[str, Any]) -> dict[str, float]:

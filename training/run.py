@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, set_seed
@@ -52,6 +53,14 @@ class Run:
         params = self.config.train_params
         every_steps = params.save_every_steps is not None and step % params.save_every_steps == 0
         return every_steps or self.checkpoints.minutes_since_save >= params.save_every_minutes
+
+    def example_twins(self) -> tuple[metrics.Floats, metrics.Floats]:
+        """The middle slice (N, N) of the first training seed under GR and Newton, as the file holds it."""
+        cube, slices = np.empty(self.cubes.shape, np.float32), []
+        for gravity in ("gr", "newton"):
+            self.cubes.read(self.train_set.seeds[0], gravity, cube)
+            slices.append(cube.reshape(-1, *cube.shape[-2:])[cube.shape[-1] // 2].astype(np.float64))
+        return slices[0], slices[1]
 
     def gather(self, buffer: metrics.PredictionBuffer) -> metrics.Predictions:
         """The logits of all ranks with the seed, label and place of each slice. Collective."""
