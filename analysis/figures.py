@@ -279,10 +279,10 @@ def learning_curve(summary: Sequence[Mapping[str, Any]], titles: Mapping[str, st
         panel.errorbar(seeds, means, errors, **LINES[0], capsize=2, label="mean, spread over folds")
         panel.plot(seeds, ensembles, **LINES[1], label="ensemble of trainings")
         panel.axhline(0.5, ls=":", color=GRAY)
-        panel.set(
-            xlabel="training and validation seeds", ylabel=title, ylim=(0.45, 1.02) if "cube" in key else None
-        )
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        panel.set(ylabel=title, ylim=(0.45, 1.02) if "cube" in key else None)
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("train_seeds, validation seeds included", fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

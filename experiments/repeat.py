@@ -44,12 +44,8 @@ from training import metrics
 from training.config import Config, check_same_settings, load_config
 
 POLL_SECONDS = 0.5
-METRICS: dict[str, str] = {
-    "auc": "AUC of slices",
-    "accuracy": "accuracy of slices",
-    "cube_auc": "AUC of cubes",
-    "cube_accuracy": "accuracy of cubes",
-}
+METRICS = {"auc": "AUC of slices", "accuracy": "accuracy of slices"}
+METRICS |= {"cube_auc": "AUC of cubes", "cube_accuracy": "accuracy of cubes"}
 
 
 @dataclass(frozen=True)
@@ -123,21 +119,18 @@ def repeat(config: Config, options: argparse.Namespace) -> None:
     system.write_atomically(folder / "summary.md", text)
     figures.save(figures.learning_curve(summary, METRICS), folder / "learning_curve")
     print(text, f"written to {folder}", sep="\n")
+    print(f"next: python evaluation.py --compare {folder}/{config.model_params.name}-*")
 
 
 def check_seeds(config: Config, cubes: datasets.CubeFile, options: argparse.Namespace) -> None:
     """Raise UserError unless every fold has its seeds."""
     data, seeds = config.data_params, len(cubes.seeds)
-    if options.folds * data.test_seeds > seeds:
+    first, last, largest = options.seeds[0], options.seeds[-1], seeds - data.test_seeds
+    if options.folds * data.test_seeds > seeds or not data.validation_seeds < first <= last <= largest:
         raise UserError(
-            f"--folds: found {options.folds}, allowed: at most {seeds // data.test_seeds} blocks of "
-            f"{data.test_seeds} test seeds among the {seeds} seeds of {cubes.path}"
-        )
-    low, high, largest = data.validation_seeds + 1, options.seeds[-1], seeds - data.test_seeds
-    if options.seeds[0] < low or high > largest:
-        raise UserError(
-            f"train_seeds: found {options.seeds[0]} to {high}, allowed: {low} to {largest}, since "
-            f"{cubes.path} has {seeds} seeds and every training {data.validation_seeds} validation seeds"
+            f"{cubes.path}: found {seeds} seeds, --folds {options.folds} and train_seeds {first} to {last}. "
+            f"With test_seeds {data.test_seeds} they allow at most {seeds // data.test_seeds} folds, and "
+            f"train_seeds, validation seeds included, from {data.validation_seeds + 1} to {largest}."
         )
 
 
@@ -263,7 +256,7 @@ def evaluate(predictions: metrics.Predictions) -> list[float]:
 
 def table(summary: list[dict[str, Any]], validation_seeds: int) -> str:
     """The summary as a Markdown table, with the meaning of its columns below."""
-    threshold = f"calibrated on {validation_seeds} of the train_seeds" if validation_seeds else "0"
+    threshold = f"calibrated on the {validation_seeds} validation seeds" if validation_seeds else "0"
     rows = []
     for line in summary:
         for key, title in METRICS.items():
@@ -271,7 +264,8 @@ def table(summary: list[dict[str, Any]], validation_seeds: int) -> str:
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
             rows.append([str(line["train_seeds"]), title, *cells])
     head = ["train_seeds", "metric", "mean", "spread over trainings", "spread over folds", "ensemble"]
-    note = f"Accuracies at the logit threshold {threshold}. Spreads are standard deviations."
+    note = "train_seeds: validation seeds included. Spreads are standard deviations. "
+    note += f"Accuracies at the logit threshold {threshold}."
     return f"{markdown(head, rows)}\n{note}\n"
 
 

@@ -34,6 +34,7 @@ from typing import Any
 from processes import MAY_CHANGE, ROOT, make_parser, run, start, stop
 
 import datasets
+from analysis.comparison import markdown
 from training.config import Config, check_same_settings, load_config
 
 try:
@@ -46,11 +47,7 @@ except ModuleNotFoundError as missing:
 
 POLL_SECONDS = 0.5  # between readings of a trial's metrics
 LOCK = ".sweep-lock"  # in the folder of a run, held by the worker of its trial
-SEARCH = [
-    "model_params.layer_param=4:64:log",
-    "model_params.dropout=0:0.7",
-    "train_params.lr=1e-4:1e-2:log",
-]
+SEARCH = ["model_params.layer_param=4:64:log", "model_params.dropout=0:0.7", "train_params.lr=1e-4:1e-2:log"]
 FORMS = "section.key=LOW:HIGH, section.key=LOW:HIGH:log, section.key=A,B,..."
 
 
@@ -125,9 +122,11 @@ def search(config: Config, space: dict[str, Any], options: argparse.Namespace) -
     complete = study.get_trials(states=[TrialState.COMPLETE])
     if not complete:
         raise UserError(f"{folder}: no trial of {name} completed. Read the errors of the trials above.")
-    best = study.best_trial
-    run_dir = folder / best.user_attrs["run"]
-    print(f"best: {run_dir}  {describe(best.params)}  {phase} loss {best.value:.4f}")
+    complete.sort(key=lambda trial: trial.value or 0.0)
+    rows = [[t.user_attrs["run"], *map(str, t.params.values()), f"{t.value:.4f}"] for t in complete]
+    print("", markdown(["run", *complete[0].params, f"{phase} loss"], rows), sep="\n")
+    run_dir = folder / complete[0].user_attrs["run"]
+    print(f"best: {run_dir}; next: python evaluation.py {run_dir} --checkpoint best")
 
 
 def open_study(config: Config, space: dict[str, Any]) -> optuna.Study:

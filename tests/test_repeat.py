@@ -162,9 +162,9 @@ def test_a_run_that_fails_is_named_after_the_others(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--folds", "5"], "--folds: found 5, allowed: at most 4 blocks of 1 test seeds"),
-        (["--seeds", "1"], "train_seeds: found 1 to 1, allowed: 2 to 3"),
-        (["--seeds", "2", "4"], "train_seeds: found 2 to 4, allowed: 2 to 3"),
+        (["--folds", "5"], "at most 4 folds"),
+        (["--seeds", "1"], "train_seeds 1 to 1"),
+        (["--seeds", "2", "4"], "train_seeds, validation seeds included, from 2 to 3"),
         (["data_params.datafile=absent.h5"], "absent.h5"),
     ],
 )

@@ -101,7 +101,9 @@ def test_trials_are_runs_and_the_lowest_loss_wins(
             line["epoch"]: line["loss"] for line in map(json.loads, lines[: len(trial.intermediate_values)])
         }
     best = min((trial for trial in found if trial.state.name == "COMPLETE"), key=lambda trial: trial.value)
-    assert f"best: {tmp_path / 'runs' / best.user_attrs['run']} " in capsys.readouterr().out
+    *_, last = capsys.readouterr().out.splitlines()
+    run = tmp_path / "runs" / best.user_attrs["run"]
+    assert last == f"best: {run}; next: python evaluation.py {run} --checkpoint best"
     settings = {tuple(sorted(trial.params.items())) for trial in found}
     assert len(settings) == 5
 
