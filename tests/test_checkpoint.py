@@ -457,18 +457,6 @@ def test_whatever_fails_while_a_verified_checkpoint_is_restored_names_folder_and
         Training(run_dir).restore()
 
 
-@pytest.mark.parametrize("state", [b"{", b"\xff\xfe", b"[]", b"{}", b"[" * 100_000, b'{"format": "2"}'])
-def test_a_state_that_is_none_is_damage(
-    run_dir: Path, state: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    rewrite(step_dir(run_dir, 2), state=state)
-    assert not program.verify(run_dir)
-    training = Training(run_dir)
-    training.restore()
-    assert training.step == 1
-    assert "step_00000002 is damaged (state.json cannot be read" in caplog.text
-
-
 def test_a_folder_under_the_name_of_another_step_is_damaged(
     run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

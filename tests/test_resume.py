@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -224,6 +225,9 @@ def test_kills_at_every_kind_of_place_change_nothing(trainer: Trainer, whole: di
                 "test",
             ]
             assert complete(trainer.run_dir("placed"))[-1].step < 2 * STEPS
+    # As writers leave them that are killed; `whole` has no file with that suffix.
+    for name in ("config.yaml", "metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        (trainer.run_dir("placed") / f"{name}.part").touch()
     assert_equal(trainer.finish("placed"), whole)
 
 
@@ -298,16 +302,28 @@ def test_starts_that_are_shorter_than_an_evaluation_end_with_an_error(
     assert_equal(trainer.finish("short", "train_params.max_minutes=60"), whole)
 
 
-def test_a_renamed_and_a_copied_run_resume_under_their_new_names(
+def test_a_copied_and_a_renamed_run_resume_under_their_new_names(
     trainer: Trainer, whole: dict[str, Any], interrupted: str
 ) -> None:
-    name = trainer.copy(interrupted, "named")
-    trainer.run_dir(name).rename(trainer.folder / name / "renamed")
-    shutil.copytree(trainer.folder / name / "renamed", trainer.folder / name / "copied")
-    for run in ("renamed", "copied"):
-        assert trainer.start(name, f"model_params.name={run}") == [0], trainer.output(name)
-        assert_equal(ending(trainer.folder / name / run), whole)
-    assert trainer.output(name).count("resumed from") == 2
+    folder = trainer.folder / trainer.copy(interrupted, "named")
+
+    def with_tracker(state: dict[str, Any]) -> None:
+        state["train_state"]["tracker_runs"] = {"wandb": "id"}
+        state["config"]["train_params"]["log_dir"] = str(folder)
+
+    for saved in complete(folder / "run"):
+        rewrite_state(saved.folder, with_tracker)
+    shutil.copytree(folder / "run", folder / "copied")
+    for name, tracker_runs in (("copied", {}), ("renamed", {"wandb": "id"})):
+        if name == "renamed":
+            (folder / "run").rename(folder / "renamed")
+        assert trainer.start("named", f"model_params.name={name}") == [0], trainer.output("named")
+        ended, expected = ending(folder / name), copy.deepcopy(whole)
+        for key in expected:
+            if key.endswith("train_state"):  # a copy leaves the trackers to the original
+                expected[key]["tracker_runs"] = tracker_runs
+        assert_equal(ended, expected)
+    assert trainer.output("named").count("resumed from") == 2
 
 
 def test_an_interrupted_run_keeps_its_epochs_at_the_end_of_one(

@@ -334,7 +334,12 @@ def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datase
 def saved_state(last: checkpoint.Checkpoint) -> TrainState:
     """The state of a checkpoint. Raises UserError if it is not one of this program."""
     with last.explain():
-        return TrainState(**last.train_state)
+        state = TrainState(**last.train_state)
+        saved, run_dir = last.state["config"], last.folder.parents[1]
+        original = Path(saved["train_params"]["log_dir"], saved["model_params"]["name"])
+        if original.exists() and not original.samefile(run_dir):
+            state.tracker_runs = {}  # this run is a copy: the original goes on in its trackers
+        return state
 
 
 def initial_state(config: Config, cubes: datasets.CubeFile) -> TrainState:
