@@ -22,6 +22,7 @@ from datasets.cube_file import GRAVITIES, CubeFile
 from datasets.normalization import Moments
 from datasets.preparation import pack as pack_module
 from datasets.preparation.cosmology import Cosmology
+from datasets.preparation.filter import Filter
 from datasets.preparation.gevolution import cosmology
 from datasets.preparation.pack import SLAB_BYTES, pack, pack_difference, pack_snapshot, repack
 
@@ -454,3 +455,14 @@ def test_commands_with_invalid_input(
             run(monkeypatch, *arguments)
         assert ended.value.code == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_filter_acts_on_the_whole_cube_before_standardization(tmp_path: Path, raw: Path) -> None:
+    pack(raw, tmp_path / "all.h5", redshift=1)
+    pack(raw, tmp_path / "few.h5", redshift=1, filter=Filter(4))
+    everything, few = unpacked(tmp_path / "all.h5"), unpacked(tmp_path / "few.h5")
+    for key, cube in everything.items():
+        np.testing.assert_allclose(few[key], Filter(4)(cube), atol=1e-5 * np.abs(cube).max())
+    packed = CubeFile(tmp_path / "few.h5").attributes
+    assert (packed["max_wavenumber"], packed["cells"]) == (4.0, N)
+    assert packed["std"] < 0.9 * CubeFile(tmp_path / "all.h5").attributes["std"]
