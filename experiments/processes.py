@@ -11,10 +11,9 @@ import argparse
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from training import config
-from training.distributed import run_program
 from training.distributed.process import end_with_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,12 +53,3 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Let a run save and stop; returns when it has ended."""
     process.terminate()
     process.wait()
-
-
-def run(program: Callable[[], None]) -> int:
-    """Call `program`; returns the exit status: 0, 2 after an error that users can fix, 130 after Ctrl-C."""
-    try:
-        return run_program(program)
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130

@@ -34,7 +34,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from processes import MAY_CHANGE, ROOT, make_parser, run, start, stop
+from processes import MAY_CHANGE, ROOT, make_parser, start, stop
 from sklearn.metrics import roc_auc_score
 
 import datasets
@@ -42,6 +42,7 @@ from analysis import figures, report
 from analysis.comparison import markdown, mean_logits
 from training import metrics
 from training.config import Config, check_same_settings, load_config
+from training.distributed import run_program
 
 POLL_SECONDS = 0.5
 METRICS = {"auc": "AUC of slices", "accuracy": "accuracy of slices"}
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if min(options.trainings, options.folds, options.jobs) < 1:
         parser.error("--trainings, --folds and --jobs: allowed: 1 and more")
-    return run(lambda: repeat(load_config(options.experiment, options.overrides), options))
+    return run_program(lambda: repeat(load_config(options.experiment, options.overrides), options))
 
 
 def repeat(config: Config, options: argparse.Namespace) -> None:

@@ -31,11 +31,12 @@ import time
 from functools import reduce
 from typing import Any
 
-from processes import MAY_CHANGE, ROOT, make_parser, run, start, stop
+from processes import MAY_CHANGE, ROOT, make_parser, start, stop
 
 import datasets
 from analysis.comparison import markdown
 from training.config import Config, check_same_settings, load_config
+from training.distributed import run_program
 
 try:
     import optuna
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             datasets.CubeFile(data.datafile).require(range(data.test_range.stop))
         search(config, space, options)
 
-    return run(program)
+    return run_program(program)
 
 
 def parse_search(text: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -88,14 +89,14 @@ def parse_search(text: str, options: argparse.Namespace) -> tuple[str, dict[str,
         config = load_config(options.experiment, [*options.overrides, f"{key}={value}"])
         return reduce(getattr, key.split("."), config)
 
-    found = [read(value) for value in texts]
+    read_values = [read(value) for value in texts]
     if not is_range and len(set(texts)) == len(texts) > 1:
         return "suggest_categorical", {"choices": texts}
-    numbers = is_range and all(type(value) in (int, float) for value in found)
-    if not numbers or not found[0] <= found[1] or (log and found[0] <= 0):
+    numbers = is_range and all(type(value) in (int, float) for value in read_values)
+    if not numbers or not read_values[0] <= read_values[1] or (log and read_values[0] <= 0):
         raise UserError(f"--search: found '{text}', allowed: {FORMS}; LOW <= HIGH, with log LOW > 0")
-    method = "suggest_int" if isinstance(found[0], int) else "suggest_float"
-    return method, {"low": found[0], "high": found[1], "log": log}
+    method = "suggest_int" if isinstance(read_values[0], int) else "suggest_float"
+    return method, {"low": read_values[0], "high": read_values[1], "log": log}
 
 
 def search(config: Config, space: dict[str, Any], options: argparse.Namespace) -> None:
