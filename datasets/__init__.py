@@ -1,8 +1,9 @@
 """Cube files, the order of slices, and batches of slices on the device."""
 
-from .cube_file import GRAVITIES, CubeFile, PerField
+from .cube_file import GRAVITIES, CubeFile, PerField, check_copy
 from .dataset import Batch, DataSettings, WholeCubeDataset
 from .normalization import check_normalization, measure_normalization, measure_power
+from .preparation.checks import check_seeds, data_warnings
 from .preparation.synthetic import check_synthetic, write_synthetic
 from .sampler import SliceIndex, decode
 from .slicing import memory_format
@@ -15,8 +16,11 @@ __all__ = [
     "PerField",
     "SliceIndex",
     "WholeCubeDataset",
+    "check_copy",
     "check_normalization",
+    "check_seeds",
     "check_synthetic",
+    "data_warnings",
     "decode",
     "measure_normalization",
     "measure_power",

@@ -1,5 +1,6 @@
 """Commands for data files: `python -m datasets synthesize|pack|repack|inspect`."""
 
+import system
 from system import UserError
 
 import argparse
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .cube_file import GRAVITIES, CubeFile
+from .cube_file import CubeFile
+from .preparation.checks import read_pair
 from .preparation.fields import pack_redshifts, stack
 from .preparation.filter import Filter
-from .preparation.pack import pack_difference, pack_snapshot, repack
+from .preparation.pack import Options, pack, repack
 from .preparation.synthetic import PHYSICS, write_synthetic
 
 RATIO_SEEDS = 8  # twins share their phases: 8 pairs show the ratio to 1e-4
@@ -25,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     synthesize = commands.add_parser("synthesize", help="write a synthetic universe")
-    synthesize.add_argument("out", type=Path, metavar="OUT.h5")
+    synthesize.add_argument("out", type=_path, metavar="OUT.h5")
     synthesize.add_argument("--seeds", type=int, required=True, help="number of seeds, each with two cubes")
     synthesize.add_argument(
         "--size", type=int, default=64, help="cells per side, a multiple of 64 (default: 64)"
@@ -61,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 
     packing = commands.add_parser("pack", help="pack raw gevolution output into one standardized file")
     packing.add_argument(
-        "raw", type=Path, metavar="RAW_DIR", help="folder with seed0000/gr/gr_snap000_phi.h5, ..."
+        "raw", type=_path, metavar="RAW_DIR", help="folder with seed0000/gr/gr_snap000_phi.h5, ..."
     )
-    packing.add_argument("out", type=Path, metavar="OUT.h5")
+    packing.add_argument("out", type=_path, metavar="OUT.h5")
     which = packing.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--redshift",
@@ -81,24 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         help="pack the potential at Z1 minus that at Z2, each divided by its linear growth",
     )
 
-    packing.add_argument(
-        "--remove-mean",
-        action="store_true",
-        help="subtract from each cube its own mean, which would identify its gravity",
-    )
-
     repacking = commands.add_parser(
         "repack", help="convert a chunked or compressed file to one that is fast to read, or stack several"
     )
     repacking.add_argument(
         "files",
-        type=Path,
+        type=_path,
         nargs="+",
         metavar="IN.h5",
         help="a file, or several of the same simulations, whose fields become those of one file",
     )
-    repacking.add_argument("out", type=Path, metavar="OUT.h5")
-
+    repacking.add_argument("out", type=_path, metavar="OUT.h5")
     for command in (packing, repacking):
         command.add_argument(
             "--max-wavenumber",
@@ -109,21 +104,37 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--cells", type=int, metavar="M", help="reduce the cubes to M^3 cells, exact for modes below M/2"
         )
+        command.add_argument(
+            "--remove-mean",
+            action="store_true",
+            help="subtract from each cube its own mean, which would identify its gravity",
+        )
+        command.add_argument(
+            "--like",
+            type=_path,
+            metavar="FILE",
+            help="standardize by the mean and standard deviation of FILE, on which a network was trained",
+        )
+        command.add_argument(
+            "--renumber",
+            action="store_true",
+            help="number the seeds that have both twins 0, 1, 2, ...; `original_seeds` keeps their numbers",
+        )
 
     inspection = commands.add_parser("inspect", help="list the contents of a file and its problems")
-    inspection.add_argument("file", type=Path, metavar="FILE")
+    inspection.add_argument("file", type=_path, metavar="FILE")
     inspection.add_argument(
         "other",
-        type=Path,
+        type=_path,
         metavar="OTHER",
         nargs="?",
         help="file of the same box with another number of cells",
     )
     inspection.add_argument(
-        "--plot", type=Path, metavar="OUT.png", help="plot GR, Newton and their difference"
+        "--plot", type=_path, metavar="OUT.png", help="plot GR, Newton and their difference"
     )
     inspection.add_argument(
-        "--write-experiment", type=Path, metavar="MINE.yaml", help="write an experiment that fits the file"
+        "--write-experiment", type=_path, metavar="MINE.yaml", help="write an experiment that fits the file"
     )
 
     for command in (synthesize, packing, repacking, inspection):
@@ -131,14 +142,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(system.expand_path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _inspect(options: argparse.Namespace) -> None:
     from .preparation.inspect import check_plot, plot, report  # imports matplotlib, which takes a second
 
     if options.plot:
         check_plot(options.plot, options.force)
-    print(report(options.file))
-    _print_lattice(options.file)
-    _print_resolution(options.file, options.other)
+    text, sound = report(options.file)
+    print(text)
+    if sound:
+        _print_lattice(CubeFile(options.file))
+        _print_resolution(options.file, options.other)
     if options.plot:
         plot(options.file, options.plot)
         print(f"plot written to {options.plot}")
@@ -150,29 +170,11 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"experiment written to {out}; next: python trainer.py {out}")
 
 
-def _pack(options: argparse.Namespace) -> None:
-    how = {
-        "remove_mean": options.remove_mean,
-        "filter": Filter(options.max_wavenumber, options.cells),
-        "overwrite": options.force,
-    }
-    if options.redshift is not None:
-        pack_redshifts(options.raw, options.out, options.redshift, **how)
-    elif options.snapshot is not None:
-        pack_snapshot(options.raw, options.out, snapshot=options.snapshot, **how)
-    else:
-        pack_difference(options.raw, options.out, redshifts=tuple(options.difference), **how)
-
-
-def _print_lattice(path: Path) -> None:
-    """Print whether direction or mean separates the gravities, and growth, for a file without problems."""
+def _print_lattice(cubes: CubeFile) -> None:
+    """Print whether direction or mean separates the gravities, and growth."""
     from analysis import fields, lattice  # imports torch and scipy
     from analysis.power_spectrum import Box
 
-    try:
-        cubes = CubeFile(path)
-    except UserError:
-        return  # the report lists its problems
     if len(cubes.seeds) < 2:
         return
 
@@ -214,42 +216,48 @@ def _print_resolution(path: Path, other: Path | None) -> None:
 def _twins(cubes: CubeFile, seeds: Iterable[int], field: int = 0) -> Iterator[NDArray[np.float32]]:
     """A field (2, N, N, N) of both cubes of each seed, Newton first."""
     for seed in seeds:
-        pair = np.empty((2, cubes.num_fields, *(cubes.size,) * 3), np.float32)
-        for gravity, cube in zip(GRAVITIES, pair, strict=True):
-            cubes.read(seed, gravity, cube)
-        yield pair[:, field]
+        yield read_pair(cubes, seed)[:, field]
 
 
 def _run(options: argparse.Namespace) -> None:
-    force = options.force
+    if options.command == "inspect":
+        return _inspect(options)
     if options.command == "synthesize":
-        write_synthetic(
-            options.out,
-            seeds=options.seeds,
-            size=options.size,
-            physics=options.physics,
-            strength=options.strength,
-            grid=options.grid,
-            resolution=options.resolution,
-            seed=options.seed,
-            overwrite=force,
+        keys = ["seeds", "size", "physics", "strength", "grid", "resolution", "seed"]
+        settings = {key: getattr(options, key) for key in keys}
+        write_synthetic(options.out, **settings, overwrite=options.force)
+    else:
+        how = Options(
+            remove_mean=options.remove_mean,
+            like=options.like,
+            renumber=options.renumber,
+            filter=Filter(options.max_wavenumber, options.cells),
+            overwrite=options.force,
         )
-    elif options.command == "repack":
-        wanted = Filter(options.max_wavenumber, options.cells)
-        if len(options.files) == 1:
-            repack(options.files[0], options.out, filter=wanted, overwrite=force)
-        elif wanted:
+        if options.command == "pack":
+            _pack(options, how)
+        elif len(options.files) == 1:
+            repack(options.files[0], options.out, options=how)
+        elif how != Options(overwrite=options.force):
             raise UserError("repack several files without other options, then OUT.h5 with them.")
         else:
-            stack(options.files, options.out, overwrite=force)
-    elif options.command == "inspect":
-        _inspect(options)
+            stack(options.files, options.out, overwrite=options.force)
+    written = CubeFile(options.out)
+    fields = "; ".join(written.fields) if written.num_fields > 1 else ""
+    print(f"{written.path}: {len(written.seeds)} pairs of twins, {written.size}^3 cells each", fields)
+
+
+def _pack(options: argparse.Namespace, how: Options) -> None:
+    if options.redshift is not None:
+        pack_redshifts(options.raw, options.out, options.redshift, options=how)
     else:
-        _pack(options)
-    if options.command != "inspect":
-        written = CubeFile(options.out)
-        fields = "; ".join(written.fields) if written.num_fields > 1 else ""
-        print(f"{written.path}: {len(written.seeds)} pairs of twins, {written.size}^3 cells each", fields)
+        pack(
+            options.raw,
+            options.out,
+            snapshot=options.snapshot,
+            difference=options.difference,
+            options=how,
+        )
 
 
 def main() -> int:

@@ -45,6 +45,7 @@ from torch import Tensor
 from . import kernels, slicing
 from .buffers import BufferPool
 from .cube_file import GRAVITIES, CubeFile, PerField
+from .preparation import checks
 from .sampler import STREAMS, Ids
 from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
 
@@ -139,10 +140,12 @@ class Prefetcher:
         return self._preparers.submit(self._reader.prepare, seed, label, copies)
 
     def wait(self, seed: int) -> None:
-        """Return when the cubes of a seed are in its buffer. Raises UserError if they cannot be read."""
+        """Return when the cubes of a seed are in its buffer. Raises UserError unless they are twins."""
         for read in self._reads.get(seed, ()):
             read.result().result()
-        self._reads.pop(seed, None)
+        if self._reads.pop(seed, None):
+            newton, gr = self._pool[seed][:, 0]
+            checks.check_pair(self._reader.cubes, self._reader.seeds[seed], newton, gr)
 
     def finish(self) -> None:
         """Start no more reads. Returns at once."""

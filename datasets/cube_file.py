@@ -18,7 +18,9 @@ from __future__ import annotations
 import system
 from system import UserError
 
+import contextlib
 import hashlib
+import importlib
 import math
 import os
 import re
@@ -39,9 +41,14 @@ from .streams import read_into
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
-CHECKED_BYTES = 1 << 30  # cubes up to this size in total are searched for NaN before a run starts
 CHUNK_BYTES = 64 * 1024  # smaller chunks take longer to find than to copy
 CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
+
+# Filters that the package hdf5plugin brings, by their registered number.
+PLUGIN_FILTERS = {
+    307: "bzip2", 32001: "Blosc", 32004: "LZ4", 32008: "bitshuffle", 32013: "ZFP", 32015: "Zstandard",
+    32017: "SZ", 32018: "FCIDECOMP", 32024: "SZ3", 32026: "Blosc2", 32028: "Sperr",
+}  # fmt: skip
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
 
@@ -61,6 +68,8 @@ class Cube:
     chunks: tuple[int, ...] | None
     filters: tuple[str, ...]
     """Compression, shuffle, checksum."""
+    missing_filter: str | None
+    """What is not installed of it, and how to install it."""
     written: bool
     """False if space was reserved, but no value was written."""
 
@@ -143,8 +152,7 @@ def _cube(file: h5py.File, name: str) -> Cube:
         raise UserError(
             f"{file.filename}: /{name} is named as a cube, but is no readable data set. Rename it."
         )
-    creation = data.id.get_create_plist()
-    filters = [creation.get_filter(i)[3].decode() for i in range(creation.get_nfilters())]
+    filters, missing_filter = _filters(data)
     in_file = data.file.filename == file.filename  # the data of an external link are in another file
     return Cube(
         name=name,
@@ -153,9 +161,31 @@ def _cube(file: h5py.File, name: str) -> Cube:
         offset=data.id.get_offset() if in_file else None,
         stored=data.id.get_storage_size(),
         chunks=data.chunks,
-        filters=tuple(filters),
+        filters=filters,
+        missing_filter=missing_filter,
         written=data.is_virtual or data.id.get_storage_size() > 0,
     )
+
+
+def _filters(data: h5py.Dataset) -> tuple[tuple[str, ...], str | None]:
+    """The names of a data set's filters, and what to install for one that is missing."""
+    creation, names, missing = data.id.get_create_plist(), [], None
+    for i in range(creation.get_nfilters()):
+        number, _, _, name = creation.get_filter(i)
+        names.append(PLUGIN_FILTERS.get(number) or name.decode() or str(number))
+        if not h5py.h5z.filter_avail(number):
+            with contextlib.suppress(ImportError):
+                importlib.import_module("hdf5plugin")  # registers its filters
+        if not h5py.h5z.filter_avail(number):
+            package = "pip install hdf5plugin" if number in PLUGIN_FILTERS else "install its HDF5 plugin"
+            missing = f"is compressed with {names[-1]} (HDF5 filter {number}), not installed here: {package}"
+    return tuple(names), missing
+
+
+def check_filters(data: h5py.Dataset, path: Path) -> None:
+    """Raise UserError if a filter is missing without which a data set cannot be read."""
+    if missing := _filters(data)[1]:
+        raise UserError(f"{path}: {data.name} {missing}")
 
 
 def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
@@ -174,11 +204,23 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
             cubes[seed, gravity] = _cube(file, name)
         if cubes:
             return layout, dict(sorted(cubes.items()))
+    if isinstance(data := file.get("data"), h5py.Dataset) and data.ndim == 3:
+        raise UserError(_raw_snapshot(Path(file.filename)))
     names = list(file)
     found = ", ".join(f"/{name}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
     raise UserError(
         f"{file.filename}: no cubes found; the file contains {found or 'nothing'}.\n"
         "Cubes are named /gr_seed0000 and /newton_seed0000, or /0/gr and /0/newton."
+    )
+
+
+def _raw_snapshot(path: Path) -> str:
+    number = re.search(r"(\d{3,})_[^_]*$", path.stem)
+    raw = path.absolute().parents[2] if len(path.absolute().parents) > 2 else path.parent
+    return (
+        f"{path}: a raw snapshot of one simulation (/data), not a file of cubes. Pack all simulations, in "
+        f"folders RAW_DIR/seed0000/gr, RAW_DIR/seed0000/newton, ..., into one:\n"
+        f"python -m datasets pack {shlex.quote(str(raw))} OUT.h5 --snapshot {int(number[1]) if number else 0}"
     )
 
 
@@ -200,6 +242,8 @@ def problems(cubes: Cubes) -> dict[str, str]:
             found[cube.name] = f"{name} has N = {shape[-1]}; N must be a multiple of {SIZE_UNIT}."
         elif shape != common:
             found[cube.name] = f"{name} has the shape {shape}, others have {common}; all must be equal."
+        elif cube.missing_filter:
+            found[cube.name] = f"{name} {cube.missing_filter}"
         elif not cube.written:
             found[cube.name] = (
                 f"{name} was never written; the program that created the file did not finish. Repeat it."
@@ -210,7 +254,7 @@ def problems(cubes: Cubes) -> dict[str, str]:
 def slow_chunks(path: Path, cubes: Cubes) -> str | None:
     """A warning if filters or chunks make it slow to read whole cubes, with the command that fixes it."""
     for cube in cubes.values():
-        if cube.chunks is None:
+        if cube.chunks is None or cube.missing_filter:
             continue
         reasons = [f"has filters ({', '.join(cube.filters)})"] if cube.filters else []
         chunk, row = int(np.prod(cube.chunks)) * cube.dtype.itemsize, cube.chunks[-1] * cube.dtype.itemsize
@@ -258,17 +302,21 @@ class CubeFile:
 
     Opening reads and checks the description of the cubes, but no values. Raises UserError if the file is
     missing, damaged or without cubes, or if these are not real numbers in (N, N, N) or (C, N, N, N), with one
-    C and one N, a multiple of 64.
+    C and one N, a multiple of 64. If not `strict`, such cubes are left out and `problems` (by name) has the
+    reasons; there is at least one other.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, strict: bool = True):
         self.path = Path(path)
         with open_cubes(self.path) as file:
             self._version = file_version(self.path)
             self.layout, self.cubes = find_cubes(file)
             self.attributes = python_attributes(file.attrs)
-        for problem in problems(self.cubes).values():
-            raise UserError(f"{self.path}: {problem}")
+        self.problems = problems(self.cubes)
+        valid = {key: cube for key, cube in self.cubes.items() if cube.name not in self.problems}
+        if self.problems and (strict or not valid):
+            raise UserError(f"{self.path}: {next(iter(self.problems.values()))}")
+        self.cubes = valid
         self.shape = next(iter(self.cubes.values())).shape
         """(N, N, N) or (C, N, N, N)."""
         self.size = self.shape[-1]
@@ -285,6 +333,11 @@ class CubeFile:
     def bytes_read(self) -> int:
         """Bytes of cubes read from the file so far."""
         return self._bytes_read
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the file is a synthetic universe."""
+        return self.attributes.get("synthetic") is True
 
     def attr_float(self, key: str) -> float | None:
         """An attribute of the file, if it is a finite number; otherwise None."""
@@ -305,7 +358,8 @@ class CubeFile:
         """The fields in order, as `phi, z = 10`."""
         names, redshifts = self.field_attrs("fields", "field"), self.field_floats("redshifts", "redshift")
         return [
-            (str(name) if name is not None else f"field {i}") + (f", z = {z:g}" if z is not None else "")
+            (str(name) if name is not None else f"field {i}")
+            + (f", z = {z:g}" if isinstance(z, int | float) else "")
             for i, (name, z) in enumerate(zip(names, redshifts, strict=True))
         ]
 
@@ -328,18 +382,15 @@ class CubeFile:
         if missing:
             lines.append(f"  seeds {system.format_ranges(missing)} have no cubes")
         lines.append(f"{len(self.seeds)} seeds have both twins: {system.format_ranges(self.seeds)}.")
+        if len(self.seeds) >= len(seeds):
+            lines.append(f"To number them 0, 1, 2, ...: {self.renumber_command}")
         raise UserError("\n".join(lines))
 
-    def require_finite(self, seeds: range) -> None:
-        """Raise UserError if a value of these seeds is NaN or infinite, unless they exceed CHECKED_BYTES.
-
-        More would delay the start of a run; each cube is checked again when it is read for training.
-        """
-        cube = np.empty(self.shape, np.float32)
-        if cube.nbytes * len(GRAVITIES) * len(seeds) <= CHECKED_BYTES:
-            for seed in seeds:
-                for gravity in GRAVITIES:
-                    self.read(seed, gravity, cube)
+    @property
+    def renumber_command(self) -> str:
+        """A command that gives the seeds numbers without gaps."""
+        out = self.path.with_name(f"{self.path.stem}_renumbered.h5")
+        return f"python -m datasets repack {shlex.quote(str(self.path))} {shlex.quote(str(out))} --renumber"
 
     def read(self, seed: int, gravity: str, out: NDArray[np.float32]) -> None:
         """Read one cube into `out`, a C-contiguous float32 array of as many values. Thread-safe.
@@ -398,18 +449,35 @@ class CubeFile:
             f"large for float32, the first at index {first}. Copy the file again, or rerun this simulation."
         )
 
+    def read_planes(self, seed: int, gravity: str, count: int) -> NDArray[np.floating]:
+        """`count` planes (C, count, N, N) of a cube, equally spaced along axis 0."""
+        with open_cubes(self.path) as file:
+            planes = file[self.cubes[seed, gravity].name][..., :: self.size // count, :, :]
+        return np.asarray(planes).reshape(self.num_fields, count, self.size, self.size)
+
     def identity(self, seeds: range) -> dict[str, Any]:
         """Identifies the data of these seeds, as JSON-able values, without reading all of it.
 
         `fingerprint` is a hash of four rows in the middle of every field, as float32. It depends on the
         simulations, their order and standardization, not on path, layout or compression of the file.
+
+        Raises UserError if two cubes have the same rows, but for synthetic twins, which may be equal.
         """
         digest, middle = hashlib.sha256(), self.size // 2
+        names: dict[bytes, str] = {}
         with open_cubes(self.path) as file, np.errstate(over="ignore"):
             for seed in seeds:
                 for gravity in GRAVITIES:
-                    rows = file[self.cubes[seed, gravity].name][..., middle, middle : middle + 4, :]
-                    digest.update(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+                    name = self.cubes[seed, gravity].name
+                    values = file[name][..., middle, middle : middle + 4, :]
+                    rows = np.ascontiguousarray(values, dtype="<f4").tobytes()
+                    digest.update(rows)
+                    if names.setdefault(rows, name) != name and not self.synthetic:
+                        raise UserError(
+                            f"{self.path}: /{name} equals /{names[rows]}. Each cube must be a simulation of "
+                            "its own: another random seed for each seed, another gravity for each twin.\n"
+                            f"python -m datasets inspect {self.path} lists all equal cubes."
+                        )
         return {
             "path": str(self.path.absolute()),
             "bytes": os.path.getsize(
@@ -423,3 +491,17 @@ class CubeFile:
     def slow_chunks(self) -> str | None:
         """A warning if filters or chunks make it slow to read whole cubes, with the command that fixes it."""
         return slow_chunks(self.path, self.cubes)
+
+
+def check_copy(original: CubeFile, copy: CubeFile, seeds: range) -> None:
+    """Raise UserError unless `copy` has the attributes and, as far as `identity` reads them, the cubes of
+    `original`."""
+    keys = original.attributes.keys() | copy.attributes.keys()
+    different = [k for k in keys if repr(original.attributes.get(k)) != repr(copy.attributes.get(k))]
+    if copy.identity(seeds)["fingerprint"] != original.identity(seeds)["fingerprint"]:
+        different.append("cubes")
+    if different:
+        raise UserError(
+            f"{copy.path}: data_params.local_copy is no copy of data_params.datafile {original.path}: other "
+            f"{', '.join(sorted(different))}.\nCopy the file again, or remove local_copy."
+        )

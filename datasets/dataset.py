@@ -5,10 +5,10 @@ from __future__ import annotations
 from system import UserError
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,35 +56,15 @@ class Batch:
 
 
 class DataSettings(Protocol):
-    """What this package reads of an experiment's data section."""
+    """What this package reads of an experiment's data section (training.config.DataParams)."""
 
-    @property
-    def axes(self) -> Sequence[int]:
-        """Axes of the cube that are sliced."""
-
-    @property
-    def channels(self) -> int:
-        """Adjacent slices of each field, stacked as channels."""
-
-    @property
-    def newton_augmentation(self) -> float:
-        """Factor on the Newtonian cubes."""
-
-    @property
-    def symmetries(self) -> bool:
-        """Random flips and quarter-turns in training."""
-
-    @property
-    def shifts(self) -> bool:
-        """Random periodic shifts in training."""
-
-    @property
-    def pairs(self) -> bool:
-        """Both twins of a slice in one batch."""
-
-    @property
-    def cache(self) -> str:
-        """auto, disk, memory or device."""
+    axes: Any
+    channels: int
+    newton_augmentation: float
+    symmetries: bool
+    shifts: bool
+    pairs: bool
+    cache: Any
 
 
 class WholeCubeDataset:

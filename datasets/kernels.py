@@ -137,6 +137,47 @@ def rotate(cube: NDArray[np.float32], rotated: NDArray[np.float32]) -> None:
                 rotated[z, x, y] = plane[y, z]
 
 
+@njit(nogil=True, cache=CACHED)
+def curvature(cube: NDArray[np.float32], points: int) -> NDArray[np.float64]:
+    """Sum of the second differences of a cube along its axes, at `points`^3 places: (points^3,)."""
+    size, values, place = len(cube), np.empty(points**3), 0
+    step = size // points
+    for x in range(step // 2, size, step):
+        for y in range(step // 2, size, step):
+            for z in range(step // 2, size, step):
+                values[place] = (
+                    np.float64(cube[x - 1, y, z]) + cube[x + 1, y, z] + cube[x, y - 1, z] + cube[x, y + 1, z]
+                ) + (np.float64(cube[x, y, z - 1]) + cube[x, y, z + 1] - 6 * np.float64(cube[x, y, z]))
+                place += 1
+    return values
+
+
+@njit(nogil=True, cache=CACHED)
+def has_constant_line(cube: NDArray[np.floating], step: int) -> bool:
+    """Whether all values on a line along axis 1 or 2 are equal.
+
+    A constant plane along any axis has such a line, and so has a block that a killed process never wrote.
+    Beside the lines in the first plane and the first of each plane every `step`-th of each `step`-th plane is
+    examined.
+    """
+    planes, rows, columns = cube.shape
+    for x in range(planes):
+        every = 1 if x == 0 else step if x % step == 0 else rows
+        for y in range(0, rows, every):
+            z = 1
+            while z < columns and cube[x, y, z] == cube[x, y, 0]:
+                z += 1
+            if z == columns:
+                return True
+        for z in range(0, columns, every):
+            y = 1
+            while y < rows and cube[x, y, z] == cube[x, 0, z]:
+                y += 1
+            if y == rows:
+                return True
+    return False
+
+
 def choose_gather(memory: Tensor, size: int, *views: Tensor) -> Gather:
     """The fastest function that does on the device of `memory` what `copy_slices` does on the host.
 

@@ -11,77 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .cube_file import GRAVITIES, CubeFile, PerField
+from .cube_file import CubeFile, PerField
 from .dataset import DataSettings, WholeCubeDataset
+from .moments import Moments
+from .preparation.checks import read_pair
 
 POWER_POSITIONS = 16  # neighboring slices look nearly the same
 
 
-class Moments:
-    """Running mean and variance over parts of the data (Chan, Golub & LeVeque 1983, Am. Stat. 37, 242).
-
-    Sums of squares are taken about the mean of each part, so a small variance about a large mean is exact.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.mean, self._squares = 0, 0.0, 0.0
-
-    def add(self, values: NDArray[np.float64]) -> None:
-        """Add one part, at least one value, C-contiguous; its values are overwritten."""
-        mean = float(values.mean())
-        values -= mean
-        with np.errstate(over="ignore"):  # values that are too large have an infinite variance
-            values *= values
-            squares = float(values.sum())
-        self._merge(values.size, mean, squares)
-
-    def merge(self, other: Moments) -> None:
-        """Add all values of `other`."""
-        if other.count:
-            self._merge(other.count, other.mean, other._squares)
-
-    def _merge(self, count: int, mean: float, squares: float) -> None:
-        difference, total = np.float64(mean - self.mean), self.count + count
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._squares += squares
-            self._squares += float(difference**2 * self.count * count / total)
-            self.mean += float(difference * count / total)
-        self.count = total
-
-    @property
-    def variance(self) -> float:
-        """Mean squared distance from the mean."""
-        return self._squares / self.count
-
-    @property
-    def std(self) -> float:
-        """Standard deviation, without Bessel's correction."""
-        return math.sqrt(self.variance)
-
-
 def measure_normalization(cubes: CubeFile, seeds: range) -> tuple[PerField, PerField]:
-    """Mean and standard deviation over all values of the cubes of `seeds`, in float64, for each field.
-
-    Raises UserError if all values of a field are equal.
-    """
-    cube = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
-    moments = [Moments() for _ in cube]
+    """Mean and standard deviation over all values of the cubes of `seeds`, in float64, for each field."""
+    moments = [Moments() for _ in range(cubes.num_fields)]
     for seed in seeds:
-        for gravity in GRAVITIES:
-            cubes.read(seed, gravity, cube)
+        for cube in read_pair(cubes, seed):
             for field, of_field in zip(cube, moments, strict=True):
                 for plane in field:
                     of_field.add(plane.astype(np.float64))
-    for name, of_field in zip(cubes.fields, moments, strict=True):
-        if of_field.variance == 0:
-            raise UserError(
-                f"{cubes.path}: all values of {name} are {of_field.mean}, so data_params.standardize train "
-                "cannot divide by their standard deviation.\n"
-                "Use another file, or set standardize to none. python -m datasets inspect lists its contents."
-            )
     if len(moments) == 1:
         return moments[0].mean, moments[0].std
     return [of_field.mean for of_field in moments], [of_field.std for of_field in moments]
@@ -151,19 +98,18 @@ def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
             if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
                 raise UserError(
                     f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained "
-                    f"on {trained_on.path} with {before:.6g}.\n"
-                    "Use a file standardized by the same mean and std."
+                    f"on {trained_on.path} with {before:.6g}.\nStandardize them alike: python -m datasets "
+                    f"repack {other.path} OUT.h5 --like {trained_on.path}"
                 )
     # Not every file has these attributes; the values of raw potentials are some 10^4 times smaller.
     for before, now in zip(*(_stds_of_first_cube(cubes) for cubes in (trained_on, other)), strict=True):
         if not 0.5 * before < now < 2 * before:
             raise UserError(
                 f"{other.path}: found values with standard deviation {now:.3g}, but the network was trained "
-                f"on {before:.3g} ({trained_on.path}).\nUse a file standardized in the same way."
+                f"on {before:.3g} ({trained_on.path}).\nStandardize it in the same way (pack --like)."
             )
 
 
 def _stds_of_first_cube(cubes: CubeFile) -> list[float]:
-    cube = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
-    cubes.read(cubes.seeds[0], GRAVITIES[0], cube)
+    cube = read_pair(cubes, cubes.seeds[0])[0]
     return [float(field.std(dtype=np.float64)) for field in cube]

@@ -28,9 +28,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A file of 3 seeds with three fields, then a file with each of the fields."""
     folder, random = tmp_path_factory.mktemp("fields"), np.random.default_rng(7)
     paths = [folder / f"{name}.h5" for name in ("all", *range(FIELDS))]
-    for seed in range(3):
+    for seed, common in enumerate(random.normal([[[[1.0]]], [[[-2.0]]], [[[0.0]]]], 2, (3, FIELDS, N, N, N))):
         for gravity in GRAVITIES:
-            cube = random.normal([[[[1.0]]], [[[-2.0]]], [[[0.0]]]], 2, (FIELDS, N, N, N)).astype(np.float32)
+            cube = (common + random.normal(0, 0.1, common.shape)).astype(np.float32)
             for path, values in zip(paths, (cube, *cube), strict=True):
                 with h5py.File(path, "a") as file:
                     file[f"{gravity}_seed{seed:04d}"] = values

@@ -1,10 +1,12 @@
-"""Packing raw gevolution output: values, attributes, failures, and repacking."""
+"""Packing raw gevolution output: values, attributes, settings, failures; repacking; the commands."""
 
 from system import UserError
 
 import fcntl
 import itertools
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +21,15 @@ import pytest
 
 from datasets import __main__ as commands
 from datasets.cube_file import GRAVITIES, CubeFile
-from datasets.normalization import Moments
+from datasets.moments import Moments
 from datasets.preparation import pack as pack_module
 from datasets.preparation.cosmology import Cosmology
 from datasets.preparation.filter import Filter
-from datasets.preparation.gevolution import cosmology
-from datasets.preparation.pack import SLAB_BYTES, pack, pack_difference, pack_snapshot, repack
+from datasets.preparation.gevolution import Simulation, cosmology
+from datasets.preparation.pack import SLAB_BYTES, Options, pack, repack
 
 N = 64
+FORCE = Options(overwrite=True)
 CHECKOUT = Path(__file__).parents[1]
 REDSHIFTS = (10.0, 1.0, 0.0)
 SETTINGS = {
@@ -40,13 +43,30 @@ SETTINGS = {
     "boxsize": "5120.0",
     "Ngrid": str(N),
     "gravity theory": "{theory}",
+    "tiling factor": "16",
+    "snapshot file base": "{gravity}_snap",
     "snapshot redshifts": "1, 10, 0   # in any order",
+}
+# The same simulation as gevolution describes it after a restart.
+RESUMED = {
+    "IC generator": "restart",
+    "cycle": "120",
+    "tau": "1.5e-3",
+    "Omega_b": "4.827529e-02",
+    "Omega_cdm": "2.637705e-01",
+    "Omega_g": "5.418294e-05",
+    "Omega_ur": "3.748371e-05",
+    "N_ncdm": "0",
+    "switch linear chi": "0.000000",
+    **dict.fromkeys(("omega_b", "omega_cdm", "T_cmb", "N_ur", "tiling factor")),
 }
 
 
 def field(seed: int, gravity: str, snapshot: int, size: int = N) -> np.ndarray:
-    generator = np.random.default_rng([seed, GRAVITIES.index(gravity), snapshot])
-    return generator.standard_normal((size,) * 3) * 4e-5 + 1e-6
+    """The twins of a seed differ by little noise."""
+    common, own = (np.random.default_rng(key) for key in ([seed], [seed, GRAVITIES.index(gravity), snapshot]))
+    values = common.standard_normal((size,) * 3) + 0.01 * own.standard_normal((size,) * 3)
+    return (1 + 0.1 * snapshot) * values * 4e-5 + 1e-6
 
 
 def settings_file(raw: Path, seed: int, gravity: str) -> Path:
@@ -57,9 +77,9 @@ def snapshot_file(raw: Path, seed: int, gravity: str, snapshot: int) -> Path:
     return raw / f"seed{seed:04d}" / gravity / f"{gravity}_snap{snapshot:03d}_phi.h5"
 
 
-def write_settings(raw: Path, seed: int, gravity: str, /, **changes: str | None) -> None:
-    theory = {"gr": "GR", "newton": "Newton"}[gravity]
-    settings = {key: value.format(seed=seed, theory=theory) for key, value in SETTINGS.items()} | changes
+def write_settings(raw: Path, seed: int, gravity: str, changes: dict[str, str | None] | None = None) -> None:
+    values = {"seed": seed, "gravity": gravity, "theory": {"gr": "GR", "newton": "Newton"}[gravity]}
+    settings = {key: value.format(**values) for key, value in SETTINGS.items()} | (changes or {})
     lines = [f"{key} = {value}" for key, value in settings.items() if value is not None]
     settings_file(raw, seed, gravity).write_text("# settings\n" + "\n".join(lines) + "\n")
 
@@ -82,9 +102,14 @@ def _several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_module, "SLAB_BYTES", 5 * N**2 * 8)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_raw(tmp_path_factory.mktemp("template") / "raw")
+
+
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return write_raw(tmp_path / "raw")
+def raw(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "raw"))
 
 
 def unpacked(path: Path) -> dict[tuple[int, str], np.ndarray]:
@@ -111,22 +136,26 @@ def test_packed_cubes_are_standardized(tmp_path: Path, raw: Path) -> None:
 
 
 def test_remove_mean_leaves_every_cube_with_mean_0(tmp_path: Path, raw: Path) -> None:
-    out, plain = tmp_path / "out.h5", tmp_path / "plain.h5"
-    pack(raw, out, redshift=1, remove_mean=True)
+    out, plain, again = (tmp_path / f"{name}.h5" for name in ("out", "plain", "again"))
+    pack(raw, out, redshift=1, options=Options(remove_mean=True))
     pack(raw, plain, redshift=1)
-    with h5py.File(out) as file, h5py.File(plain) as other:
-        assert file.attrs["mean_removed"]
-        assert not other.attrs["mean_removed"]
+    repack(plain, again, options=Options(remove_mean=True))
+    with h5py.File(out) as file, h5py.File(plain) as other, h5py.File(again) as repacked:
+        assert file.attrs["remove_mean"]
+        assert repacked.attrs["remove_mean"]
         scale = other.attrs["std"] / file.attrs["std"]
         squares = []
         for name, cube in file.items():
             values, expected = (data[()].astype(np.float64) for data in (cube, other[name]))
             np.testing.assert_allclose(values, (expected - expected.mean()) * scale, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(repacked[name], expected - expected.mean(), rtol=0, atol=1e-6)
             squares.append((values**2).mean())
         assert np.mean(squares) == pytest.approx(1, rel=1e-6)
 
 
 def test_attributes(tmp_path: Path, raw: Path) -> None:
+    for seed, gravity in itertools.product(range(2), GRAVITIES):
+        write_settings(raw, seed, gravity, {"radiation treatment": "class", "gauge": "synchronous"})
     pack(raw, tmp_path / "out.h5", redshift=1)
     attributes = CubeFile(tmp_path / "out.h5").attributes
     expected = {
@@ -138,16 +167,19 @@ def test_attributes(tmp_path: Path, raw: Path) -> None:
         "source": f"gevolution, {raw}",
         "h": 0.67556,
         "A_s": 2.215e-9,
+        "radiation treatment": "CLASS",
+        "gauge": "synchronous",
     }
     assert {key: attributes[key] for key in expected} == expected
 
 
 def test_snapshots_are_numbered_by_time(tmp_path: Path, raw: Path) -> None:
     for snapshot, redshift in enumerate(REDSHIFTS):
-        pack_snapshot(raw, tmp_path / "a.h5", snapshot=snapshot, overwrite=True)
-        pack(raw, tmp_path / "b.h5", redshift=redshift, overwrite=True)
+        pack(raw, tmp_path / "a.h5", snapshot=snapshot, options=FORCE)
+        pack(raw, tmp_path / "b.h5", redshift=redshift, options=FORCE)
         assert CubeFile(tmp_path / "a.h5").attributes["redshift"] == redshift
         assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    assert CubeFile(tmp_path / "a.h5").attributes["radiation treatment"] == "background"
 
 
 @pytest.mark.parametrize(
@@ -164,26 +196,20 @@ def test_difference_cancels_linear_newtonian_growth(tmp_path: Path) -> None:
     growth = [Cosmology().potential_growth(redshift) for redshift in REDSHIFTS]
 
     def linear(seed: int, gravity: str, snapshot: int) -> np.ndarray:
-        extra = snapshot * field(seed, "gr", 7) * 0.01 if gravity == "gr" else 0
-        return field(seed, "newton", 0) * growth[snapshot] + extra
+        """A linear field, and what grows otherwise: nearly the same in both twins."""
+        extra = np.random.default_rng([7, seed]).standard_normal((N, N, N)) * 4e-7
+        return field(seed, "newton", 0) * growth[snapshot] + snapshot * extra * (1 + 0.1 * (gravity == "gr"))
 
-    pack_difference(write_raw(tmp_path / "raw", linear), tmp_path / "out.h5", redshifts=(10.0, 1.0))
+    pack(write_raw(tmp_path / "raw", linear), tmp_path / "out.h5", difference=(10.0, 1.0))
     left = unpacked(tmp_path / "out.h5")
     for seed in range(2):
-        expected = -field(seed, "gr", 7) * 0.01 / growth[1]
-        assert np.abs(left[seed, "newton"]).max() < 1e-6 * expected.std()
-        assert np.abs(left[seed, "gr"] - expected).max() < 1e-5 * expected.std()
+        expected = -np.random.default_rng([7, seed]).standard_normal((N, N, N)) * 4e-7 / growth[1]
+        assert np.abs(left[seed, "newton"] - expected).max() < 1e-4 * expected.std()
+        assert np.abs(left[seed, "gr"] - 1.1 * expected).max() < 1e-4 * expected.std()
     attributes = CubeFile(tmp_path / "out.h5").attributes
     assert attributes["difference_redshifts"] == [10.0, 1.0]
-    assert attributes["difference_growth"] == growth[:2]
+    assert attributes["difference_growth"] == pytest.approx(growth[:2], rel=1e-6)
     assert "redshift" not in attributes
-
-
-def test_densities_with_and_without_h_squared() -> None:
-    settings = {"h": "0.5", "Omega_b": "0.04", "omega_cdm": "0.06", "n_s": "0.9"}
-    found = cosmology(settings)
-    assert (found.omega_b, found.omega_cdm, found.n_s) == (0.01, 0.06, 0.9)
-    assert pytest.approx(0.28) == found.Omega_m
 
 
 def test_moments_do_not_depend_on_the_partition() -> None:
@@ -203,30 +229,98 @@ def test_moments_do_not_depend_on_the_partition() -> None:
 
 def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_module, "SLAB_BYTES", SLAB_BYTES)
-    raw = write_raw(tmp_path / "raw", lambda *key: field(*key, size=2 * N), seeds=1)  # 16 MiB a cube
+    raw = write_raw(tmp_path / "raw", lambda *key: field(*key, size=2 * N), seeds=1)
     tracemalloc.start()
     try:
-        pack_difference(raw, tmp_path / "out.h5", redshifts=(10.0, 1.0))
-        assert tracemalloc.get_traced_memory()[1] < (2 * N) ** 3 * 8  # a cube
+        pack(raw, tmp_path / "out.h5", difference=(10.0, 1.0))
+        assert tracemalloc.get_traced_memory()[1] < 3 * (2 * N) ** 3 * 4  # cubes, of which two are checked
     finally:
         tracemalloc.stop()
+
+
+# ---- settings ----
+
+
+def of(tmp_path: Path, **settings: str) -> Cosmology:
+    return cosmology({key.replace("__", " "): value for key, value in settings.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "growth"),
+    [
+        ({"T_cmb": "2.7255", "N_ur": "3.046"}, (1.001855, 0.955915)),
+        ({}, (0.99970, 0.95547)),  # without a temperature gevolution has no radiation
+        ({"T_cmb": "2.7255", "omega_fld": "0.313930", "w0_fld": "-0.8"}, (1.00057, 0.92041)),
+        ({"T_cmb": "2.7255", "Omega_fld": "0.6", "w0_fld": "-1"}, (1.001855, 0.955915)),  # ignored
+    ],
+)
+def test_growth_includes_every_background(changes: dict[str, str], growth: tuple[float, float]) -> None:
+    base = {"h": "0.67556", "omega_b": "0.022032", "omega_cdm": "0.12038"}
+    universe = cosmology(base | changes)
+    assert [universe.potential_growth(z) for z in (10, 1)] == pytest.approx(growth, abs=6e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"m_ncdm": "0.06"}, "m_ncdm"),
+        ({"Omega_fld": "0.5", "w0_fld": "-0.9", "fluid treatment": "CLASS"}, "fluid treatment"),
+        ({"T_cmb": "0", "Omega_ur": "1e-5", "N_ur": None}, "Omega_ur"),
+    ],
+)
+def test_unknown_growth_allows_no_difference(
+    tmp_path: Path, raw: Path, changes: dict[str, str | None], key: str
+) -> None:
+    for seed, gravity in itertools.product(range(2), GRAVITIES):
+        write_settings(raw, seed, gravity, changes)
+    pack(raw, tmp_path / "out.h5", redshift=1)
+    with pytest.raises(UserError, match=f"have {key} = "):
+        pack(raw, tmp_path / "d.h5", difference=(10.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        RESUMED,
+        {"seed": "0001"},
+        {"gravity theory": "g", "k-domain": "Cube"},
+        {"Omega_b": "9", "boxsize": "5120 # Mpc/h"},  # omega_b comes first
+        {"Pk bins": "9", "lightcone 0 vertex": "1, 2, 3", "output path": "/elsewhere/", "root": "x"},
+        {"Tk file": None, "A_s": "2.2150000001e-9"},
+    ],
+)
+def test_settings_that_gevolution_reads_alike(tmp_path: Path, raw: Path, changes: dict[str, Any]) -> None:
+    write_settings(raw, 1, "gr", changes)
+    pack(raw, tmp_path / "out.h5", redshift=1)
+
+
+def test_files_are_named_by_the_settings(tmp_path: Path, raw: Path) -> None:
+    pack(raw, tmp_path / "a.h5", redshift=1)
+    for seed, gravity in itertools.product(range(2), GRAVITIES):
+        write_settings(raw, seed, gravity, {"snapshot file base": None if seed else "lcdm_snap"})
+        settings_file(raw, seed, gravity).rename(raw / f"seed{seed:04d}/{gravity}/lcdm_settings_used.ini")
+        for number in range(3):
+            path = snapshot_file(raw, seed, gravity, number)
+            path.rename(path.with_name(f"{'snapshot' if seed else 'lcdm_snap'}{number:03d}_phi.h5"))
+    pack(raw, tmp_path / "b.h5", redshift=1)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
 # ---- bad input ----
 
 
 def change(raw: Path, **changes: str | None) -> None:
-    write_settings(raw, 1, "gr", **changes)
+    write_settings(raw, 1, "gr", {key.replace("__", " "): value for key, value in changes.items()})
 
 
-def replace(raw: Path, values: Any) -> None:
-    with h5py.File(snapshot_file(raw, 1, "gr", 1), "w") as file:
+def replace(raw: Path, values: Any, gravity: str = "gr", seed: int = 1) -> None:
+    with h5py.File(snapshot_file(raw, seed, gravity, 1), "w") as file:
         file["data"] = values
 
 
-def insert_nan(raw: Path) -> None:
+def edit(raw: Path, index: Any, value: float) -> None:
     with h5py.File(snapshot_file(raw, 1, "gr", 1), "a") as file:
-        file["data"][40, 1, 1] = np.nan
+        file["data"][index] = value
 
 
 def rename_data(raw: Path) -> None:
@@ -234,33 +328,95 @@ def rename_data(raw: Path) -> None:
         file.move("data", "phi")
 
 
+def compress(raw: Path) -> None:
+    with h5py.File(snapshot_file(raw, 1, "gr", 1), "w") as file:
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_chunk((8, N, N))
+        creation.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2, 2, 8, 8 * N * N * 8, 5, 1, 0))
+        space = h5py.h5s.create_simple((N, N, N))
+        h5py.h5d.create(file.id, b"data", h5py.h5t.NATIVE_DOUBLE, space, creation)
+
+
+def age(raw: Path) -> None:
+    path = snapshot_file(raw, 1, "gr", 0)
+    os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no snapshot": (
         lambda raw: snapshot_file(raw, 1, "gr", 1).unlink(),
-        ["gr_snap001_phi.h5: no such file", "gr_snap002_phi.h5"],
+        ["no snapshot 1 (z = 1)", "gr_snap002_phi.h5"],
     ),
     "no twin": (lambda raw: (raw / "seed0001/gr").rename(raw / "seed0001/x"), ["no folder gr", "seeds 1"]),
-    "no settings": (lambda raw: settings_file(raw, 1, "gr").unlink(), ["gr_settings_used.ini: no such file"]),
+    "no settings": (
+        lambda raw: settings_file(raw, 1, "gr").unlink(),
+        ["seed0001/gr: 0 files *_settings_used.ini", "contains gr_snap000_phi.h5"],
+    ),
+    "two settings": (
+        lambda raw: (raw / "seed0001/gr/old_settings_used.ini").write_text("h = 1"),
+        ["2 files *_settings_used.ini", "old_settings_used.ini"],
+    ),
+    "other file base": (
+        lambda raw: change(raw, snapshot__file__base="lcdm_snap"),
+        ["no file lcdm_snapNNN_phi.h5", "`snapshot file base`", "contains gr_settings_used.ini"],
+    ),
     "no redshift": (
-        lambda raw: change(raw, **{"snapshot redshifts": "10, 2, 0"}),
+        lambda raw: change(raw, snapshot__redshifts="10, 2, 0"),
         ["seed0001/gr/gr_settings_used.ini", "no snapshot at redshift 1", "10, 2, 0"],
     ),
-    "no list": (lambda raw: change(raw, **{"snapshot redshifts": None}), ["snapshot redshifts = (missing)"]),
-    "other box": (lambda raw: change(raw, boxsize="320"), ["boxsize = 320", "5120.0", "must agree"]),
+    "no list": (lambda raw: change(raw, snapshot__redshifts=None), ["snapshot redshifts = (missing)"]),
+    "more files than redshifts": (
+        lambda raw: change(raw, snapshot__redshifts="1, 0.5"),
+        ["gr_snap002_phi.h5", "lists 2 redshifts", "another run"],
+    ),
+    "left over": (age, ["gr_snap000_phi.h5: older than the settings", "earlier run"]),
+    "other box": (lambda raw: change(raw, boxsize="320"), ["boxsize = 320, not 5120.0"]),
+    "other density": (lambda raw: change(raw, T_cmb="2.8"), ["Omega_g = "]),
+    "other numerics": (
+        lambda raw: change(raw, tiling__factor="8", radiation__treatment="CLASS"),
+        ["radiation treatment = CLASS, not background; tiling factor = 8, not 16"],
+    ),
+    "unknown setting": (lambda raw: change(raw, new__physics="on"), ["new physics = on, not (missing)"]),
     "other seed": (lambda raw: change(raw, seed="7"), ["seed = 7", "its twin has 1"]),
-    "other theory": (lambda raw: change(raw, **{"gravity theory": "Newton"}), ["= Newton", "folder is gr"]),
+    "seed never changed": (
+        lambda raw: [write_settings(raw, 1, gravity, {"seed": "0"}) for gravity in GRAVITIES],
+        ["seed0001: its random seed is 0, as in", "seed0000"],
+    ),
+    "other theory": (lambda raw: change(raw, gravity__theory="newtonian"), ["= newtonian", "folder gr"]),
+    "no theory": (
+        lambda raw: write_settings(raw, 1, "newton", {"gravity theory": None}),
+        ["gravity theory = none", "gevolution runs General Relativity, in the folder newton"],
+    ),
     "other size": (lambda raw: replace(raw, np.zeros((128,) * 3, "f4")), ["(128, 128, 128)", "(64, 64, 64)"]),
     "not cubic": (lambda raw: replace(raw, np.zeros((64, 64, 32))), ["(64, 64, 32)", "multiple of 64"]),
     "not numeric": (lambda raw: replace(raw, np.full((64,) * 3, b"x")), ["no numeric data set `data`"]),
     "no data": (rename_data, ["no numeric data set `data`", "phi"]),
+    "missing filter": (compress, ["gr_snap001_phi.h5", "Blosc (HDF5 filter 32001)", "pip install"]),
     "not HDF5": (lambda raw: snapshot_file(raw, 1, "gr", 1).write_text("x" * 99), ["not an HDF5 file"]),
     "truncated": (lambda raw: os.truncate(snapshot_file(raw, 1, "gr", 1), 10_000), ["truncated"]),
     "too large": (
-        lambda raw: replace(raw, np.full((N, N, N), 1e300) * (np.arange(N) - 9)),
+        lambda raw: replace(raw, np.random.default_rng(0).uniform(-1e300, 1e300, (N, N, N))),
         ["variance", "float64"],
     ),
-    "NaN": (insert_nan, ["seed0001/gr/gr_snap001_phi.h5", "NaN"]),
-}
+    "NaN": (lambda raw: edit(raw, (40, 1, 1), np.nan), ["seed0001/gr/gr_snap001_phi.h5", "NaN"]),
+    "last planes": (lambda raw: edit(raw, slice(48, None), 0), ["planes 48-63 along axis 0 are constant"]),
+    "planes along axis 2": (lambda raw: edit(raw, np.s_[:, :, :9], 0), ["planes 0-8 along axis 2 are const"]),
+    "block of one process": (lambda raw: edit(raw, np.s_[32:, 32:], 1), ["1024 lines are constant"]),
+    "empty": (lambda raw: edit(raw, slice(None), 0), ["gr_snap001_phi.h5: all values are 0"]),
+    "same initial conditions": (
+        lambda raw: [replace(raw, field(0, gravity, 1), gravity) for gravity in GRAVITIES],
+        ["equal cubes: ", "seed0000/gr/gr_snap001_phi.h5, ", "seed0001/gr/gr_snap001_phi.h5"],
+    ),
+    "same gravity": (lambda raw: replace(raw, field(1, "newton", 1)), ["equal cubes: ", "seed0001"]),
+    "twin of another seed": (
+        lambda raw: [replace(raw, field(1 - s, "gr", 1), seed=s) for s in range(2)],
+        ["seeds 0-1: the cubes are not twins", "one realization, but several seeds: "],
+    ),
+    "shifted": (
+        lambda raw: replace(raw, np.roll(field(1, "gr", 1), (1, 0, -3), (0, 1, 2))),
+        ["seeds 1: the cubes are not twins", "seed 1: the GR cube has", "shifted by (1, 0, -3) cells"],
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -269,37 +425,115 @@ def test_bad_raw_output(tmp_path: Path, raw: Path, kind: str) -> None:
     damage(raw)
     with pytest.raises(UserError) as caught:
         pack(raw, tmp_path / "out.h5", redshift=1)
-    assert len(str(caught.value).splitlines()) <= 3
+    assert len(str(caught.value).splitlines()) <= 4
     for word in words:
         assert word in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
+
+
+def test_edited_settings_make_no_snapshot_old(tmp_path: Path, raw: Path) -> None:
+    now = settings_file(raw, 1, "gr").stat().st_mtime
+    os.utime(settings_file(raw, 1, "gr"), (now + 3600,) * 2)
+    assert list(Simulation(1, "gr", raw / "seed0001/gr").snapshots) == [0, 1, 2]
+
+
+def test_other_power_gives_a_warning(tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pack(raw, tmp_path / "a.h5", redshift=1)
+    assert not caplog.records
+    for seed in range(2):
+        replace(raw, field(seed, "gr", 0), seed=seed)
+    with caplog.at_level(logging.WARNING):
+        pack(raw, tmp_path / "b.h5", redshift=1)
+    assert "seeds 0-1: P_GR/P_N is 0.82" in caplog.text
 
 
 def test_invalid_requests(tmp_path: Path, raw: Path) -> None:
     out = tmp_path / "out.h5"
     for call, words in (
         (lambda: pack(tmp_path / "gone", out, redshift=1), "not a folder"),
-        (lambda: pack(raw / "seed0000", out, redshift=1), "no folders seed0000"),
-        (lambda: pack_snapshot(raw, out, snapshot=3), "no snapshot 3"),
-        (lambda: pack_difference(raw, out, redshifts=(1.0, 1.0)), "all values are"),
+        (lambda: pack(raw / "seed0000", out, redshift=1), "no folders seed0000.* contains gr, newton"),
+        (lambda: pack(raw, out, snapshot=3), "no snapshot 3"),
+        (lambda: pack(raw, out, difference=(1.0, 1.0)), "all values are"),
     ):
         with pytest.raises(UserError, match=words):
             call()
-    change(raw, **{"snapshot redshifts": "10, 2, 0"})
+    change(raw, snapshot__redshifts="10, 2, 0")
     with pytest.raises(UserError, match="several redshifts"):
-        pack_snapshot(raw, out, snapshot=1)
+        pack(raw, out, snapshot=1)
     (raw / "seed00001").mkdir()
     with pytest.raises(UserError, match="are the same seed"):
         pack(raw, out, redshift=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
-def test_massive_neutrinos_allow_no_difference(tmp_path: Path, raw: Path) -> None:
-    for seed, gravity in itertools.product(range(2), GRAVITIES):
-        write_settings(raw, seed, gravity, m_ncdm="0.06")
-    pack(raw, tmp_path / "out.h5", redshift=1)
-    with pytest.raises(UserError, match=r"m_ncdm = 0\.06"):
-        pack_difference(raw, tmp_path / "d.h5", redshifts=(10.0, 1.0))
+# ---- files that fit others ----
+
+
+def test_like_standardizes_as_another_file(tmp_path: Path, raw: Path) -> None:
+    first, second, third, fourth = (tmp_path / f"{name}.h5" for name in "abcd")
+    pack(raw, first, redshift=1)
+    new = write_raw(tmp_path / "new", lambda seed, *key: 1.2 * field(seed + 5, *key) + 2e-6)
+    pack(new, second, redshift=1)
+    pack(new, third, redshift=1, options=Options(like=first))
+    repack(second, fourth, options=Options(like=first))
+    with h5py.File(first) as a, h5py.File(third) as c, h5py.File(fourth) as d:
+        for name, cube in c.items():
+            np.testing.assert_allclose(cube, d[name], rtol=0, atol=1e-6)
+            values = 1.2 * field(int(name[-4:]) + 5, name.split("_")[0], 1) + 2e-6
+            expected = (values - a.attrs["mean"]) / a.attrs["std"]
+            np.testing.assert_allclose(cube, expected, rtol=0, atol=1e-5)
+        for file in (c, d):
+            assert (file.attrs["mean"], file.attrs["std"]) == (a.attrs["mean"], a.attrs["std"])
+            assert file.attrs["like"] == str(first)
+    with h5py.File(first, "a") as file:
+        file.attrs["std"] = 1.0
+    with pytest.raises(UserError, match=r"--like .*a.h5: was standardized by std 1, but the values have"):
+        pack(new, third, redshift=1, options=Options(like=first, overwrite=True))
+    with h5py.File(first, "a") as file:
+        del file.attrs["std"]
+    with pytest.raises(UserError, match=r"--like .*a.h5: has no attributes mean and std"):
+        pack(new, third, redshift=1, options=Options(like=first, overwrite=True))
+
+
+def test_renumber_closes_gaps(tmp_path: Path, raw: Path) -> None:
+    pack(raw, tmp_path / "a.h5", redshift=1)
+    (raw / "seed0001").rename(raw / "seed0004")
+    (raw / "seed0000").rename(raw / "seed0001")
+    pack(raw, tmp_path / "b.h5", redshift=1)
+    with pytest.raises(UserError, match=r"repack .*b.h5 .*b_renumbered.h5 --renumber"):
+        CubeFile(tmp_path / "b.h5").require(range(2))
+    pack(raw, tmp_path / "c.h5", redshift=1, options=Options(renumber=True))
+    repack(tmp_path / "b.h5", tmp_path / "d.h5", options=Options(renumber=True))
+    expected = unpacked(tmp_path / "a.h5")
+    for name in "cd":
+        cubes = CubeFile(tmp_path / f"{name}.h5")
+        assert cubes.attributes["original_seeds"] == [1, 4]
+        values = unpacked(cubes.path)
+        assert all(np.array_equal(values[key], expected[key]) for key in expected)
+
+
+def test_repack(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    expected = {}
+    with h5py.File(tmp_path / "slow.h5", "w") as file:
+        file.attrs.update({"std": 2.0, "names": ["a", "b"]})
+        for seed, gravity in itertools.product(range(2), GRAVITIES):
+            expected[seed, gravity] = generator.standard_normal((N,) * 3).astype(np.float32)
+            values = expected[seed, gravity].astype(">f8")
+            file.create_dataset(f"{seed}/{gravity}", data=values, chunks=(8, 8, 8), compression="gzip")
+    assert CubeFile(tmp_path / "slow.h5").slow_chunks()
+    repack(tmp_path / "slow.h5", tmp_path / "fast.h5")
+    fast = CubeFile(tmp_path / "fast.h5")
+    assert fast.slow_chunks() is None
+    assert fast.layout == "packed"
+    assert fast.attributes == {"std": 2.0, "names": ["a", "b"]}
+    out = np.empty((N,) * 3, np.float32)
+    for key, values in expected.items():
+        assert fast.cubes[key].direct
+        fast.read(*key, out)
+        assert np.array_equal(out, values)
+    repack(fast.path, fast.path, options=FORCE)  # in place
+    assert CubeFile(fast.path).seeds == (0, 1)
 
 
 # ---- failures leave no incomplete file ----
@@ -311,7 +545,7 @@ def test_existing_files_are_kept_without_force(tmp_path: Path, raw: Path) -> Non
     with pytest.raises(UserError, match=r"exists already.*--force"):
         pack(raw, out, redshift=1)
     assert out.read_text() == "precious"
-    pack(raw, out, redshift=1, overwrite=True)
+    pack(raw, out, redshift=1, options=FORCE)
     CubeFile(out).require(range(2))
 
 
@@ -344,7 +578,8 @@ def test_a_killed_pack_leaves_the_old_file(tmp_path: Path, raw: Path) -> None:
         "    original(*arguments)\n"
         "    if arguments[-2].simulation.seed == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "pack._standardize = standardize\n"
-        "pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), redshift=1, overwrite=True)\n"
+        "options = pack.Options(overwrite=True)\n"
+        "pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), redshift=1, options=options)\n"
     )
     command = [sys.executable, "-c", program, str(raw), str(out)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True)
@@ -354,9 +589,9 @@ def test_a_killed_pack_leaves_the_old_file(tmp_path: Path, raw: Path) -> None:
     (partial,) = tmp_path.glob("out.h5.*.partial")
     with partial.open("rb") as file:  # another program still writes it
         fcntl.flock(file, fcntl.LOCK_EX)
-        pack(raw, out, redshift=1, overwrite=True)
+        pack(raw, out, redshift=1, options=FORCE)
         assert partial.exists()
-    pack(raw, out, redshift=1, overwrite=True)
+    pack(raw, out, redshift=1, options=FORCE)
     assert {entry.name for entry in tmp_path.iterdir()} == {"out.h5", "raw"}
 
 
@@ -380,31 +615,7 @@ class _Usage:
     free = 4 * N**3 * 4 - 1
 
 
-# ---- repack and the commands ----
-
-
-def test_repack(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    expected = {}
-    with h5py.File(tmp_path / "slow.h5", "w") as file:
-        file.attrs.update({"std": 2.0, "names": ["a", "b"]})
-        for seed, gravity in itertools.product(range(2), GRAVITIES):
-            expected[seed, gravity] = generator.standard_normal((N,) * 3).astype(np.float32)
-            values = expected[seed, gravity].astype(">f8")
-            file.create_dataset(f"{seed}/{gravity}", data=values, chunks=(8, 8, 8), compression="gzip")
-    assert CubeFile(tmp_path / "slow.h5").slow_chunks()
-    repack(tmp_path / "slow.h5", tmp_path / "fast.h5")
-    fast = CubeFile(tmp_path / "fast.h5")
-    assert fast.slow_chunks() is None
-    assert fast.layout == "packed"
-    assert fast.attributes == {"std": 2.0, "names": ["a", "b"]}
-    out = np.empty((N,) * 3, np.float32)
-    for key, values in expected.items():
-        assert fast.cubes[key].direct
-        fast.read(*key, out)
-        assert np.array_equal(out, values)
-    repack(fast.path, fast.path, overwrite=True)  # in place
-    assert CubeFile(fast.path).seeds == (0, 1)
+# ---- the commands ----
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
@@ -417,15 +628,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
 
 
 def test_commands(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", str(tmp_path))
     a, b, c, d, e = (tmp_path / f"{name}.h5" for name in "abcde")
-    assert run(monkeypatch, "pack", raw, a, "--redshift", 1) == 0
+    assert run(monkeypatch, "pack", "$PLACE/raw", "${PLACE}/a.h5", "--redshift", 1) == 0
     assert run(monkeypatch, "pack", raw, b, "--snapshot", 1) == 0
     assert a.read_bytes() == b.read_bytes()
     assert run(monkeypatch, "pack", raw, b, "--difference", 10, 1) == 2
     assert run(monkeypatch, "pack", raw, b, "--difference", 10, 1, "--force") == 0
     assert CubeFile(b).attributes["difference_redshifts"] == [10.0, 1.0]
-    assert run(monkeypatch, "repack", a, c) == 0
-    assert CubeFile(c).seeds == (0, 1)
+    assert run(monkeypatch, "repack", a, c, "--remove-mean", "--renumber", "--like", a) == 0
+    assert CubeFile(c).attributes["original_seeds"] == [0, 1]
     assert run(monkeypatch, "synthesize", d, "--seeds", 1, "--strength", 15, "--seed", 2) == 0
     assert CubeFile(d).attributes["strength"] == 15.0
     assert CubeFile(d).attributes["seed"] == 2
@@ -450,16 +662,18 @@ def test_commands_with_invalid_input(
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert "Traceback" not in error
-    for arguments in (("pack", raw, out), ("pack", raw, out, "--redshift", "one"), ()):
+    bad = ("pack", raw, out), ("pack", raw, out, "--redshift", "one"), (), ("inspect", "$UNSET_VARIABLE/a.h5")
+    for arguments in bad:
         with pytest.raises(SystemExit) as ended:
             run(monkeypatch, *arguments)
         assert ended.value.code == 2
+    assert "$UNSET_VARIABLE, which is not set" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
 def test_a_filter_acts_on_the_whole_cube_before_standardization(tmp_path: Path, raw: Path) -> None:
     pack(raw, tmp_path / "all.h5", redshift=1)
-    pack(raw, tmp_path / "few.h5", redshift=1, filter=Filter(4))
+    pack(raw, tmp_path / "few.h5", redshift=1, options=Options(filter=Filter(4)))
     everything, few = unpacked(tmp_path / "all.h5"), unpacked(tmp_path / "few.h5")
     for key, cube in everything.items():
         np.testing.assert_allclose(few[key], Filter(4)(cube), atol=1e-5 * np.abs(cube).max())

@@ -619,7 +619,9 @@ def test_constant_data_cannot_be_standardized(
     with h5py.File(bad, "r+") as file:
         for cube in file.values():
             cube[...] = 2.0
-    check_refused(experiment(datafile=str(bad), standardize="train"), tmp_path, capsys, [str(bad), "2.0"])
+    check_refused(
+        experiment(datafile=str(bad), standardize="train"), tmp_path, capsys, [str(bad), "all values are 2"]
+    )
 
 
 def test_a_repacked_file_is_the_same_data(experiment: Experiment, universe: Path, tmp_path: Path) -> None:

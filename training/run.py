@@ -204,8 +204,8 @@ def check_setup(config: Config, accelerator: Accelerator) -> None:
     with distributed.raise_on_all_ranks():
         check_network(config)
         if data.synthetic is None or Path(data.datafile).exists():
-            cubes = datasets.CubeFile(data.datafile)
-            cubes.require(range(data.test_range.stop))
+            cubes = check_cubes(config)
+            cubes.identity(range(data.test_range.stop))
         accelerator.print(describe_setup(config, accelerator, cubes))
 
 
@@ -320,14 +320,27 @@ def open_cubes(config: Config, accelerator: Accelerator, seeds: range) -> datase
         if data.synthetic is not None and accelerator.is_main_process and not Path(data.datafile).exists():
             datasets.write_synthetic(data.datafile, seeds=len(seeds), **data.synthetic.model_dump())
     with distributed.raise_on_all_ranks():
-        local_copy = data.local_copy if data.local_copy and Path(data.local_copy).exists() else None
-        cubes = datasets.CubeFile(local_copy or data.datafile)
-        cubes.require(seeds)
-        cubes.require_finite(seeds)
+        cubes = check_cubes(config)
+        if accelerator.is_main_process:
+            for text in datasets.data_warnings(cubes, seeds, standardize=data.standardize):
+                accelerator.print(f"warning: {cubes.path}: {text}")
     if data.synthetic is not None:
         datasets.check_synthetic(cubes, **data.synthetic.model_dump())
     if (warning := cubes.slow_chunks()) is not None:
         accelerator.print(warning)
+    return cubes
+
+
+def check_cubes(config: Config) -> datasets.CubeFile:
+    """The data file, or its copy on this host, checked to have twins of all seeds. Raises UserError."""
+    data = config.data_params
+    copied = data.local_copy is not None and Path(data.local_copy).exists()
+    cubes = datasets.CubeFile(data.local_copy if copied and data.local_copy else data.datafile)
+    seeds = range(data.test_range.stop)
+    cubes.require(seeds)
+    if copied and Path(data.datafile).exists():
+        datasets.check_copy(datasets.CubeFile(data.datafile), cubes, seeds)
+    datasets.check_seeds(cubes, data.train_range, data.validation_range, data.test_range)
     return cubes
 
 

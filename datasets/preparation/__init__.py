@@ -1,1 +1,1 @@
-"""Programs that create and examine cube files. Training imports the synthetic universe only."""
+"""Programs that create and examine cube files, and the checks that training makes as well."""

@@ -1,7 +1,8 @@
 """Linear theory: expansion, growth of the potential, and its power spectrum.
 
 Wavenumbers are in h/Mpc, lengths in Mpc/h, the potential is in units of c^2, and c = 299792.458 km/s. The
-universe is flat: matter (m), radiation (r: photons and massless neutrinos) and a cosmological constant.
+universe is flat: matter (m), radiation (r: photons and massless neutrinos), a fluid with equation of state
+w = w0_fld + wa_fld (1 - a) and a cosmological constant.
 
 Sources: Meszaros 1974 (A&A 37, 225); Eisenstein & Hu 1998 (ApJ 496, 605); Dodelson & Schmidt 2020, Modern
 Cosmology, 2nd ed., chapter 8.
@@ -57,6 +58,9 @@ class Cosmology:
     k_pivot: float = 0.05  # 1/Mpc, not h/Mpc
     T_cmb: float = 2.7255  # K
     N_ur: float = 3.046  # massless neutrinos
+    Omega_fld: float = 0.0  # dark energy that is not a cosmological constant
+    w0_fld: float = -1.0
+    wa_fld: float = 0.0
 
     @property
     def Omega_m(self) -> float:
@@ -72,11 +76,17 @@ class Cosmology:
     @property
     def Omega_Lambda(self) -> float:
         """The cosmological constant today, over the critical density."""
-        return 1 - self.Omega_m - self.Omega_r
+        return 1 - self.Omega_m - self.Omega_r - self.Omega_fld
+
+    def fluid(self, a: float) -> float:
+        """Density of the fluid at scale factor `a`, over the critical density today."""
+        exponent = -3 * (1 + self.w0_fld + self.wa_fld)
+        return float(self.Omega_fld * a**exponent * np.exp(3 * self.wa_fld * (a - 1)))
 
     def expansion(self, a: float) -> float:
         """H(a) / H_0 at scale factor `a`."""
-        return float(np.sqrt(self.Omega_m * a**-3 + self.Omega_r * a**-4 + self.Omega_Lambda))
+        matter, radiation = self.Omega_m * a**-3, self.Omega_r * a**-4
+        return float(np.sqrt(matter + radiation + self.fluid(a) + self.Omega_Lambda))
 
     def conformal_hubble(self, redshift: float) -> float:
         """The conformal Hubble rate aH/c in h/Mpc, the wavenumber of the horizon."""
@@ -100,9 +110,10 @@ class Cosmology:
         matter, radiation, constant = self.Omega_m, self.Omega_r, self.Omega_Lambda
 
         def derivative(ln_a: float, state: NDArray[np.float64]) -> list[float]:
-            a = np.exp(ln_a)
-            squared = matter * a**-3 + radiation * a**-4 + constant
-            slope = -(1.5 * matter * a**-3 + 2 * radiation * a**-4) / squared  # dlnH/dlna
+            a, fluid = np.exp(ln_a), self.fluid(np.exp(ln_a))
+            squared = matter * a**-3 + radiation * a**-4 + fluid + constant
+            fluid *= 1.5 * (1 + self.w0_fld + self.wa_fld * (1 - a))
+            slope = -(1.5 * matter * a**-3 + 2 * radiation * a**-4 + fluid) / squared  # dlnH/dlna
             return [state[1], 1.5 * matter * a**-3 / squared * state[0] - (2 + slope) * state[1]]
 
         start, end = 1e-7, 1 / (1 + redshift)

@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..cube_file import GRAVITIES, CubeFile
-from .gevolution import find_simulations, snapshot_number
-from .pack import pack
+from .gevolution import find_simulations
+from .pack import Options, pack
 from .writer import new_cube, new_file, require_new
 
 OF_EACH = {"field", "fields", "redshift", "redshifts", "mean", "std", "variance", "source", "like"}
@@ -19,29 +19,27 @@ OF_EACH = {"field", "fields", "redshift", "redshifts", "mean", "std", "variance"
 MIN_CORRELATION = 0.8  # of one field of one simulation at two redshifts; 0.999 in gevolution, z = 10 and 1
 
 
-def pack_redshifts(
-    raw: Path, out: Path, redshifts: list[float], *, overwrite: bool = False, **options: Any
-) -> None:
+def pack_redshifts(raw: Path, out: Path, redshifts: list[float], *, options: Options) -> None:
     """`pack` at each redshift; several become the fields of one file. Raises UserError.
 
     Each redshift is packed, and so checked and standardized, as if it were alone. Until they are stacked this
     takes the space of `out` once more.
     """
     if len(redshifts) == 1:
-        pack(raw, out, redshift=redshifts[0], overwrite=overwrite, **options)
+        pack(raw, out, redshift=redshifts[0], options=options)
         return
     if len(set(redshifts)) < len(redshifts):
         raise UserError(f"--redshift {' '.join(f'{z:g}' for z in redshifts)}: give each redshift once.")
     for simulation in find_simulations(raw):
         for redshift in redshifts:
-            simulation.snapshot(snapshot_number(simulation, redshift))
-    require_new(out, overwrite=overwrite)
+            simulation.snapshot(redshift)
+    require_new(out, overwrite=options.overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
         parts = [Path(folder, f"{i}.h5") for i in range(len(redshifts))]
         for part, redshift in zip(parts, redshifts, strict=True):
-            pack(raw, part, redshift=redshift, **options)
-        stack(parts, out, overwrite=overwrite)
+            pack(raw, part, redshift=redshift, options=options)
+        stack(parts, out, overwrite=options.overwrite)
 
 
 def stack(paths: list[Path], out: Path, *, overwrite: bool = False) -> None:

@@ -4,12 +4,9 @@ import system
 from system import UserError
 
 import io
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
-import h5py
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,78 +14,68 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from ..cube_file import (
-    GRAVITIES,
-    H5PY_ERRORS,
-    Cube,
-    Cubes,
-    attr_float,
-    find_cubes,
-    open_cubes,
-    problems,
-    python_attributes,
-    slow_chunks,
-)
-from ..normalization import Moments
-from .pack import SLAB_BYTES
+from ..cube_file import GRAVITIES, Cube, CubeFile
+from ..moments import Moments
+from . import checks
 
 MAX_PROBLEMS = 20  # lines in a report
-FIELD_COLORS = "RdBu_r"  # both diverging maps are safe for color-blind readers
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
-MAX_PLANE_BYTES = 1 << 30  # of a plot
-DIFFERENCE_COLORS = "PuOr_r"
+FIELD_COLORS, DIFFERENCE_COLORS = "RdBu_r", "PuOr_r"  # both diverging maps are safe for color-blind readers
 
 
-@dataclass
-class _Findings:
-    """Results of reading all values."""
+def report(path: Path) -> tuple[str, bool]:
+    """The contents of a file and its problems, and whether its values can be analyzed. Reads all values.
 
-    moments: dict[str, Moments] = field(default_factory=lambda: {gravity: Moments() for gravity in GRAVITIES})
-    not_finite: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-
-
-def report(path: Path) -> str:
-    """A text with the contents of a file and its problems. Reads all values, in bounded memory.
-
-    Raises UserError if the file cannot be opened as HDF5, or has no cubes.
+    Raises UserError if the file cannot be opened as HDF5, or has no cubes that can be read.
     """
-    with open_cubes(path) as file:
-        layout, cubes = find_cubes(file)
-        findings = _read_all(file, cubes)
-        attributes = python_attributes(file.attrs)
-    seeds = {gravity: {seed for seed, g in cubes if g == gravity} for gravity in GRAVITIES}
-    pairs = seeds["newton"] & seeds["gr"]
+    cubes = CubeFile(path, strict=False)
+    survey = checks.survey(cubes)
+    seeds = {gravity: {seed for seed, g in cubes.cubes if g == gravity} for gravity in GRAVITIES}
+    stored = cubes.cubes.values()
     rows = [
         ("file", f"{path}, {path.stat().st_size / 1e6:,.1f} MB"),
-        ("layout", f"{layout} (/{next(iter(cubes.values())).name}, ...)"),
-        ("seeds", f"{len(pairs)} with both twins: {system.format_ranges(pairs)}"),
+        ("layout", f"{cubes.layout} (/{next(iter(stored)).name}, ...)"),
+        ("seeds", f"{len(cubes.seeds)} with both twins: {system.format_ranges(cubes.seeds)}"),
         ("gravities", ", ".join(f"{gravity} ({len(seeds[gravity])} cubes)" for gravity in GRAVITIES)),
-        ("shape", _distinct(str(cube.shape) for cube in cubes.values())),
-        ("type", _distinct(str(cube.dtype) for cube in cubes.values())),
-        ("storage", _distinct(_storage(cube) for cube in cubes.values())),
+        ("shape", _distinct(str(cube.shape) for cube in stored)),
+        ("type", _distinct(str(cube.dtype) for cube in stored)),
+        ("storage", _distinct(_storage(cube) for cube in stored)),
     ]
-    for gravity in GRAVITIES:
-        moments = findings.moments[gravity]
-        if moments.count:
-            rows.append((gravity, f"mean {moments.mean:.6g}, std {moments.std:.6g}"))
-    total = Moments()
-    for moments in findings.moments.values():
-        total.merge(moments)
-    if total.count:
-        rows.append(("all values", f"mean {total.mean:.6g}, std {total.std:.6g}"))
-    rows.append(("attributes", "" if attributes else "none"))
-    rows += [(f"  {key}", str(value)) for key, value in attributes.items()]
-    found = _problems(path, cubes, seeds, findings)
-    rows.append(("problems", "" if found else "none"))
+    for name, gravities in (*((g, [g]) for g in GRAVITIES), ("all values", list(GRAVITIES))):
+        moments = [Moments() for _ in cubes.fields]
+        for (_, gravity), parts in survey.moments.items():
+            for total, part in zip(moments, parts if gravity in gravities else [], strict=False):
+                total.merge(part)
+        if moments[0].count:
+            texts = [f"mean {total.mean:.6g}, std {total.std:.6g}" for total in moments]
+            rows.append((name, "; ".join(texts)))
+    rows.append(("attributes", "" if cubes.attributes else "none"))
+    rows += [(f"  {key}", str(value)) for key, value in cubes.attributes.items()]
+    wrong = [*cubes.problems.values(), *survey.unreadable]
+    wrong += survey.problems(lambda key: f"/{cubes.cubes[key].name}")
+    problems = _incomplete(cubes, seeds) + wrong
+    if slow := cubes.slow_chunks():
+        problems += slow.removeprefix(f"{path}: ").splitlines()
+    problems[MAX_PROBLEMS:] = [f"... and {len(problems) - MAX_PROBLEMS} more"] * (
+        len(problems) > MAX_PROBLEMS
+    )
+    rows.append(("problems", "" if problems else "none"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join(lines + [f"  {problem}" for problem in found])
+    lines += [f"  {problem}" for problem in problems]
+    if not wrong:
+        types = {gravity: {cubes.cubes[s, gravity].dtype for s in seeds[gravity]} for gravity in GRAVITIES}
+        warnings = survey.warnings()
+        for name, total in zip(cubes.fields, moments, strict=True):
+            warnings += checks.std_warnings(name, total.std)
+        if all(types.values()) and types["newton"] != types["gr"]:
+            listed = (f"{gravity} {_distinct(map(str, types[gravity]))}" for gravity in GRAVITIES)
+            warnings.append(f"the gravities have other types: {', '.join(listed)}. Write both alike.")
+        lines += [f"warning: {warning}" for warning in warnings]
+    return "\n".join(lines), not wrong
 
 
-def _distinct(texts: Iterator[str]) -> str:
+def _distinct(texts: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(texts))
 
 
@@ -98,55 +85,17 @@ def _storage(cube: Cube) -> str:
     return f"chunks {cube.chunks}" + (f", {' and '.join(cube.filters)}" if cube.filters else ", uncompressed")
 
 
-def _read_all(file: h5py.File, cubes: Cubes) -> _Findings:
-    findings = _Findings()
-    invalid = problems(cubes)
-    for (_, gravity), cube in tqdm(cubes.items(), desc="reading", unit="cube", disable=None):
-        if cube.name in invalid:  # its shape may be anything
-            continue
-        bad = 0
-        try:
-            for slab in _slabs(file[cube.name]):
-                finite = slab[np.abs(slab) <= MAX_FLOAT32]  # False for NaN
-                bad += slab.size - finite.size
-                if finite.size:
-                    findings.moments[gravity].add(finite)
-        except H5PY_ERRORS as error:
-            findings.unreadable.append(f"/{cube.name} cannot be read: {error}")
-        if bad:
-            findings.not_finite.append(
-                f"/{cube.name} has {bad} values that are NaN, infinite or beyond float32"
-            )
-    return findings
-
-
-def _slabs(data: h5py.Dataset) -> Iterator[NDArray[np.float64]]:
-    """The values in blocks of at most SLAB_BYTES; a plane may be larger than memory."""
-    axis, block = 0, 8 * math.prod(data.shape[1:])  # bytes at one index of `axis`
-    while block > SLAB_BYTES and axis < data.ndim - 1:
-        axis += 1
-        block //= data.shape[axis]
-    rows = max(1, SLAB_BYTES // block)
-    for index in np.ndindex(data.shape[:axis]):
-        for start in range(0, data.shape[axis], rows):
-            yield np.asarray(data[(*index, slice(start, start + rows))], dtype=np.float64)
-
-
-def _problems(path: Path, cubes: Cubes, seeds: dict[str, set[int]], findings: _Findings) -> list[str]:
-    found = []
+def _incomplete(cubes: CubeFile, seeds: dict[str, set[int]]) -> list[str]:
+    problems = []
     for gravity, twin in zip(GRAVITIES, reversed(GRAVITIES), strict=True):
         if alone := seeds[twin] - seeds[gravity]:
-            found.append(f"missing twins: no {gravity} cube for seeds {system.format_ranges(alone)}")
+            problems.append(f"missing twins: no {gravity} cube for seeds {system.format_ranges(alone)}")
     present = seeds["newton"] | seeds["gr"]
     # If one seed is far too large, the first gaps suffice.
     if gaps := set(range(min(max(present), 2 * len(present)))) - present:
-        found.append(f"missing seeds: {system.format_ranges(gaps)}; training needs seeds from 0 without gaps")
-    found += [*problems(cubes).values(), *findings.not_finite, *findings.unreadable]
-    if slow := slow_chunks(path, cubes):
-        found += slow.removeprefix(f"{path}: ").splitlines()
-    if len(found) > MAX_PROBLEMS:
-        found[MAX_PROBLEMS:] = [f"... and {len(found) - MAX_PROBLEMS} more"]
-    return found
+        problems.append(f"missing seeds: {system.format_ranges(gaps)}; training needs seeds 0, 1, 2, ...:")
+        problems.append(cubes.renumber_command)
+    return problems
 
 
 def check_plot(out: Path, overwrite: bool) -> None:
@@ -165,14 +114,13 @@ def plot(path: Path, out: Path) -> None:
 
     Raises UserError if no seed has two cubes of one shape, or if the plot cannot be written.
     """
-    with open_cubes(path) as file:
-        _, cubes = find_cubes(file)
-        seed = _seed_to_plot(path, cubes)
-        position = cubes[seed, "gr"].shape[0] // 2
-        slices = {g: np.asarray(file[cubes[seed, g].name][position], dtype=np.float64) for g in GRAVITIES}
-        attributes = python_attributes(file.attrs)
+    cubes = CubeFile(path, strict=False)
+    if not cubes.seeds:
+        raise UserError(f"{path}: nothing to plot: no seed has two cubes that can be read.")
+    seed, position, attributes = cubes.seeds[0], cubes.size // 2, cubes.attributes
+    slices = {gravity: cubes.read_planes(seed, gravity, 2)[0, 1].astype(np.float64) for gravity in GRAVITIES}
     standardized = "std" in attributes
-    redshift, box_size = (attr_float(attributes, key) for key in ("redshift", "box_size"))
+    redshift, box_size = cubes.attr_float("redshift"), cubes.attr_float("box_size")
     title = f"{path.name}: seed {seed}" + (f", z = {redshift:g}" if redshift is not None else "")
     figure = draw(
         slices["gr"],
@@ -188,18 +136,6 @@ def plot(path: Path, out: Path) -> None:
         system.write_atomically(out, image.getvalue())
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from error
-
-
-def _seed_to_plot(path: Path, cubes: Cubes) -> int:
-    for seed, gravity in cubes:
-        if gravity != "gr" or (seed, "newton") not in cubes:
-            continue
-        pair = cubes[seed, "gr"], cubes[seed, "newton"]
-        if pair[0].shape == pair[1].shape and all(len(c.shape) == 3 and c.dtype.kind in "fiu" for c in pair):
-            if 8 * math.prod(pair[0].shape[1:]) > MAX_PLANE_BYTES:
-                raise UserError(f"{path}: a slice of the shape {pair[0].shape[1:]} is too large to plot.")
-            return seed
-    raise UserError(f"{path}: nothing to plot: no seed has two cubes of one shape. Add a pair of twins.")
 
 
 def draw(

@@ -8,7 +8,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,13 +27,15 @@ def require_new(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Iterator[h5py.File]:
+def new_file(
+    path: Path, *, bytes_needed: int, overwrite: bool = False, verify: Callable[[Path], None] | None = None
+) -> Iterator[h5py.File]:
     """Write an HDF5 file under a temporary name, which becomes `path` when the block ends without an error.
 
     The temporary file (`NAME.xxxxxxxx.partial`, in the same folder) is removed after an error; that of a
     killed program is removed by the next one that writes `path`. Parent folders are created. Raises UserError
     if `path` exists and `overwrite` is False, if the disk has less than `bytes_needed` free, or if writing
-    fails.
+    fails. Before the file gets its name `verify` may read it and raise an error.
     """
     require_new(path, overwrite=overwrite)
     remove_abandoned(path)
@@ -53,6 +55,8 @@ def new_file(path: Path, *, bytes_needed: int, overwrite: bool = False) -> Itera
             with h5py.File(partial, "w", locking=False) as file:
                 yield file
             os.fsync(written.fileno())
+        if verify is not None:
+            verify(partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # h5py raises either for a disk that is full or read-only
         raise UserError(f"{path}: cannot be written: {error}") from error
