@@ -1,7 +1,7 @@
 """Evaluate a trained network: what it uses, how well it does, and what it could attain.
 
     accelerate launch evaluation.py runs/NAME [--seeds A:B] [--checkpoint best|last|STEP]
-                                              [--degrade] [--quick]
+                                              [--degrade] [--quick] [--converged-with FILE]
     python evaluation.py --compare runs/A runs/B [--output FOLDER]
     python evaluation.py --ensemble runs/A runs/B [--output FOLDER]
     python evaluation.py runs/NAME --predict FILE --output OUT.h5
@@ -40,6 +40,8 @@ try:
         fields,
         figures,
         interventions,
+        lattice,
+        planning,
         report,
         robustness,
         saliency,
@@ -49,7 +51,6 @@ try:
         unlabelled,
     )
     from analysis.findings import findings, warnings
-    from analysis.lattice import Lattice
     from analysis.simulation_spectra import Partitions, SimulationSpectra
 except ModuleNotFoundError as missing:
     print(f"Evaluation needs {missing.name}. Install it: pip install -e .", file=sys.stderr)
@@ -74,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--degrade", nargs="*", metavar="KEY=VALUE", help="also on degraded slices: smoothing=R, noise=LEVEL"
+    )
+    parser.add_argument(
+        "--converged-with", metavar="FILE", help="cubes of the same box with cells of another size"
     )
     parser.add_argument("--export", choices=["onnx"], help="also write model.onnx beside the weights")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predict the cubes of an HDF5 file")
@@ -129,6 +133,7 @@ def evaluate(options: argparse.Namespace) -> None:
         degradations = robustness.degradations(context.box, *settings)
         output = options.output or context.run / "evaluation"
         require_writable(output)
+        other = options.converged_with and open_other_resolution(options.converged_with, context.cubes)
     network, clock = context.network, report.Stopwatch(context.accelerator.print)
 
     # Predict and measure: each process takes its share of the seeds.
@@ -144,7 +149,7 @@ def evaluate(options: argparse.Namespace) -> None:
         every = context.slices(context.seeds)
         changed = context.collect(lambda: interventions.measure(network, every, bands, context.box))
         clock.lap("interventions")
-        spectra = [measure_spectra(context, field) for field in range(context.cubes.num_fields)]
+        spectra = [measure_spectra(context, bands, field) for field in range(context.cubes.num_fields)]
         if len(spectra) > 1 and context.training_file is not None:
             joint = (
                 fields.measure(context, context.train_seeds, context.training_file),
@@ -157,13 +162,16 @@ def evaluate(options: argparse.Namespace) -> None:
     # Conclude and write: on the main process.
     results = context.describe() | statistics.summarize(predictions)
     if context.trained.is_calibrated:
-        threshold = context.trained.calibration.threshold
-        results["calibrated"] = statistics.at_threshold(predictions, threshold)
+        log_odds = context.trained.calibration.log_odds(predictions.logit, predictions.axis).numpy()
+        calibrated = predictions.with_logits(log_odds)
+        results["calibrated"] = statistics.headline(calibrated) | statistics.cube_metrics(
+            calibrated.cube_logits
+        )
     if degraded is not None:
         results["degradation"] = robustness.summarize(predictions, degraded[1], degradations, *settings)
     if changed is not None and spectra is not None:
         results |= interventions.summarize(context.predictions(*changed[:2]), changed[2:], bands, context.box)
-        of_fields = [compare_spectra(predictions, part, results["interventions"]) for part in spectra]
+        of_fields = [compare_spectra(predictions, part, results["interventions"], other) for part in spectra]
         results |= of_fields[0]
         if len(spectra) > 1:
             results["fields"] = dict(zip(context.cubes.fields, of_fields, strict=True))
@@ -182,14 +190,18 @@ class Spectra:
 
     partitions: Partitions
     ceilings: dict[str, classifiers.Ceiling]
+    by_scale: dict[str, classifiers.SliceRatios]
+    """The directional likelihood ratios of slices for some scales alone (`restrict_to_scales`)."""
     test: SimulationSpectra
     train: SimulationSpectra | None
     same_file: bool
     """Whether both are different seeds of one file."""
     newton_augmentation: float
+    mean_matters: bool = True
+    """Whether the network sees the mean of a cube."""
 
 
-def measure_spectra(context: EvaluationContext, field: int = 0) -> Spectra:
+def measure_spectra(context: EvaluationContext, bands: interventions.Bands, field: int = 0) -> Spectra:
     """Spectra of a field of training and test seeds, with the likelihood ratios of test slices. Collective.
 
     Of several adjacent slices the first counts.
@@ -197,33 +209,62 @@ def measure_spectra(context: EvaluationContext, field: int = 0) -> Spectra:
     partitions, channel = Partitions(context.box), field * context.config.data_params.channels
 
     def measure(
-        seeds: range, file: datasets.CubeFile, ceilings: dict[str, classifiers.Ceiling]
+        seeds: range, file: datasets.CubeFile, ratios: dict[str, classifiers.SliceRatios]
     ) -> SimulationSpectra:
         batches = (replace(batch, images=batch.images[:, channel:]) for batch in context.slices(seeds, file))
         solids = ((number, cube[field]) for number, cube in context.whole_cubes(seeds, file))
         with distributed.raise_on_all_ranks():
-            slices, cubes = simulation_spectra.measure(partitions, batches, solids, ceilings)
+            slices, cubes = simulation_spectra.measure(partitions, batches, solids, ratios)
         rows = context.gather(*slices), context.gather(*cubes)
-        return SimulationSpectra.from_rows(partitions, *rows, ceilings)
+        return SimulationSpectra.from_rows(partitions, *rows, ratios)
 
-    train, ceilings = None, {}
+    train, ceilings, by_scale = None, {}, {}
     if context.training_file is None:
         context.accelerator.print("no baselines and ceilings: the data file of the training is missing")
     else:
         train = measure(context.train_seeds, context.training_file, {})
         ceilings = classifiers.fit_ceilings(partitions, train)
-    test = measure(context.seeds, context.cubes, ceilings)
-    factor = context.config.data_params.newton_augmentation
-    return Spectra(partitions, ceilings, test, train, context.same_file, factor)
+        by_scale = classifiers.restrict_to_scales(ceilings["directional"], partitions, bands.edges)
+    ratios = {name: ceiling.slices for name, ceiling in ceilings.items()} | by_scale
+    test = measure(context.seeds, context.cubes, ratios)
+    data = context.config.data_params
+    return Spectra(
+        partitions,
+        ceilings,
+        by_scale,
+        test,
+        train,
+        context.same_file,
+        data.newton_augmentation,
+        mean_matters=data.whiten == "none",
+    )
 
 
-def compare_spectra(predictions: Predictions, spectra: Spectra, scan: dict[str, Any]) -> dict[str, Any]:
+def open_other_resolution(path: str, cubes: datasets.CubeFile) -> datasets.CubeFile:
+    """The cubes in `path`, if they have another number of cells in the same box. Raises UserError."""
+    other = datasets.CubeFile(path)
+    box, other_box = (file.attr_float("box_size") for file in (cubes, other))
+    if other.size == cubes.size or box != other_box:
+        raise UserError(
+            f"--converged-with {path}: found {other.size}^3 cells and box_size {other_box}, beside "
+            f"{cubes.size}^3 and {box} in {cubes.path}. Give simulations of the same box with other cells."
+        )
+    return other
+
+
+def compare_spectra(
+    predictions: Predictions,
+    spectra: Spectra,
+    scan: dict[str, Any],
+    other: datasets.CubeFile | None = None,
+) -> dict[str, Any]:
     """Lattice diagnostics of the cubes, and the network beside classifiers of spectra.
 
-    `scan` are the `interventions`: directions are compared where the network uses them.
+    `scan` are the `interventions`: directions are compared where the network uses them. `other` has cells of
+    another size.
     """
     partitions, test, train = spectra.partitions, spectra.test, spectra.train
-    grid = Lattice.from_spectra(
+    grid = lattice.Lattice.from_spectra(
         partitions,
         [test, train] if spectra.same_file and train is not None else [test],
         spectra.newton_augmentation,
@@ -231,14 +272,17 @@ def compare_spectra(predictions: Predictions, spectra: Spectra, scan: dict[str, 
     shares = np.array([share["value"] for share in scan["shares"]])
     results = {
         "power_spectra": simulation_spectra.summarize(partitions, test),
-        "grid": grid.report(),
+        "grid": grid.report(mean_matters=spectra.mean_matters),
         "direction_dependence": grid.direction_dependence(
             shares, np.array(scan["edges"]) / partitions.box.fundamental
         ),
     }
+    if other is not None:
+        results["convergence"] = planning.compare_resolutions(grid, lattice.measure_file(other))
     if train is not None:
         results["baselines"] = classifiers.compare_baselines(predictions, partitions, train, test)
         results["ceilings"] = classifiers.compare_ceilings(predictions, spectra.ceilings, test)
+        results["scales"] = classifiers.compare_scales(predictions, spectra.by_scale, test)
     return results
 
 

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 import datasets
 import models
+from analysis.lattice import box_of
 from analysis.power_spectrum import Box
 from analysis.statistics import MIN_SEEDS
+from datasets.preparation.cosmology import linear_theory_reference
 from models import export
 from training import checkpoint, distributed, metrics
 from training.config import Config, check_same_settings, load_config
@@ -66,7 +68,7 @@ class EvaluationContext:
     @property
     def box(self) -> Box:
         """The periodic box of the simulations."""
-        return Box(self.cubes.size, self.cubes.attr_float("box_size"))
+        return box_of(self.cubes)
 
     def slices(self, seeds: range, cubes: datasets.CubeFile | None = None) -> Iterator[datasets.Batch]:
         """This rank's share of the slices of `seeds`, as the network sees them, cube by cube.
@@ -159,6 +161,8 @@ class EvaluationContext:
                 **{key: self.cubes.attr_float(key) for key in ("box_size", "redshift", "mean", "std")},
                 "fields": self.cubes.fields,
                 **data.model_dump(include={"newton_augmentation", "axes"}),
+                "max_wavenumber": self.cubes.attr_float("max_wavenumber"),
+                "reference": linear_theory_reference(self.cubes.attributes),
             },
             "environment": {
                 "processes": accelerator.num_processes,

@@ -24,6 +24,7 @@ ALPHA = 0.05
 # isotropic.
 ISOTROPIC = 0.2
 SMALL_EXCESS = 0.5  # of P_GR/P_N in linear theory, in per cent
+NEGLIGIBLE = 0.515  # a slice AUC below this is next to nothing
 DRIVERS = {
     "mean": "the mean of the slices",
     "large_scales": "modes with n <= 4 (large scales)",
@@ -83,14 +84,12 @@ def warnings(results: Results) -> list[str]:
             f"Newtonian slices were multiplied by {data['newton_augmentation']:g}: this tests the pipeline, "
             "not gravity."
         )
-    return lines
+    return [*lines, *results.get("grid", {}).get("warnings", [])]
 
 
 def findings(results: Results) -> list[str]:
     """What the results show; the first sentence states what drives the classification."""
     lines = [_driver(results), _performance(results)]
-    if "grid" in results:
-        lines += _lattice(results)
     if "baselines" in results:
         lines.append(_beside_baselines(results))
     if "ceilings" in results:
@@ -110,24 +109,55 @@ def significant(results: Results) -> bool:
 
 def _performance(results: Results) -> str:
     cubes, calibrated = results["cubes"], results.get("calibrated")
-    at_threshold = (
-        ""
-        if calibrated is None
-        else f" At the threshold of the validation seeds (logit {calibrated['threshold']:.3g}): accuracy "
-        f"of slices {format_estimate(calibrated['accuracy'], percent=True)}, of cubes "
-        f"{format_estimate(calibrated['cube_accuracy'], percent=True)}."
-    )
-    return (
-        f"Slices: AUC {format_estimate(results['slices']['auc'])}, one-sided p = "
-        f"{format_number(results['significance']['p_value'])} by exchanging the labels of twins. Cubes by "
-        f"mean logit: AUC {format_estimate(cubes['cube_auc'])}, accuracy at logit 0 "
+    p_value, seeds = results["significance"]["p_value"], results["data"]["seeds"]
+    smallest = f", the smallest possible with {seeds[1] - seeds[0]} seeds"
+    text = (
+        f"Slices: AUC {format_estimate(results['slices']['auc'])}, within one axis "
+        f"{format_estimate(results['within_axis'])}; one-sided p = {format_number(p_value)}"
+        f"{smallest if p_value <= 1 / results['significance']['relabellings'] else ''}, by exchanging the "
+        "labels "
+        f"of twins. Cubes by mean logit: AUC {format_estimate(cubes['cube_auc'])}, accuracy at logit 0 "
         f"{format_estimate(cubes['cube_accuracy'], percent=True)}, "
-        f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar).{at_threshold}"
+        f"p = {format_number(results['significance']['mcnemar_p_value'])} (McNemar)."
+    )
+    if calibrated is None:
+        return text
+    return (
+        f"{text} With the calibration of the validation seeds: accuracy of slices "
+        f"{format_estimate(calibrated['accuracy'], percent=True)}, of cubes "
+        f"{format_estimate(calibrated['cube_accuracy'], percent=True)}."
     )
 
 
 def _driver(results: Results) -> str:
     """The first finding."""
+    return f"{_filtered(results)}{_named_driver(results)}{_only_there(results)}"
+
+
+def _filtered(results: Results) -> str:
+    """That the cubes were filtered, and what the modes left in them hold."""
+    largest = results["data"].get("max_wavenumber")
+    if largest is None:
+        return ""
+    text = f"The cubes were filtered: they hold modes with n <= {largest:g} only"
+    if "ceilings" not in results:
+        return f"{text}. "
+    attained = results["ceilings"]["directional"]["test"]["slices"]["within_axis"]
+    held = f"the likelihood ratio of their spectra attains a slice AUC of {format_estimate(attained)}"
+    if attained["value"] >= NEGLIGIBLE:
+        return f"{text}, of which {held}. "
+    return f"{text}, and slices hold next to no difference between the gravities: {held}. "
+
+
+def _only_there(results: Results) -> str:
+    """What the network would attain if the twins differed only on some scales."""
+    if "hybrids" not in results or results["data"].get("max_wavenumber") is not None:
+        return ""
+    large, small = (format_estimate(results["hybrids"][key]) for key in ("large_scales", "small_scales"))
+    return f" Its AUC would be {large} if the twins differed only at 0 < n <= 4, and {small} if only beyond."
+
+
+def _named_driver(results: Results) -> str:
     data = results["data"]
     if not significant(results):
         seeds = data["seeds"][1] - data["seeds"][0]
@@ -143,7 +173,7 @@ def _driver(results: Results) -> str:
             "(omit --quick)."
         )
     parts = results["attribution"]
-    share = {name: found["value"] for name, found in parts["drivers"].items()}
+    share = {name: part["value"] for name, part in parts["drivers"].items()}
     driver = max(share, key=lambda name: share[name])
     remainder = parts["remainder"]["value"]
     if not _excludes_zero(parts["lead"]) or parts["lead"]["value"] <= abs(remainder):
@@ -156,7 +186,7 @@ def _driver(results: Results) -> str:
     if driver == "mean":
         return (
             f"The mean of the slices drives the classification: {part} comes from it. It holds the waves "
-            "perpendicular to the slice and the mean of the cube, of which only the latter is an artefact: "
+            "perpendicular to the slice and the mean of the cube, of which only the latter is an artifact: "
             "repeat with data packed with --remove-mean."
         )
     text = f"The classification is driven by {DRIVERS[driver]}"
@@ -167,11 +197,19 @@ def _driver(results: Results) -> str:
         return text + "Newtonian slices were multiplied by a factor, which changes the power of all modes."
     if driver == "large_scales":
         return text + _linear_theory(data)
-    return _by_direction(results["direction_dependence"], part, text)
+    return _small_scales(results, part, text)
 
 
 def _linear_theory(data: Mapping[str, Any]) -> str:
     """What linear theory says about n <= 4 in a box of this length."""
+    if data["reference"] == "unknown":
+        return "Nothing is predicted for them: the settings of these simulations are unknown."
+    if data["reference"] == "none":
+        return (
+            "With radiation treatment = CLASS, linear theory predicts no difference of 0.1 % or more at n >= "
+            "3; "
+            "a late difference at the horizon, n <= 2, is measured in such simulations, not predicted here."
+        )
     if not data["box_size"]:
         return "Without the size of the box, linear theory predicts nothing for them."
     n = np.array([1, LARGE_SCALES])
@@ -179,35 +217,65 @@ def _linear_theory(data: Mapping[str, Any]) -> str:
     if largest < SMALL_EXCESS:
         return f"Linear theory predicts less than {SMALL_EXCESS} % there in this box."
     return (
-        f"Linear theory predicts an excess of {largest:.1f} % at n = 1 and {smallest:.1f} % at n = 4 in "
-        "this box, from radiation and gauge in the initial conditions, not from relativistic dynamics."
+        f"For cubes linear theory predicts an excess of {largest:.1f} % at n = 1 and {smallest:.1f} % at n = "
+        "4 "
+        "in this box, for slices somewhat less, from radiation and gauge in the initial conditions, not from "
+        "relativistic dynamics."
     )
 
 
-def _by_direction(found: Mapping[str, Any], part: str, text: str) -> str:
-    """The first finding if modes with n > 4 drive the classification: `text` and what the lattice does."""
-    if not found:
-        return text.strip()
-    axes, diagonals, contrast = found["axes"], found["diagonals"], found["contrast"]
+def _small_scales(results: Results, part: str, text: str) -> str:
+    """The driver if it is n > 4: `text`, and what directions, theory and a second resolution say about it."""
+    by_direction = results["direction_dependence"]
+    if not by_direction:
+        return text + "Too few modes there to compare directions."
+    axes, diagonals, contrast = (by_direction[key] for key in ("axes", "diagonals", "contrast"))
     ratio = (
         f"P_GR/P_N {axes['value']:.4f} along the grid axes, {diagonals['value']:.4f} along diagonals, as the "
         "network weighs scales"
     )
-    if not _excludes_zero(contrast) or abs(contrast["value"]) <= ISOTROPIC * abs(found["isotropic"]["value"]):
-        return text + f"The twins differ there equally in all directions, unlike a lattice effect ({ratio})."
-    if abs(contrast["value"]) <= 2 * found["width_error"]:
-        return text + f"The twins' ratio changes too steeply there to compare directions ({ratio})."
-    low, high = sorted((axes, diagonals), key=lambda estimate: estimate["value"])
-    if low["high"] is None or low["high"] >= 1 or high["low"] <= 1:
+    isotropic = abs(contrast["value"]) <= ISOTROPIC * abs(by_direction["isotropic"]["value"])
+    if not isotropic and _excludes_zero(contrast):
+        if abs(contrast["value"]) <= 2 * by_direction["width_error"]:
+            return f"{text}The twins' ratio changes too steeply there to compare directions ({ratio})."
+        low, high = sorted((axes, diagonals), key=lambda estimate: estimate["value"])
+        if low["high"] is None or low["high"] >= 1 or high["low"] <= 1:
+            return (
+                f"{text}The difference of the twins there depends in part on direction, an effect of the "
+                f"lattice ({ratio})."
+            )
         return (
-            text
-            + "The difference of the twins there depends in part on direction, an effect of the lattice "
-            + f"({ratio})."
+            f"The lattice drives the classification: {part} comes from {DRIVERS['small_scales']}, where the "
+            f"sign of the difference of the twins depends on the direction to the grid axes ({ratio}). "
+            "Gravity is isotropic: this is an effect of the grid, not physics."
         )
     return (
-        f"The lattice drives the classification: {part} comes from {DRIVERS['small_scales']}, where the sign "
-        f"of the difference of the twins depends on the direction to the grid axes ({ratio}). Gravity is "
-        "isotropic: this is an effect of the grid, not physics."
+        f"{text}The twins differ there by the same in all directions ({ratio}). {_isotropic_excess(results)}"
+    )
+
+
+def _isotropic_excess(results: Results) -> str:
+    """Whether an isotropic difference at n > 4 is numerical: equal in all directions is not enough."""
+    follows = results.get("convergence", {}).get("follows")
+    if follows == "n":
+        return "It is the same with cells of another size, so it is no matter of resolution."
+    if follows == "cell":
+        return (
+            "With cells of another size it moves with the Nyquist wavenumber: it is numerical, not physics."
+        )
+    predicted = {
+        "linear": "Linear theory predicts no difference beyond n = 4",
+        "none": "Linear theory predicts no difference there",
+    }
+    text = predicted.get(results["data"]["reference"], "No theory is known for these simulations")
+    rise = results.get("grid", {}).get("rise")
+    if rise and _excludes_zero(rise) and rise["value"] > 0:
+        text += ", and the difference rises towards the Nyquist wavenumber, as numerical errors do"
+    compared = "follows neither n nor the cells of a second file" if follows else "has no second resolution"
+    return (
+        f"{text}. It {compared}: take it for numerical until it is shown to be the same with cells of "
+        "another "
+        "size (--converged-with FILE)."
     )
 
 
@@ -229,23 +297,21 @@ def _strongest_band(results: Results) -> str:
     return f", most of all by k = {low:.3g} to {high:.3g} {found['unit']} ({100 * shares[band]:.0f} %)"
 
 
-def _lattice(results: Results) -> list[str]:
-    """Warnings of the data themselves: direction or mean separates the labels."""
-    return [str(line) for line in results["grid"]["warnings"]]
-
-
 def _beside_baselines(results: Results) -> str:
-    found = results["baselines"]
     verdicts = []
     for name in ("isotropic", "directional"):
-        gain = found[name]["gain"]["auc"]
+        baseline = results["baselines"][name]
+        gain = baseline["gain"]["within_axis"]
         verdicts.append(
-            f"{_compare(gain)} the {name} one (AUC {found[name]['slices']['auc']['value']:.4f}, difference "
-            f"{format_estimate(gain)})"
+            f"{_compare(gain)} the {name} one (AUC {baseline['slices']['within_axis']['value']:.4f}, "
+            f"difference {format_estimate(gain)})"
         )
     text = (
-        f"Of the baselines on the power spectrum of slices, the network is {verdicts[0]} and {verdicts[1]}."
+        "Of the baselines on the power spectrum of slices, by the AUC within one axis, the network is "
+        f"{verdicts[0]} and {verdicts[1]}."
     )
+    if results["model"]["architecture"] == "LYNX":
+        return f"{text} LYNX sees the powers of filters alone, no more than two-point statistics."
     if beyond_two_point(results):
         return text + _beyond(results)
     return text + " Information beyond two-point statistics is not shown."
@@ -256,27 +322,32 @@ def _beyond(results: Results) -> str:
     if "degradation" not in results:
         return text + "; --degrade shows whether it depends on the phases of the modes."
     change = results["degradation"]["random_phases"]["change"]
-    found = f"(difference {format_estimate(change)})"
+    difference = f"(difference {format_estimate(change)})"
+    caution = (
+        "Random phases also remove what correlates modes of different k in a field that is not homogeneous, "
+        "as where the axes of the cubes differ."
+    )
     if change["high"] is not None and change["high"] < 0:
         return (
-            f"{text}, and its AUC is lower on slices with the same power spectra and random phases {found}: "
-            "information beyond two-point statistics is indicated. A network trained on slices with random "
-            "phases would prove it."
+            f"{text}, and its AUC is lower on slices with the same power spectra and random phases "
+            f"{difference}: information beyond two-point statistics is indicated. {caution} A network "
+            "trained "
+            "on slices with random phases would prove it."
         )
     return (
         f"{text}, but its AUC is not shown to be lower on slices with the same power spectra and random "
-        f"phases {found}: information beyond two-point statistics is not shown."
+        f"phases {difference}: information beyond two-point statistics is not shown."
     )
 
 
 def beyond_two_point(results: Results) -> bool:
     """Whether the network exceeds all that the direction-resolved power spectrum attains on the same slices.
 
-    By the intervals of the paired difference in AUC to the baselines and, as these may be fitted to too few
-    seeds, to the Gaussian likelihood ratios.
+    By the intervals of the paired difference in the AUC within one axis to the baselines and, as these may be
+    fitted to too few seeds, to the Gaussian likelihood ratios.
     """
-    gains = [baseline["gain"]["auc"] for baseline in results["baselines"].values()]
-    gains += [limit["gain"]["auc"] for limit in results.get("ceilings", {}).values()]
+    gains = [baseline["gain"]["within_axis"] for baseline in results["baselines"].values()]
+    gains += [limit["gain"]["within_axis"] for limit in results.get("ceilings", {}).values()]
     return significant(results) and all(gain["low"] is not None and gain["low"] > 0 for gain in gains)
 
 
@@ -287,17 +358,26 @@ def _compare(gain: Estimate) -> str:
 
 
 def _beside_ceilings(results: Results) -> str:
-    found = results["ceilings"]
-    parts = [f"{limit['slice_auc']['value']:.4f} {name}" for name, limit in found.items()]
+    ceilings = results["ceilings"]
+    parts = [
+        f"{limit['slice_auc']['value']:.4f} {name} ({limit['test']['slices']['within_axis']['value']:.4f} on "
+        "the "
+        "test seeds)"
+        for name, limit in ceilings.items()
+    ]
     spectra = "With these spectra"
     if "transfer" in results:
         spectra = f"With the spectra at z = {results['transfer']['trained_redshift']:g}"
-    text = f"{spectra} the likelihood ratio of Gaussian fields reaches a slice AUC of {', '.join(parts)}."
-    attained = found["directional"]["attained"]
+    text = (
+        f"{spectra} the likelihood ratio of Gaussian fields is expected to reach a slice AUC of "
+        f"{', '.join(parts)}."
+    )
+    attained = ceilings["directional"]["attained"]
     if "transfer" in results or attained is None or not np.isfinite(attained):
         return text
     return (
-        f"{text} The network attains {100 * attained:.0f} % of the detectability d' of the directional one."
+        f"{text} Within one axis the network attains {100 * attained:.0f} % of the detectability d' that the "
+        "directional one is expected to have."
     )
 
 

@@ -36,6 +36,7 @@ LARGE_SCALES = 4  # modes with n up to this are called large scales
 AXES, DIAGONALS = 0.9, 0.6  # mu4 of a slice's mode: above, along a grid axis; below, along a diagonal
 GROUPS = ("mean", "large_scales", "axes", "between", "diagonals")
 DRIVERS = ("mean", "large_scales", "small_scales")
+HYBRIDS = (*GROUPS, "small_scales")
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,14 @@ class Bands:
         return (n >= edges[:-1]) & (n < edges[1:])
 
 
-def group_masks(size: int) -> Tensor:
-    """Which modes of a real transform of a slice belong to each of GROUPS: (groups, N, N // 2 + 1).
+def group_masks(n: Tensor, direction: Tensor) -> Tensor:
+    """Which modes with wavenumber `n` and direction mu4 (...) belong to each of HYBRIDS: (groups, ...).
 
-    Modes with n > LARGE_SCALES are divided by their direction to the grid axes.
+    GROUPS partition the modes: those with n > LARGE_SCALES by their direction to the grid axes.
     """
-    vectors = wave_vectors(size, 2)
-    n, direction = wavenumber(vectors), mu4(vectors)
     small = n > LARGE_SCALES
     axes, diagonals = small & (direction > AXES), small & (direction < DIAGONALS)
-    return torch.stack([n == 0, (n > 0) & ~small, axes, small & ~axes & ~diagonals, diagonals])
+    return torch.stack([n == 0, (n > 0) & ~small, axes, small & ~axes & ~diagonals, diagonals, small])
 
 
 def components(slices: Tensor, masks: Tensor) -> Iterator[Tensor]:
@@ -97,10 +96,11 @@ def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) 
 
     `batches` come seed by seed, Newtonian cube first. Returns columns with a row per slice: sample id; the
     logit unchanged; logits (edges or bands) of each of KINDS; logits (groups) after exchange of each of
-    GROUPS; the power spectrum of d logit / d pixel.
+    HYBRIDS; the power spectrum of d logit / d pixel.
     """
     rows = []
-    groups = group_masks(box.size)
+    vectors = wave_vectors(box.size, 2)
+    groups = group_masks(wavenumber(vectors), mu4(vectors))
     for ids, (newton, gr) in _twins(batches, max(1, box.size // POSITIONS)):
         both = torch.cat([newton, gr])
         logits_of = partial(network, axes=ids.flatten() // box.size % 3)
@@ -136,7 +136,7 @@ def _twins(batches: Iterable[Batch], stride: int) -> Iterator[tuple[Tensor, Tens
 def summarize(
     unchanged: Predictions, columns: Sequence[Floats], bands: Bands, box: Box
 ) -> dict[str, dict[str, Any]]:
-    """Metrics by wavenumber after each of KINDS (`interventions`), and the `attribution` (`attribute`).
+    """Metrics by wavenumber after each of KINDS (`interventions`), `attribution` and `hybrids`.
 
     `columns` are those of `measure` after the unchanged logits. Wavenumbers are in h/Mpc, or in units of the
     fundamental mode where the box is not known: `edges` of the bands; `cuts` between them, of which a low
@@ -161,7 +161,24 @@ def summarize(
     slope = slopes.mean(0) * np.arange(1, box.size // 2 + 1)  # modes grow as n
     results["saliency"] = slope / (slope.sum() or 1.0)  # a network with dead units has no gradient
     results["shares"] = shares(*twin_differences(unchanged, logits["exchange"]))[:-1]
-    return {"interventions": results, "attribution": attribute(unchanged, grouped)}
+    return {
+        "interventions": results,
+        "attribution": attribute(unchanged, grouped[:, : len(GROUPS)]),
+        "hybrids": hybrids(unchanged, grouped),
+    }
+
+
+def hybrids(unchanged: Predictions, exchanged: Floats) -> dict[str, Any]:
+    """AUC of Newtonian slices against the same slices with one group of modes from the GR twin: of HYBRIDS.
+
+    What the network would attain if the twins differed only there. `exchanged` (slices, groups) are the
+    logits after the exchange of each group: those of Newtonian slices are those of the hybrids.
+    """
+    pairs = unchanged.logit.reshape(len(unchanged.seeds), 2, -1)
+    hybrid = exchanged.reshape(*pairs.shape, -1)[:, 0]
+    logits = (np.stack([pairs[:, 0], hybrid[..., group]], axis=1).ravel() for group in range(len(HYBRIDS)))
+    areas = [statistics.auc_estimate(unchanged.with_logits(values).wins) for values in logits]
+    return dict(zip(HYBRIDS, areas, strict=True))
 
 
 def twin_differences(unchanged: Predictions, exchanged: Floats) -> tuple[Floats, Floats]:

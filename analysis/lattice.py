@@ -7,7 +7,13 @@ of their spectra to 1e-4.
 
 The three axes of a cube are statistically equivalent. If the power of the modes perpendicular to one axis
 differs from that of the others, the initial conditions are at fault, and slices along different axes have
-different spectra. This is no difference between the gravities.
+different spectra. This is no difference between the gravities. One such defect is known: the `basic`
+generator of initial conditions of gevolution 1.0 to 1.3 (`ic_basic.hpp`, the loops over k_x = 0; fixed in
+2.0) gives the modes (0, k_y, -k_z) the conjugate of the draw of (0, k_y, k_z). The plane k_x = 0, x being
+array axis 2, then has half the power, and mirror modes in it have a coherence of 1/2.
+
+Isotropy is necessary for physics, not sufficient: a difference that depends on the size of the cells is
+numerical. `planning.compare_resolutions` tells the two apart.
 
 A direction is mu4 = sum_i n_i^4 / n^4 (see `power_spectrum`): above 0.9 along a grid axis, up to 0.45 along a
 diagonal, between otherwise.
@@ -15,7 +21,7 @@ diagonal, between otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +32,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 from scipy.stats import mannwhitneyu
 
+import datasets
 from analysis.power_spectrum import (
     ALONG_AXIS,
     ALONG_DIAGONAL,
@@ -34,14 +41,17 @@ from analysis.power_spectrum import (
     directions,
     fold_power,
     measurable,
+    mirror_coherence,
     planes,
     shell_edges,
 )
 from analysis.simulation_spectra import Partitions, SimulationSpectra
-from analysis.statistics import Bools, mean_estimate
+from analysis.statistics import Bools, Estimate, mean_estimate
+from datasets.preparation.cosmology import linear_theory_reference
 from training.metrics import Floats, Integers
 
 DIRECTIONS = ("axis", "between", "diagonal")
+DEFECT = 2  # the array axis that is gevolution's x
 SIGNIFICANT = 5.0  # standard errors
 RELEVANT = 0.2  # d' of a cube; linear theory gives 0.3
 UNEQUAL = 0.02  # relative difference in power between axes
@@ -74,7 +84,9 @@ class Lattice:
 
     `power` (seeds, 2, bins) is P(k) of the cubes in `bins`, the partition `power_spectrum.directions`;
     `plane_power` (seeds, 2, bins) that in `plane_bins`, the partition `power_spectrum.planes`; `means`
-    (seeds, 2) are the means of the cubes in units of the field's standard deviation. Newton comes first.
+    (seeds, 2) are the means of the cubes in units of the field's standard deviation; `coherence` (seeds, 3)
+    that of mirror modes (`power_spectrum.mirror_coherence`), the mean of twins. Newton comes first. One seed
+    has no errors, and no warnings but that of its axes.
     """
 
     bins: ModeBins
@@ -82,11 +94,7 @@ class Lattice:
     plane_bins: ModeBins
     plane_power: Floats
     means: Floats
-
-    def __post_init__(self) -> None:
-        seeds = len(self.power)
-        if seeds < 2:
-            raise ValueError(f"found {seeds} seed with both gravities; errors from twins need at least 2")
+    coherence: Floats
 
     @classmethod
     def from_spectra(
@@ -103,15 +111,17 @@ class Lattice:
             partitions.cubes["planes"],
             plane_power,
             np.concatenate([part.cube_means for part in spectra]) / factor,
+            np.concatenate([part.coherence.mean(1) for part in spectra]),
         )
 
-    def report(self) -> dict[str, Any]:
-        """The `grid` section of report.json.
+    def report(self, *, mean_matters: bool = True) -> dict[str, Any]:
+        """The `grid` section of report.json; `mean_matters`: whether the classifier sees the mean of a cube.
 
         `ratio`: P_GR/P_N with a 95 % interval by direction and band of n, between `edges`: `value`, `low`
         and `high` are (directions, bands) with NaN where a band has no modes. `corners`: share of the modes
         and of the variance beyond the Nyquist sphere. `axis_power`: the power of modes perpendicular to each
-        axis, relative to the other two, (axes,). `cube_mean`: the means; `cube_mean_auc`: their AUC.
+        axis, relative to the other two, (axes,). `cube_mean`: the means; `cube_mean_auc`: their AUC. `rise`:
+        ln P_GR/P_N at n > 3/4 of N/2 less that at 4.5 < n < 1/4 of N/2, an estimate.
         """
         mean, error = _summary(self._by_band())
         reach = error * stdtrit(len(self.power) - 1, 0.975)
@@ -134,7 +144,8 @@ class Lattice:
             "axis_power": self._axis_power_estimates(),
             "cube_mean": {"newton": self.means[:, 0].mean(), "gr": self.means[:, 1].mean()},
             "cube_mean_auc": {"value": self.mean_auc, "low": None, "high": None},
-            "warnings": self.warnings(),
+            "rise": self.rise,
+            "warnings": self.warnings(mean_matters=mean_matters),
         }
 
     @cached_property
@@ -150,7 +161,27 @@ class Lattice:
         newton, gr = self.means.T
         return float(mannwhitneyu(gr, newton).statistic / len(gr) ** 2)
 
-    def warnings(self) -> list[str]:
+    @cached_property
+    def isotropic(self) -> tuple[Floats, Floats]:
+        """n of shells up to N/2, (shells,), and ln P_GR/P_N in them over all directions, (seeds, shells)."""
+        inside = self._used & self.bins.inside_nyquist
+        shells = [inside & (self._shell == shell) for shell in np.unique(self._shell[inside])]
+        n = [np.average(self.bins.n[shell], weights=self.bins.modes[shell]) for shell in shells]
+        return np.array(n), np.stack([self._average(self._log_ratio, shell) for shell in shells], axis=1)
+
+    @cached_property
+    def rise(self) -> Estimate | None:
+        """ln P_GR/P_N close to the Nyquist wavenumber less that at small n > 4.5; None without such modes."""
+        n, ratio = self.isotropic
+        quarters = n / (self.bins.box.size / 2)
+        low, high = (n > SMALL_SCALES) & (quarters < 1 / 4), quarters > 3 / 4
+        return (
+            mean_estimate(ratio[:, high].mean(1) - ratio[:, low].mean(1))
+            if low.any() and high.any()
+            else None
+        )
+
+    def warnings(self, *, mean_matters: bool = True) -> list[str]:
         """One sentence for each property of the grid that separates the gravities or the axes.
 
         Direction separates the gravities if axes and diagonals differ by 5 standard errors at n > 4, in any
@@ -158,6 +189,8 @@ class Lattice:
         standard errors and has a d' > 0.2, and if single precision resolves it. Axes differ if their power
         does by 5 standard errors and 2 %.
         """
+        if len(self.power) < 2:
+            return self.axis_warnings()
         found = []
         contrast, error = self.contrast
         if (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT:
@@ -175,22 +208,35 @@ class Lattice:
         significant = abs(mean) > SIGNIFICANT * difference.std(ddof=1) / np.sqrt(len(difference))
         spread = np.sqrt(self.means.var(0, ddof=1).mean())
         resolved = abs(mean) > SINGLE_PRECISION
-        if significant and resolved and abs(mean) > RELEVANT * spread:
+        if mean_matters and significant and resolved and abs(mean) > RELEVANT * spread:
             found.append(
                 f"The mean of a cube separates the labels (AUC {self.mean_auc:.3f}): Newton "
                 f"{self.means[:, 0].mean():.2g}, GR {self.means[:, 1].mean():.2g} standard deviations; "
                 "remove it with pack --remove-mean."
             )
+        return [*found, *self.axis_warnings()]
+
+    def axis_warnings(self) -> list[str]:
+        """What is wrong with the axes of the cubes, if their power or coherence says so."""
         logarithm, error = self.axis_power
         axis = int(np.argmax(np.abs(logarithm)))
+        coherence = self.coherence.mean(0)
+        others = np.delete(coherence, DEFECT)
+        if coherence[DEFECT] > 0.35 and (np.abs(others) < 0.2).all() and logarithm[DEFECT] <= 0:
+            return [
+                "The initial conditions have the defect of the `basic` generator of gevolution 1.0 to 1.3, "
+                f"fixed in 2.0: modes with k_x = 0, n_{DEFECT} = 0 in array axes, have half the power "
+                f"({np.exp(logarithm[DEFECT]):.2f}), and mirror modes in that plane have a coherence of "
+                f"{coherence[DEFECT]:.2f}, in both gravities. Slices perpendicular to axis {DEFECT} thus "
+                "have a few per cent less power at most n > 4, the others half of it on one line of modes."
+            ]
         if abs(logarithm[axis]) > max(SIGNIFICANT * error[axis], UNEQUAL):
-            found.append(
-                f"The axes of the cubes are not equivalent: modes perpendicular to axis {axis} have "
-                f"{np.exp(logarithm[axis]):.2f} of the power of those perpendicular to the others. Slices of "
-                "different axes therefore have different spectra, in both gravities: check the initial "
-                "conditions."
-            )
-        return found
+            return [
+                f"The axes of the cubes are not equivalent: modes with n_{axis} = 0 have "
+                f"{np.exp(logarithm[axis]):.2f} of the power of those of the other axes. Slices of different "
+                "axes therefore have different spectra, in both gravities: check the initial conditions."
+            ]
+        return []
 
     @cached_property
     def axis_power(self) -> tuple[Floats, Floats]:
@@ -208,7 +254,7 @@ class Lattice:
         ratio = 1.5 * (logarithm - logarithm.mean(1, keepdims=True))
         mean, error = _summary(ratio)
         gaussian = np.sqrt(1.5 * 2 / modes[0].sum() / len(ratio))
-        return mean, np.maximum(error, gaussian)
+        return mean, np.fmax(error, gaussian)
 
     def _axis_power_estimates(self) -> dict[str, Floats]:
         mean, error = self.axis_power
@@ -376,10 +422,29 @@ class Lattice:
         return values @ weights / total if total else np.full(len(values), np.nan)
 
 
+def measure_file(cubes: datasets.CubeFile) -> Lattice:
+    """Lattice diagnostics of the first field of all seeds of a file."""
+
+    def twins() -> Iterator[NDArray[np.float32]]:
+        for seed in cubes.seeds:
+            pair = np.empty((2, cubes.num_fields, *(cubes.size,) * 3), np.float32)
+            for gravity, cube in zip(datasets.GRAVITIES, pair, strict=True):
+                cubes.read(seed, gravity, cube)
+            yield pair[:, 0]
+
+    return measure(twins(), box_of(cubes))
+
+
+def box_of(cubes: datasets.CubeFile) -> Box:
+    """The periodic box of the simulations in a file."""
+    linear_theory = linear_theory_reference(cubes.attributes) == "linear"
+    return Box(cubes.size, cubes.attr_float("box_size"), linear_theory)
+
+
 def measure(twins: Iterable[NDArray[np.float32]], box: Box) -> Lattice:
     """Lattice diagnostics of twins (2, N, N, N), Newton first, one pair per seed."""
     bins, plane_bins = directions(box, 3), planes(box)
-    power, plane_power, means, stds = [], [], [], []
+    power, plane_power, means, stds, coherence = [], [], [], [], []
     for pair in twins:
         cubes = torch.from_numpy(pair)
         folded = fold_power(cubes, 3)
@@ -387,25 +452,19 @@ def measure(twins: Iterable[NDArray[np.float32]], box: Box) -> Lattice:
         plane_power.append(plane_bins.average(folded))
         means.append(cubes.double().mean((1, 2, 3)).numpy())
         stds.append(float(cubes.double().std()))
-    return Lattice(bins, np.stack(power), plane_bins, np.stack(plane_power), np.stack(means) / np.mean(stds))
-
-
-def describe(lattice: Lattice) -> str:
-    """A table of P_GR/P_N by band of n and direction, the cube means and the corners, and the warnings."""
-    found = lattice.report()
-    edges, rows = found["ratio"]["edges"], zip(*found["ratio"]["value"], strict=True)
-    lines = ["P_GR/P_N by n     " + "".join(f"{name:>10}" for name in DIRECTIONS)]
-    for low, high, row in zip(edges, edges[1:], rows, strict=False):
-        values = "".join(" " * 10 if np.isnan(value) else f"{value:10.4f}" for value in row)
-        lines.append(f"  {low:5.1f} to {high:5.1f}  {values}")
-    corners, means = found["corners"], found["cube_mean"]
-    lines += [
-        f"power beyond the Nyquist sphere  {corners['newton']:.3g} of newton, {corners['gr']:.3g} of gr",
-        f"mean of a cube / std  {means['newton']:.3g} of newton, {means['gr']:.3g} of gr",
-    ]
-    return "\n".join([*lines, *(f"warning: {line}" for line in found["warnings"])])
+        coherence.append(np.mean([mirror_coherence(cube) for cube in cubes], axis=0))
+    return Lattice(
+        bins,
+        np.stack(power),
+        plane_bins,
+        np.stack(plane_power),
+        np.stack(means) / np.mean(stds),
+        np.stack(coherence),
+    )
 
 
 def _summary(values: Floats) -> tuple[Floats, Floats]:
     """Mean and standard error of values (seeds, ...)."""
+    if len(values) < 2:
+        return values.mean(0), np.full(values.shape[1:], np.nan)
     return values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))

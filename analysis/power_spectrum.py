@@ -57,6 +57,8 @@ class Box:
 
     size: int
     length: float | None
+    linear_theory: bool = False
+    """Whether `linear_theory_ratio` holds for simulations like these."""
 
     @property
     def side(self) -> float:
@@ -96,6 +98,30 @@ def mu4(vectors: Tensor) -> Tensor:
     squares = vectors.square()
     total = squares.sum(0)
     return torch.where(total > 0, squares.square().sum(0) / total.clamp(min=1).square(), 1.0)
+
+
+def mirror_coherence(field: Tensor) -> Floats:
+    """Coherence of the mirror modes (n_1, n_2) and (n_1, -n_2) in each plane n_i = 0 of a cube: (3,).
+
+    For axis i, the mean of Re delta(n_1, n_2) delta*(n_1, -n_2) over n_1, n_2 > 0 and n <= N/2, with delta
+    divided by its root mean square at the same n: 0 for a homogeneous random field, 1 for one symmetric under
+    the reflection of its second axis.
+    """
+    size = field.shape[-1]
+    n = wavenumber(wave_vectors(size, 2)[:, : size // 2 + 1])[1 : size // 2, 1 : size // 2]
+    shell = n.round().long()
+    inside = shell <= size // 2
+    coherence = []
+    for axis in range(3):
+        modes = torch.fft.fft2(field.double().mean(axis)).cpu()
+        # delta(-n_1, n_2) is the complex conjugate of delta(n_1, -n_2)
+        here, mirror = modes[1 : size // 2, 1 : size // 2], modes.flip(0)[: size // 2 - 1, 1 : size // 2]
+        power = (here.abs().square() + mirror.abs().square())[inside] / 2
+        count = torch.bincount(shell[inside])
+        mean = (torch.bincount(shell[inside], power) / count.clamp(min=1))[shell[inside]]
+        product = (here * mirror).real[inside]
+        coherence.append(float(torch.where(mean > 0, product / mean, 0.0).mean()))
+    return np.array(coherence)
 
 
 def fold_power(fields: Tensor, dimensions: int) -> Tensor:

@@ -34,6 +34,7 @@ Results = Mapping[str, Any]
 
 # Figures of the report; the captions stand in report.html.j2.
 FIGURES = (
+    "scales",
     "attribution",
     "interventions",
     "directions",

@@ -109,6 +109,51 @@ def attribution(groups: Mapping[str, Estimate], measured: Mapping[str, Any], box
 
 
 @styled
+def scales(results: Mapping[str, Any], box: Box) -> Figure:
+    """AUC by what is kept: up to a wavenumber, and with twins that differ in one group of modes alone.
+
+    Left: the network on slices without the modes beyond k, the likelihood ratio of the modes up to k, and
+    what is expected of it; the band in which linear theory predicts a difference is shaded. Right: hybrids.
+    """
+    figure, (left, right) = subplots(2 * WIDTH, 2.9, columns=2)
+    by_scale, scan = results.get("scales", {}), results["interventions"]
+    cuts = np.array(scan["cuts"])
+    above = cuts > box.fundamental
+    kept = [row for row, inside in zip(scan["low_pass"]["auc"], above, strict=True) if inside]
+    _line(left, cuts[above], kept, "network", GR)
+    k = np.array([float(name[3:]) for name in by_scale if name.startswith("n <")]) * box.fundamental
+    rows = [row for name, row in by_scale.items() if name.startswith("n <")]
+    if rows:
+        _line(left, k, [row["test"] for row in rows], "likelihood ratio", NEWTON)
+        left.plot(k, [row["expected"] for row in rows], **LINES[2], label="expected")
+    if box.linear_theory:
+        left.axvspan(box.fundamental * 0.5, box.fundamental * 4.5, color="0.9", lw=0, label="linear theory")
+    left.axhline(0.5, ls=":", color=GRAY)
+    left.set_ylabel("AUC of slices")
+    _wavenumber_axis(left, box)
+    left.set_xlabel(f"largest {left.get_xlabel()}")
+    left.legend()
+    names = {key: name for key, name in SHARES.items() if key != "remainder"} | {"small_scales": "n > 4"}
+    places = np.arange(len(names))[::-1]
+    for offset, style, label in ((0.12, GR, "network"), (-0.12, NEWTON, "likelihood ratio")):
+        table = results["hybrids"] if style is GR else {key: row["test"] for key, row in by_scale.items()}
+        estimates = [table[key] for key in names if key in table]
+        if not estimates:
+            continue
+        value, low, high = (
+            np.array([row[end] for row in estimates], float) for end in ("value", "low", "high")
+        )
+        error = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
+        right.errorbar(
+            value, places + offset, xerr=error, **{**style, "linestyle": ""}, capsize=2, label=label
+        )
+    right.axvline(0.5, ls=":", color=GRAY)
+    right.set_yticks(places, list(names.values()))
+    right.set(xlabel="AUC of slices if twins differed only there", ylim=(-0.6, len(names) - 0.4))
+    return figure
+
+
+@styled
 def power_spectra(spectra: Mapping[str, Any], saliency: Sequence[float], box: Box) -> Figure:
     """Mean power spectra of both gravities, their ratio over twins, and the power of the gradient of the
     logit.
@@ -214,6 +259,8 @@ def of_spectra(results: Mapping[str, Any], box: Box) -> Figures:
         "power_spectra": power_spectra(results["power_spectra"], results["interventions"]["saliency"], box),
         "saliency": saliency_maps(results["saliency"], box),
     }
+    if "hybrids" in results:
+        drawn["scales"] = scales(results, box)
     if "grid" in results:
         drawn["directions"] = ratio_by_direction(results["grid"], box)
     if "baselines" in results:

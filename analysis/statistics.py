@@ -41,7 +41,7 @@ MIN_SEEDS = 3
 CALIBRATION_BINS = 15
 EXACT_SEEDS = 12  # up to which all relabelings are tried
 DRAWS = 10_000
-PAIR_METRICS = ("pair_accuracy", "mean_difference", "separation", "contrast")
+PAIR_METRICS = ("pair_accuracy", "mean_difference", "contrast")
 
 Bools = NDArray[np.bool_]
 Scale = Literal["rate", "difference", "positive", "real"]
@@ -172,6 +172,16 @@ def leave_one_out_auc(wins: Floats) -> tuple[float, Floats]:
 def auc_estimate(wins: Floats) -> Estimate:
     """AUC over pairs of different seeds, with its jackknife interval."""
     return jackknife(*leave_one_out_auc(wins), trials_per_seed=2)
+
+
+def within_axis(predictions: Predictions) -> tuple[float, Floats]:
+    """Mean over axes of the AUC among slices of one axis, and the same without each seed: (seeds,).
+
+    Slices perpendicular to different axes may differ by more than the gravities do: pooled, that is noise.
+    """
+    parts = [predictions.where(predictions.axis == axis).wins for axis in np.unique(predictions.axis)]
+    values, without = zip(*map(leave_one_out_auc, parts), strict=True)
+    return float(np.mean(values)), np.mean(without, axis=0)
 
 
 def auc_difference(wins: Floats, baseline: Floats) -> Estimate:
@@ -336,12 +346,6 @@ def _correct(cube_logits: Floats) -> Floats:
     return ((cube_logits > 0) == [False, True]).mean(1)
 
 
-def _separation(cube_logits: Floats) -> float:
-    difference = cube_logits[:, 1] - cube_logits[:, 0]
-    scatter = difference.std(ddof=1)
-    return float(difference.mean() / scatter) if scatter else 0.0
-
-
 def _contrast(cube_logits: Floats) -> float:
     scatter = np.sqrt(cube_logits.var(axis=0, ddof=1).mean())
     return float(np.mean(cube_logits[:, 1] - cube_logits[:, 0]) / scatter) if scatter else 0.0
@@ -350,10 +354,10 @@ def _contrast(cube_logits: Floats) -> float:
 def cube_metrics(cube_logits: Floats) -> dict[str, Estimate]:
     """Metrics of cubes and of pairs of twins, with intervals.
 
-    `mean_difference` is the mean over twins of GR minus Newton. `separation` divides it by the standard
-    deviation of that difference, `contrast` (d') by that between cubes of one gravity; both are 0 without
-    scatter, and absent with fewer than MIN_SEEDS seeds. `pair_accuracy` is a description, not evidence: the
-    few modes of the largest scales suffice to rank every pair of twins.
+    `mean_difference` is the mean over twins of GR minus Newton. `contrast` (d') divides it by the standard
+    deviation between cubes of one gravity; it is 0 without scatter, and absent with fewer than MIN_SEEDS
+    seeds. `pair_accuracy` is a description, not evidence: the few modes of the largest scales suffice to rank
+    every pair of twins.
     """
     seeds = len(cube_logits)
     difference = cube_logits[:, 1] - cube_logits[:, 0]
@@ -364,9 +368,8 @@ def cube_metrics(cube_logits: Floats) -> dict[str, Estimate]:
         "mean_difference": mean_estimate(difference),
     }
     if seeds >= MIN_SEEDS:
-        for name, ratio in {"separation": _separation, "contrast": _contrast}.items():
-            without = np.array([ratio(np.delete(cube_logits, seed, axis=0)) for seed in range(seeds)])
-            estimates[name] = jackknife(ratio(cube_logits), without, "real")
+        without = np.array([_contrast(np.delete(cube_logits, seed, axis=0)) for seed in range(seeds)])
+        estimates["contrast"] = jackknife(_contrast(cube_logits), without, "real")
     return estimates
 
 
@@ -374,11 +377,12 @@ def cube_metrics(cube_logits: Floats) -> dict[str, Estimate]:
 
 
 def headline(predictions: Predictions) -> dict[str, Estimate]:
-    """Accuracy and AUC of slices, AUC of cubes: enough to compare sets of predictions."""
+    """Accuracy and AUC of slices, also within an axis, and AUC of cubes: enough to compare predictions."""
     right = per_seed(predictions, (predictions.logit > 0) == (predictions.label == 1))
     return {
         "accuracy": ratio_estimate(right, per_seed(predictions, np.ones(len(predictions)))),
         "auc": auc_estimate(predictions.wins),
+        "within_axis": jackknife(*within_axis(predictions), trials_per_seed=2),
         "cube_auc": auc_estimate(cube_wins(predictions.cube_logits)),
     }
 
@@ -388,21 +392,13 @@ def difference(network: Predictions, baseline: Predictions) -> dict[str, Estimat
     right = [(some.logit > 0) == (some.label == 1) for some in (network, baseline)]
     gain = per_seed(network, right[0].astype(float) - right[1])
     cubes = network.cube_logits, baseline.cube_logits
+    (area, areas), (other, others) = map(within_axis, (network, baseline))
     return {
         "accuracy": ratio_estimate(gain, per_seed(network, np.ones(len(network))), "difference"),
         "auc": auc_difference(network.wins, baseline.wins),
+        "within_axis": jackknife(area - other, areas - others, "difference"),
         "cube_accuracy": score_estimate(_correct(cubes[0]) - _correct(cubes[1]), "difference"),
         "cube_auc": auc_difference(*map(cube_wins, cubes)),
-    }
-
-
-def at_threshold(predictions: Predictions, threshold: float) -> dict[str, float | Estimate]:
-    """Accuracy of slices and of cubes, by their mean logit, at a `threshold` of the logit other than 0."""
-    shifted = predictions.with_logits(predictions.logit - threshold)
-    return {
-        "threshold": threshold,
-        "accuracy": headline(shifted)["accuracy"],
-        "cube_accuracy": score_estimate(_correct(shifted.cube_logits)),
     }
 
 
@@ -424,6 +420,7 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
             "pair_accuracy": 0.5,
         },
         "slices": slice_metrics(predictions),
+        "within_axis": jackknife(*within_axis(predictions), trials_per_seed=2),
         "axes": {axis: slice_metrics(part) for axis, part in axes.items()},
         "cubes": {key: estimate for key, estimate in cubes.items() if key not in PAIR_METRICS},
         "pairs": {key: cubes[key] for key in PAIR_METRICS if key in cubes},

@@ -172,17 +172,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _print_lattice(cubes: CubeFile) -> None:
     """Print whether direction or mean separates the gravities, and growth."""
-    from analysis import fields, lattice  # imports torch and scipy
-    from analysis.power_spectrum import Box
+    from analysis import fields, lattice, planning  # import torch and scipy
 
-    if len(cubes.seeds) < 2:
-        return
-
-    box = Box(cubes.size, cubes.attr_float("box_size"))
     for field, name in enumerate(cubes.fields):
         if cubes.num_fields > 1:
             print(f"{name}:")
-        print(lattice.describe(lattice.measure(_twins(cubes, cubes.seeds, field), box)))
+        print(planning.describe(lattice.measure(_twins(cubes, cubes.seeds, field), lattice.box_of(cubes))))
     if growth := fields.growth_table(cubes):
         print(growth)
 

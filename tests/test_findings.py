@@ -9,7 +9,7 @@ from analysis import findings
 from analysis.findings import format_estimate, format_number
 
 
-@pytest.fixture(scope="module", params=["linear", "lattice", "band", "equal"])
+@pytest.fixture(scope="module", params=["linear", "lattice", "band", "resolution", "everything", "equal"])
 def evaluated(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """A universe by name and the results of its evaluation."""
     return request.param, universe.evaluate(getattr(universe, request.param)).results
@@ -21,14 +21,29 @@ def test_the_first_finding_names_the_driver_of_each_universe(evaluated: tuple[st
     if name == "linear":
         assert "driven by modes with n <= 4 (large scales)" in first
         assert "radiation and gauge in the initial conditions" in first
-    elif name == "lattice":
+    elif name in ("lattice", "everything"):
         assert first.startswith("The lattice drives the classification")
         assert "not physics" in first
-    elif name == "band":
+    elif name in ("band", "resolution"):
         assert "driven by modes with n > 4" in first
-        assert "equally in all directions" in first
+        assert "by the same in all directions" in first
+        assert "take it for numerical until it is shown to be the same" in first
+        assert ("rises towards the Nyquist wavenumber" in first) == (name == "resolution")
     else:
         assert first.startswith("The network is not shown to distinguish the gravities")
+
+
+def test_hybrid_twins_tell_where_the_information_lies(evaluated: tuple[str, dict[str, Any]]) -> None:
+    name, results = evaluated
+    large, small = (results["hybrids"][key]["value"] for key in ("large_scales", "small_scales"))
+    ratio = {key: row["test"]["value"] for key, row in results["scales"].items()}
+    if name == "linear":
+        assert large > small == pytest.approx(0.5, abs=0.01)
+        assert ratio["large_scales"] == pytest.approx(large, abs=0.05)
+    elif name != "equal":
+        assert small > large
+        assert ratio["small_scales"] == pytest.approx(small, abs=0.05)
+        assert f"AUC would be {large:.4f} [" in findings.findings(results)[0]
 
 
 def test_a_lattice_is_never_reported_as_physics(evaluated: tuple[str, dict[str, Any]]) -> None:
@@ -36,12 +51,13 @@ def test_a_lattice_is_never_reported_as_physics(evaluated: tuple[str, dict[str, 
     text = " ".join(findings.findings(results))
     assert "exceeds every power-spectrum classifier" not in text
     assert not findings.beyond_two_point(results)
-    if name == "lattice":
-        assert "unlike a lattice effect" not in text
-        assert any("depends on direction" in line for line in results["grid"]["warnings"])
+    warnings = findings.warnings(results)
+    if name in ("lattice", "everything"):
+        assert "by the same in all directions" not in text
+        assert any("depends on direction" in line for line in warnings)
     else:
         assert "The lattice drives" not in text
-        assert results["grid"]["warnings"] == []
+        assert warnings == []
 
 
 def estimate(value: float, low: float | None = None, high: float | None = None) -> dict[str, float | None]:
@@ -71,8 +87,9 @@ def results_with(**changes: Any) -> dict[str, Any]:
     """Results of a significant network, with some sections replaced."""
     base = universe.DESCRIPTION | {
         "slices": {"auc": estimate(0.6, 0.55, 0.65)},
+        "within_axis": estimate(0.61, 0.56, 0.66),
         "cubes": {"cube_auc": estimate(0.9, 0.8, 0.95), "cube_accuracy": estimate(0.8, 0.7, 0.9)},
-        "significance": {"p_value": 0.004, "mcnemar_p_value": 0.01},
+        "significance": {"p_value": 0.004, "mcnemar_p_value": 0.01, "relabellings": 64},
         "attribution": attribution_of(mean=0.0, large_scales=0.2, small_scales=0.8),
         "direction_dependence": DEPENDENCE,
         "interventions": {
@@ -93,8 +110,8 @@ ABOVE = estimate(1.003, 1.002, 1.004)
         ({}, "The lattice drives the classification: 80 %"),
         ({"axes": ABOVE}, "depends in part on direction, an effect of the lattice"),
         ({"axes": estimate(0.999, 0.997, 1.001)}, "depends in part on direction, an effect of the lattice"),
-        ({"isotropic": estimate(0.2)}, "equally in all directions, unlike a lattice effect"),
-        ({"contrast": estimate(0.03, -0.02, 0.08)}, "equally in all directions, unlike a lattice effect"),
+        ({"isotropic": estimate(0.2)}, "by the same in all directions"),
+        ({"contrast": estimate(0.03, -0.02, 0.08)}, "by the same in all directions"),
         ({"width_error": 0.016}, "changes too steeply there to compare directions"),
     ],
 )
@@ -106,7 +123,7 @@ def test_directions_decide_between_lattice_and_gravity(changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("length", "expected"),
     [
-        (5120.0, "an excess of 7.2 % at n = 1 and 0.6 % at n = 4"),
+        (5120.0, "For cubes linear theory predicts an excess of 7.2 % at n = 1 and 0.6 % at n = 4"),
         (20480.0, "and 7.2 % at n = 4"),
         (320.0, "less than 0.5 % there in this box"),
         (None, "Without the size of the box"),
@@ -116,6 +133,47 @@ def test_linear_theory_depends_on_the_box(length: float | None, expected: str) -
     data = universe.DESCRIPTION["data"] | {"box_size": length}
     parts = attribution_of(mean=0.0, large_scales=0.9, small_scales=0.1)
     assert expected in findings.findings(results_with(attribution=parts, data=data))[0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [("none", "no difference of 0.1 % or more at n >= 3"), ("unknown", "Nothing is predicted for them")],
+)
+def test_no_sentence_uses_a_reference_that_does_not_apply(reference: str, expected: str) -> None:
+    data = universe.DESCRIPTION["data"] | {"reference": reference}
+    for large in (0.9, 0.1):
+        parts = attribution_of(mean=0.0, large_scales=large, small_scales=1 - large)
+        even = DEPENDENCE | {"contrast": estimate(0.0, -0.001, 0.001)}
+        first = findings.findings(results_with(attribution=parts, data=data, direction_dependence=even))[0]
+        assert "7.2 %" not in first
+        assert (expected in first) == (large == 0.9)
+        assert ("take it for numerical" in first) == (large == 0.1)
+
+
+@pytest.mark.parametrize(
+    ("follows", "expected"),
+    [
+        ("n", "so it is no matter of resolution"),
+        ("cell", "moves with the Nyquist wavenumber: it is numerical"),
+        ("neither", "follows neither n nor the cells of a second file: take it for numerical"),
+    ],
+)
+def test_a_second_resolution_decides_about_an_isotropic_excess(follows: str, expected: str) -> None:
+    even = DEPENDENCE | {"contrast": estimate(0.0, -0.001, 0.001)}
+    results = results_with(direction_dependence=even, convergence={"follows": follows})
+    first = findings.findings(results)[0]
+    assert expected in first.replace(". It follows", ": follows").replace("It ", "") or expected in first
+
+
+@pytest.mark.parametrize("attained", [0.543, 0.51])
+def test_filtered_cubes_are_stated_first(attained: float) -> None:
+    data = universe.DESCRIPTION["data"] | {"max_wavenumber": 4.0}
+    limit = {"slice_auc": estimate(0.54), "attained": 0.9, "gain": {"within_axis": GAINS["level"]}}
+    limit["test"] = {"slices": {"within_axis": estimate(attained)}}
+    first = findings.findings(results_with(data=data, ceilings={"directional": limit}))[0]
+    assert first.startswith("The cubes were filtered: they hold modes with n <= 4 only")
+    assert f"a slice AUC of {attained:.4f}" in first
+    assert ("next to no difference" in first) == (attained == 0.51)
 
 
 def test_the_strongest_band_is_named_if_it_lies_beyond_n_of_4() -> None:
@@ -129,11 +187,20 @@ def test_the_strongest_band_is_named_if_it_lies_beyond_n_of_4() -> None:
         assert expected in first
 
 
-def test_accuracies_at_the_calibrated_threshold_are_stated() -> None:
-    assert "calibrated" not in findings.findings(results_with())[1]
-    calibrated = {"threshold": 0.02, "accuracy": estimate(0.58), "cube_accuracy": estimate(0.9)}
+def test_accuracies_with_the_calibration_are_stated() -> None:
+    assert "calibration" not in findings.findings(results_with())[1]
+    calibrated = {"accuracy": estimate(0.58), "cube_accuracy": estimate(0.9)}
     second = findings.findings(results_with(calibrated=calibrated))[1]
-    assert "(logit 0.02): accuracy of slices 58.0 %, of cubes 90.0 %." in second
+    assert (
+        "With the calibration of the validation seeds: accuracy of slices 58.0 %, of cubes 90.0 %." in second
+    )
+
+
+@pytest.mark.parametrize("p_value", [1 / 64, 0.02])
+def test_the_smallest_possible_p_value_is_called_that(p_value: float) -> None:
+    significance = {"p_value": p_value, "mcnemar_p_value": 0.01, "relabellings": 64}
+    second = findings.findings(results_with(significance=significance))[1]
+    assert ("the smallest possible with 6 seeds" in second) == (p_value == 1 / 64)
 
 
 def test_a_factor_on_newtonian_slices_is_not_called_physics_or_lattice() -> None:
@@ -162,7 +229,7 @@ def test_no_driver_is_named_unless_its_lead_is_certain(parts: dict[str, Any]) ->
 
 
 def test_without_significance_nothing_is_attributed() -> None:
-    results = results_with(significance={"p_value": 0.2, "mcnemar_p_value": 0.5})
+    results = results_with(significance={"p_value": 0.2, "mcnemar_p_value": 0.5, "relabellings": 64})
     assert "cannot reach" not in findings.findings(results)[0]
     few = results | {"data": results["data"] | {"seeds": [4, 8]}}
     assert findings.findings(few)[0].endswith("4 seeds cannot reach p = 0.05: evaluate more.")
@@ -196,9 +263,10 @@ def test_beyond_two_point_statistics_needs_baseline_and_likelihood_ratio(
     isotropic: str, directional: str, ratio: str, beyond: bool
 ) -> None:
     def baseline(gain: str) -> dict[str, Any]:
-        return {"slices": {"auc": estimate(0.6)}, "gain": {"auc": GAINS[gain]}}
+        return {"slices": {"within_axis": estimate(0.6)}, "gain": {"within_axis": GAINS[gain]}}
 
-    limit = {"slice_auc": estimate(0.65), "gain": {"auc": GAINS[ratio]}, "attained": 0.5}
+    limit = {"slice_auc": estimate(0.65), "gain": {"within_axis": GAINS[ratio]}, "attained": 0.5}
+    limit["test"] = {"slices": {"within_axis": estimate(0.64)}}
     results = results_with(
         baselines={"isotropic": baseline(isotropic), "directional": baseline(directional)},
         ceilings={"directional": limit},
@@ -207,6 +275,9 @@ def test_beyond_two_point_statistics_needs_baseline_and_likelihood_ratio(
     assert ("exceeds every power-spectrum classifier" in text) == beyond
     assert ("two-point statistics is not shown" in text) != beyond
     assert "attains 50 %" in text
+    lynx = results | {"model": {"architecture": "LYNX", "layer_param": 2}}
+    assert "no more than two-point statistics" in " ".join(findings.findings(lynx))
+    assert "exceeds every" not in " ".join(findings.findings(lynx))
     moved = results | {"transfer": {"trained_redshift": 1.0, "redshift": 10.0}}
     text = " ".join(findings.findings(moved))
     assert "With the spectra at z = 1 the likelihood ratio" in text
@@ -223,7 +294,7 @@ def test_beyond_two_point_statistics_needs_baseline_and_likelihood_ratio(
 def test_only_random_phases_show_information_beyond_two_point_statistics(
     change: dict[str, Any], expected: str
 ) -> None:
-    baseline = {"slices": {"auc": estimate(0.6)}, "gain": {"auc": GAINS["above"]}}
+    baseline = {"slices": {"within_axis": estimate(0.6)}, "gain": {"within_axis": GAINS["above"]}}
     results = results_with(baselines={"isotropic": baseline, "directional": baseline})
     assert "--degrade shows whether" in " ".join(findings.findings(results))
     rows = {"none": {"auc": estimate(0.6)}, "random_phases": {"auc": estimate(0.5), "change": change}}
@@ -273,7 +344,7 @@ def test_transfer_and_degradation_have_a_sentence() -> None:
     assert "trained at z = 1 and still distinguishes the gravities at z = 10: slice AUC 0.6000 [0.55" in text
     for doubtful in (
         {"slices": {"auc": estimate(0.52, 0.49, 0.55)}},
-        {"significance": {"p_value": 0.2, "mcnemar_p_value": 0.5}},
+        {"significance": {"p_value": 0.2, "mcnemar_p_value": 0.5, "relabellings": 64}},
     ):
         assert "is not shown to distinguish the gravities at z = 10" in " ".join(
             findings.findings(results | doubtful)

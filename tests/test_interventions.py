@@ -14,6 +14,8 @@ from analysis.power_spectrum import mu4, wave_vectors, wavenumber
 
 SIZE = universe.SIZE
 BANDS = Bands(SIZE, (0.0, 0.5, *universe.BAND, 64.0))
+VECTORS = wave_vectors(SIZE, 2)
+MASKS = interventions.group_masks(wavenumber(VECTORS), mu4(VECTORS))[:-1]
 
 
 def noise(seed: int) -> torch.Tensor:
@@ -28,7 +30,7 @@ def test_bands_partition_all_modes(size: int) -> None:
 
 
 def test_groups_partition_all_modes_by_scale_and_direction() -> None:
-    masks = interventions.group_masks(SIZE)
+    masks = MASKS
     assert bool((masks.sum(0) == 1).all())
     vectors = wave_vectors(SIZE, 2)
     n, direction = wavenumber(vectors), mu4(vectors)
@@ -72,7 +74,7 @@ class GroupPower(torch.nn.Module):
 
     def forward(self, slices: torch.Tensor, axes: object = None) -> torch.Tensor:
         """Slices (b, 1, N, N) -> logits (b,)."""
-        parts = interventions.components(slices[:, 0], interventions.group_masks(SIZE))
+        parts = interventions.components(slices[:, 0], MASKS)
         power = torch.stack([part.square().mean((1, 2)) for part in parts], dim=1)
         return (power * self.weights).sum(1)
 
@@ -93,10 +95,7 @@ def measure(network: torch.nn.Module) -> tuple[dict[str, Any], list[float]]:
     chosen = torch.cat(
         [batch.images[batch.ids % SIZE % 4 == 2] for batch in universe.batches(cubes)]
     ).unflatten(0, (3, 2, -1))[..., 0, :, :]
-    parts = [
-        part.square().mean((2, 3, 4))
-        for part in interventions.components(chosen, interventions.group_masks(SIZE))
-    ]
+    parts = [part.square().mean((2, 3, 4)) for part in interventions.components(chosen, MASKS)]
     return found["attribution"], [float((part[:, 1] - part[:, 0]).mean()) for part in parts]
 
 

@@ -218,13 +218,24 @@ def test_cubes_that_separate_perfectly_leave_the_auc_uncertain() -> None:
     assert 0.65 < estimate["low"] < 0.85
 
 
-def test_separation_and_contrast_divide_by_their_scatter() -> None:
+def test_the_contrast_divides_by_the_scatter_between_cubes() -> None:
     cubes = np.random.default_rng(7).normal([0.0, 1.0], 1, (6, 2))
-    difference = cubes[:, 1] - cubes[:, 0]
-    found = statistics.cube_metrics(cubes)
     pooled = np.sqrt((cubes[:, 0].var(ddof=1) + cubes[:, 1].var(ddof=1)) / 2)
-    assert found["separation"]["value"] == pytest.approx(difference.mean() / difference.std(ddof=1))
-    assert found["contrast"]["value"] == pytest.approx(difference.mean() / pooled)
+    contrast = statistics.cube_metrics(cubes)["contrast"]["value"]
+    assert contrast == pytest.approx(np.mean(cubes[:, 1] - cubes[:, 0]) / pooled)
+
+
+def test_the_auc_within_an_axis_does_not_see_offsets_of_axes() -> None:
+    label, logit, seed_index = draw(np.random.default_rng(11), slices=12)
+    axis = np.tile([0, 1, 2], len(label) // 3)
+    zeros = np.zeros_like(label)
+    plain = Predictions(zeros, seed_index, label, axis, zeros, logit)
+    shifted = plain.with_logits(logit + 10.0 * axis)
+    found = statistics.headline(shifted)
+    areas = [statistics.auc_estimate(plain.where(axis == a).wins)["value"] for a in range(3)]
+    assert found["within_axis"]["value"] == pytest.approx(np.mean(areas))
+    assert found["within_axis"] == statistics.headline(plain)["within_axis"]
+    assert found["auc"]["value"] < found["within_axis"]["value"] - 0.05
 
 
 # Ranges and undefined intervals
@@ -248,7 +259,7 @@ def extreme_logits(rng: np.random.Generator, kind: str, seeds: int) -> np.ndarra
 
 
 KINDS = ["constant", "perfect", "reversed", "nearly perfect", "one seed differs", "overconfident", "ordinary"]
-UNBOUNDED = {"mean_difference", "separation", "contrast"}
+UNBOUNDED = {"mean_difference", "contrast"}
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,7 +10,7 @@ Cosmology, 2nd ed., chapter 8.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,22 @@ def linear_theory_ratio(k: NDArray[np.float64]) -> NDArray[np.float64]:
 def late_ratio(k: NDArray[np.float64]) -> NDArray[np.float64]:
     """P_GR/P_N at wavenumbers `k` in h/Mpc and z = 1, measured in simulations with radiation treatment."""
     return np.exp(np.interp(k * _BOX / (2 * np.pi), _LATE_N, np.log(_LATE_RATIO)))
+
+
+def linear_theory_reference(attributes: Mapping[str, Any]) -> Literal["linear", "none", "unknown"]:
+    """What linear theory predicts for the twins of a cube file with these `attributes`.
+
+    `linear`: `linear_theory_ratio`, for gevolution runs without the setting `radiation treatment`, and for
+    synthetic universes that imitate them. `none`: no difference, to 0.1 % at n >= 3 and z >= 1, with
+    `radiation treatment = CLASS`, which adds radiation perturbations to both gravities. `unknown`: for any
+    other file.
+    """
+    treatment, source = attributes.get("radiation treatment"), str(attributes.get("source", ""))
+    if attributes.get("synthetic"):
+        return "linear" if attributes.get("physics") == "linear" else "unknown"
+    if treatment is None and source.startswith("gevolution"):
+        return "linear"
+    return "none" if str(treatment).upper() == "CLASS" else "unknown"
 
 
 @dataclass(frozen=True)
