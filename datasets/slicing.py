@@ -241,9 +241,14 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def to_memory_format(images: Tensor) -> Tensor:
     """Contiguous images (rows, C, N, N) in the memory format of their device."""
-    _, channels, height, width = images.shape
+    rows, channels, height, width = images.shape
     if memory_format(images.device) == torch.contiguous_format:
         return images
     if channels == 1:  # both formats have the same memory; only the strides tell them apart
         return images.as_strided(images.shape, (height * width, 1, width, 1))
+    if images.device.type == "cpu":  # where torch's conversion takes ten times as long as NumPy's
+        pixels = np.empty((rows, height, width, channels), np.float32)
+        for channel in range(channels):
+            pixels[..., channel] = images[:, channel].numpy()
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return images.contiguous(memory_format=torch.channels_last)
