@@ -95,8 +95,6 @@ def train(config: Config, *, preflight_only: bool, extend: bool) -> None:
                     logger.log_hyperparameters(config.to_dict())
                     logger.log_twins(*run.example_twins())
                 fit(run, state, logger)
-            if accelerator.is_main_process:
-                draw_curves(config.run_dir)
         except OSError as error:
             checkpoints.require_run_dir()  # the cause, if the folder was renamed
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -122,11 +120,12 @@ def fit(run: Run, state: TrainState, logger: RunLogger) -> None:
             if state.finished:
                 export(run, state)
             save(run, state)
-    # The last checkpoint is on disk before anything says so.
-    run.checkpoints.wait()
+    run.checkpoints.wait()  # it is on disk before anything says so
     # The next program may evaluate the last step. A tracker takes all values of a step at once.
     logger.send_to_trackers(run.checkpoints.saved_step - (not completed and state.step_in_epoch == 0))
     run_dir, reason = run.config.run_dir, run.stop.reason or "requested by another rank"
+    if run.accelerator.is_main_process:
+        draw_curves(run_dir)
     if completed:
         logger.print(f"network: {run_dir / 'model'}; next: python evaluation.py {run_dir}")
     else:
