@@ -25,7 +25,11 @@ while kill -0 "$task" 2>/dev/null; do wait "$task"; done
 wait "$task"
 """
 SCONTROL = """#!/bin/bash
-if [[ $1 == show ]]; then echo localhost; else echo "$*" >>"$REQUEUED"; fi
+case "$1 $2" in
+    "show job") printf '   Command=%s experiment.yaml\\n   WorkDir=/somewhere\\n' "$SUBMITTED" ;;
+    "show hostnames") echo localhost ;;
+    *) echo "$*" >>"$REQUEUED" ;;
+esac
 """
 
 
@@ -43,7 +47,11 @@ def test_a_job_asks_for_its_signal(script: Path) -> None:
 
 
 def test_a_run_is_saved_and_requeued(tmp_path: Path, experiment: Callable[..., Path]) -> None:
+    """SLURM runs a copy of the script, in a folder that has modules of another project."""
     programs = tmp_path / "programs"
+    for name in ("config.py", "system.py", "training.py"):
+        (tmp_path / name).write_text("raise SystemExit('this is another project')")
+    script = shutil.copy(ROOT / "accelerate_configs" / "slurm.sbatch", tmp_path / "slurm_script")
     programs.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (programs / name).write_text(text)
@@ -52,7 +60,8 @@ def test_a_run_is_saved_and_requeued(tmp_path: Path, experiment: Callable[..., P
     unset = ("TMPDIR", "SLURM_TMPDIR", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in unset} | {
         "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SUBMITTED": str(ROOT / "accelerate_configs" / "slurm.sbatch"),
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_JOB_NODELIST": "localhost",
@@ -61,10 +70,13 @@ def test_a_run_is_saved_and_requeued(tmp_path: Path, experiment: Callable[..., P
         "REQUEUED": str(requeued),
     }
 
-    command = ["bash", str(ROOT / "accelerate_configs" / "slurm.sbatch"), str(experiment(epochs=100_000))]
-    job = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = ["bash", str(script), experiment(epochs=100_000).name]
+    options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    lost = subprocess.run(command, env=environment | {"SUBMITTED": "(null)"}, **options, check=False)
+    assert lost.returncode == 2
+    assert lost.stdout.count("\n") == 1
+    assert "GRAVITY_CNN=FOLDER sbatch" in lost.stdout
+    job = subprocess.Popen(command, env=environment, **options)
     while not (run / "metrics.jsonl").exists():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
