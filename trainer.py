@@ -11,16 +11,19 @@ train and evaluate epoch by epoch, and export the trained network.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
+
 import system
 from system import UserError
 
 import argparse
 import errno
-import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator

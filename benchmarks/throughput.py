@@ -21,6 +21,8 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
+
 from runners import ROOT, Settings
 
 LIMIT = "limit"

@@ -1,23 +1,29 @@
-"""Commands for data files: `python -m datasets synthesize|pack|repack|inspect`."""
+"""Commands for data files: `python -m datasets synthesize|pack|repack|inspect`.
+
+From another folder, or where PYTHONSAFEPATH is set: `python CHECKOUT/datasets synthesize|...`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import system
 from system import UserError
 
 import argparse
-import signal
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .cube_file import CubeFile
-from .preparation.checks import read_pair
-from .preparation.fields import pack_redshifts, stack
-from .preparation.filter import Filter
-from .preparation.pack import Options, pack, repack
-from .preparation.synthetic import PHYSICS, write_synthetic
+from datasets.cube_file import CubeFile
+from datasets.preparation.checks import read_pair
+from datasets.preparation.fields import pack_redshifts, stack
+from datasets.preparation.filter import Filter
+from datasets.preparation.pack import Options, pack, repack
+from datasets.preparation.synthetic import PHYSICS, write_synthetic
+from training.distributed import run_program
 
 RATIO_SEEDS = 8  # twins share their phases: 8 pairs show the ratio to 1e-4
 
@@ -150,7 +156,11 @@ def _path(text: str) -> Path:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .preparation.inspect import check_plot, plot, report  # imports matplotlib, which takes a second
+    from datasets.preparation.inspect import (  # imports matplotlib, which takes a second
+        check_plot,
+        plot,
+        report,
+    )
 
     if options.plot:
         check_plot(options.plot, options.force)
@@ -163,7 +173,7 @@ def _inspect(options: argparse.Namespace) -> None:
         plot(options.file, options.plot)
         print(f"plot written to {options.plot}")
     if options.write_experiment:
-        from .preparation.experiment import write_experiment
+        from datasets.preparation.experiment import write_experiment
 
         write_experiment(options.file, options.write_experiment, overwrite=options.force)
         out = options.write_experiment
@@ -256,19 +266,9 @@ def _pack(options: argparse.Namespace, how: Options) -> None:
 
 
 def main() -> int:
-    """Run a command; returns the exit status: 0, or 2 after an error that the user can fix."""
+    """Run a command; returns the exit status."""
     options = _parser().parse_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # unwinds the stack, which removes the unfinished file
-    try:
-        _run(options)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_program(lambda: _run(options))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for PYTHONSAFEPATH
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import system

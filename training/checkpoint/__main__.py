@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for python CHECKOUT/training/checkpoint
+
 from system import UserError
 
 import argparse
-import sys
-from pathlib import Path
 
 from training.checkpoint.storage import Checkpoint
 

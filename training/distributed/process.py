@@ -41,12 +41,11 @@ CONNECTION_LOST = (
 
 
 def setup_process() -> None:
-    """Set what must be set before the first large tensor: streams, allocator, arithmetic, ranks, threads.
+    """Set what must be set before the first large tensor: allocator, arithmetic, ranks, threads.
 
     Raises:
         UserError: if an environment variable of the launch is missing, invalid or inconsistent.
     """
-    setup_streams()
     keep_freed_memory()
     # Otherwise the interpreter looks for cycles among all objects of torch and matplotlib before it ends.
     atexit.register(gc.freeze)
@@ -209,6 +208,7 @@ def run_program(program: Callable[[], None], *, resumes: bool = False) -> int:
     Any other error is raised, and ends the process with status 1. A stop signal ends the process at once:
     with status 0 if the same command `resumes` the work, else with 128 plus its number as in a shell.
     """
+    setup_streams()
     raise_stop_signals()
     try:
         program()
