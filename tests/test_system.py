@@ -7,6 +7,8 @@ import ast
 import os
 import runpy
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,11 +224,23 @@ def test_spinning_is_limited_unless_the_user_chose(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("program", ["trainer.py", "evaluation.py"])
 def test_programs_import_it_first(program: str) -> None:
     tree = ast.parse((ROOT / program).read_text())
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(node) for node in imports[:2]] == [
-        "from __future__ import annotations",
-        "import system",
-    ]
+    modules = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
+    modules += [str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert next(name for name in modules if name not in sys.stdlib_module_names) == "system"
+
+
+@pytest.mark.parametrize("program", ["trainer.py", "evaluation.py", "datasets", "training/checkpoint"])
+def test_programs_find_their_modules(program: str, tmp_path: Path) -> None:
+    """From another folder that has modules of the same names, and where Python adds no folder by itself."""
+    for name in ("config.py", "system.py", "training.py"):
+        (tmp_path / name).write_text("raise SystemExit('another project')")
+    command = [sys.executable, str(ROOT / program), "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"PYTHONSAFEPATH": "1"}, check=False, stdout=subprocess.PIPE
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"usage: ")
 
 
 # Files
