@@ -18,9 +18,7 @@ from __future__ import annotations
 import system
 from system import UserError
 
-import contextlib
 import hashlib
-import importlib
 import math
 import os
 import re
@@ -37,18 +35,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from .compression import read_filters, slow_chunks
 from .streams import read_into
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
-CHUNK_BYTES = 64 * 1024  # smaller chunks take longer to find than to copy
-CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
-
-# Filters that the package hdf5plugin brings, by their registered number.
-PLUGIN_FILTERS = {
-    307: "bzip2", 32001: "Blosc", 32004: "LZ4", 32008: "bitshuffle", 32013: "ZFP", 32015: "Zstandard",
-    32017: "SZ", 32018: "FCIDECOMP", 32024: "SZ3", 32026: "Blosc2", 32028: "Sperr",
-}  # fmt: skip
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError)  # what h5py raises for damaged files
 
@@ -152,7 +143,7 @@ def _cube(file: h5py.File, name: str) -> Cube:
         raise UserError(
             f"{file.filename}: /{name} is named as a cube, but is no readable data set. Rename it."
         )
-    filters, missing_filter = _filters(data)
+    filters, missing_filter = read_filters(data)
     in_file = data.file.filename == file.filename  # the data of an external link are in another file
     return Cube(
         name=name,
@@ -165,27 +156,6 @@ def _cube(file: h5py.File, name: str) -> Cube:
         missing_filter=missing_filter,
         written=data.is_virtual or data.id.get_storage_size() > 0,
     )
-
-
-def _filters(data: h5py.Dataset) -> tuple[tuple[str, ...], str | None]:
-    """The names of a data set's filters, and what to install for one that is missing."""
-    creation, names, missing = data.id.get_create_plist(), [], None
-    for i in range(creation.get_nfilters()):
-        number, _, _, name = creation.get_filter(i)
-        names.append(PLUGIN_FILTERS.get(number) or name.decode() or str(number))
-        if not h5py.h5z.filter_avail(number):
-            with contextlib.suppress(ImportError):
-                importlib.import_module("hdf5plugin")  # registers its filters
-        if not h5py.h5z.filter_avail(number):
-            package = "pip install hdf5plugin" if number in PLUGIN_FILTERS else "install its HDF5 plugin"
-            missing = f"is compressed with {names[-1]} (HDF5 filter {number}), not installed here: {package}"
-    return tuple(names), missing
-
-
-def check_filters(data: h5py.Dataset, path: Path) -> None:
-    """Raise UserError if a filter is missing without which a data set cannot be read."""
-    if missing := _filters(data)[1]:
-        raise UserError(f"{path}: {data.name} {missing}")
 
 
 def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
@@ -249,25 +219,6 @@ def problems(cubes: Cubes) -> dict[str, str]:
                 f"{name} was never written; the program that created the file did not finish. Repeat it."
             )
     return found
-
-
-def slow_chunks(path: Path, cubes: Cubes) -> str | None:
-    """A warning if filters or chunks make it slow to read whole cubes, with the command that fixes it."""
-    for cube in cubes.values():
-        if cube.chunks is None or cube.missing_filter:
-            continue
-        reasons = [f"has filters ({', '.join(cube.filters)})"] if cube.filters else []
-        chunk, row = int(np.prod(cube.chunks)) * cube.dtype.itemsize, cube.chunks[-1] * cube.dtype.itemsize
-        if chunk < CHUNK_BYTES or row < CHUNK_ROW_BYTES:
-            reasons.append(f"has small or thin chunks {cube.chunks}")
-        if reasons:
-            repacked = path.with_name(f"{path.stem}_contiguous.h5")
-            return (
-                f"{path}: whole cubes are slow to read: /{cube.name} {' and '.join(reasons)}.\n"
-                "Repack the file once: "
-                f"python -m datasets repack {shlex.quote(str(path))} {shlex.quote(str(repacked))}"
-            )
-    return None
 
 
 def python_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
@@ -491,17 +442,3 @@ class CubeFile:
     def slow_chunks(self) -> str | None:
         """A warning if filters or chunks make it slow to read whole cubes, with the command that fixes it."""
         return slow_chunks(self.path, self.cubes)
-
-
-def check_copy(original: CubeFile, copy: CubeFile, seeds: range) -> None:
-    """Raise UserError unless `copy` has the attributes and, as far as `identity` reads them, the cubes of
-    `original`."""
-    keys = original.attributes.keys() | copy.attributes.keys()
-    different = [k for k in keys if repr(original.attributes.get(k)) != repr(copy.attributes.get(k))]
-    if copy.identity(seeds)["fingerprint"] != original.identity(seeds)["fingerprint"]:
-        different.append("cubes")
-    if different:
-        raise UserError(
-            f"{copy.path}: data_params.local_copy is no copy of data_params.datafile {original.path}: other "
-            f"{', '.join(sorted(different))}.\nCopy the file again, or remove local_copy."
-        )

@@ -323,13 +323,13 @@ SITUATIONS = [
         "constant cubes",
         constant,
         f"{TRAIN} data_params.standardize=train",
-        "Use another file, or set standardize to none. python -m datasets inspect lists",
+        r"did not finish writing; rerun it\.\n *python -m datasets inspect universe.h5 lists",
         {
-            "another file": [
-                "datasets synthesize other.h5 --seeds 2",
-                f"{TRAIN} data_params.standardize=train data_params.datafile=other.h5",
+            "rerun": [
+                "datasets inspect universe.h5",
+                "datasets synthesize universe.h5 --seeds 2 --force",
+                f"{TRAIN} data_params.standardize=train",
             ],
-            "none": [f"{TRAIN} data_params.standardize=none"],
         },
     ),
     Situation(

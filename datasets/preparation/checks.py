@@ -309,3 +309,17 @@ def std_warnings(field: str, std: float) -> list[str]:
     if USUAL_STD[0] <= std <= USUAL_STD[1]:
         return []
     return [f"{field}: the standard deviation is {std:.2g}, not 1: set data_params.standardize to train"]
+
+
+def check_copy(original: CubeFile, copy: CubeFile, seeds: range) -> None:
+    """Raise UserError unless `copy` has the attributes and, as far as `identity` reads them, the cubes of
+    `original`."""
+    keys = original.attributes.keys() | copy.attributes.keys()
+    different = [k for k in keys if repr(original.attributes.get(k)) != repr(copy.attributes.get(k))]
+    if copy.identity(seeds)["fingerprint"] != original.identity(seeds)["fingerprint"]:
+        different.append("cubes")
+    if different:
+        raise UserError(
+            f"{copy.path}: data_params.local_copy is no copy of data_params.datafile {original.path}: other "
+            f"{', '.join(sorted(different))}.\nCopy the file again, or remove local_copy."
+        )

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import kernels
-from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, check_filters, open_cubes
+from ..compression import check_filters
+from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, open_cubes
 from ..moments import Moments
 from . import checks
 from .filter import EVERYTHING, Filter
