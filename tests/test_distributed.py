@@ -137,6 +137,30 @@ def test_threads_set_by_the_launcher_are_not_the_users(
         launcher.communicate(b"\n")
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+@pytest.mark.parametrize(
+    ("flags", "source"),
+    [
+        (["--config_file", "old.yaml"], "old.yaml"),
+        (
+            ["--config_file", "old.yaml", "--mixed_precision", "fp16"],
+            "--mixed_precision of accelerate launch",
+        ),
+        ([], "default.yaml"),
+    ],
+)
+def test_a_setting_of_the_launcher_is_named_with_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("default.yaml").write_text("")
+    monkeypatch.setattr(launch, "default_config_file", "default.yaml")
+    with subprocess.Popen(["sh", "-c", "read x", *flags], stdin=subprocess.PIPE) as launcher:
+        monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+        assert launch.source_of_setting("--mixed_precision") == source
+        launcher.communicate(b"\n")
+
+
 # Launches without effect, which launchers do not report
 
 

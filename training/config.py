@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from models import NetworkSettings
+from training.distributed.launch import source_of_setting
 
 # Upper bounds keep every product of two settings far inside 64-bit integers.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -263,7 +264,10 @@ class Config(Section):
         data_params.pairs), or if the device lacks the precision.
         """
         if device == "cpu" and mixed_precision == "fp16":
-            raise UserError("train_params.mixed_precision: found fp16, allowed on a CPU: no, bf16")
+            source = "train_params.mixed_precision"
+            if self.train_params.mixed_precision is None:
+                source = f"mixed_precision of {source_of_setting('--mixed_precision')}"
+            raise UserError(f"{source}: found fp16, allowed on a CPU: no, bf16")
         batch, parts = self.train_params.batch_size, processes * accumulation
         multiple = parts * (2 if self.data_params.pairs else 1)
         if batch % multiple or batch // parts < 2:

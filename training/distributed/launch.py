@@ -25,6 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import DynamoBackend, is_torch_xla_available
 
 from training.distributed.collectives import all_gather_json, raise_on_all_ranks, require_equal
@@ -155,6 +156,19 @@ def check_launch_settings() -> None:
     if read("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in DynamoBackend.list():
         raise system.invalid_variable("ACCELERATE_DYNAMO_BACKEND", ", ".join(DynamoBackend.list()).lower())
     system.read_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, minimum=1)
+
+
+def source_of_setting(option: str) -> str:
+    """Where `accelerate launch`, the parent process, took the setting of an `option` (--mixed_precision)."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        words = []
+    if option in words:
+        return f"{option} of accelerate launch"
+    if "--config_file" in words:
+        return words[words.index("--config_file") + 1]
+    return default_config_file if Path(default_config_file).is_file() else "the environment"
 
 
 def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
