@@ -36,6 +36,7 @@ import datasets
 from analysis.power_spectrum import (
     ALONG_AXIS,
     ALONG_DIAGONAL,
+    NEGLIGIBLE,
     Box,
     ModeBins,
     directions,
@@ -222,12 +223,13 @@ class Lattice:
         axis = int(np.argmax(np.abs(logarithm)))
         coherence = self.coherence.mean(0)
         others = np.delete(coherence, DEFECT)
+        share = f" ({np.exp(logarithm[DEFECT]):.2f})" if error.any() else ""
         if coherence[DEFECT] > 0.35 and (np.abs(others) < 0.2).all() and logarithm[DEFECT] <= 0:
             return [
                 "The initial conditions have the defect of the `basic` generator of gevolution 1.0 to 1.3, "
-                f"fixed in 2.0: modes with k_x = 0, n_{DEFECT} = 0 in array axes, have half the power "
-                f"({np.exp(logarithm[DEFECT]):.2f}), and mirror modes in that plane have a coherence of "
-                f"{coherence[DEFECT]:.2f}, in both gravities. Slices perpendicular to axis {DEFECT} thus "
+                f"fixed in 2.0: modes with k_x = 0, n_{DEFECT} = 0 in array axes, have half the "
+                f"power{share}, and mirror modes there a coherence of {coherence[DEFECT]:.2f}, in both "
+                f"gravities. Slices perpendicular to axis {DEFECT} thus "
                 "have a few per cent less power at most n > 4, the others half of it on one line of modes."
             ]
         if abs(logarithm[axis]) > max(SIGNIFICANT * error[axis], UNEQUAL):
@@ -246,7 +248,8 @@ class Lattice:
         modes are missing.
         """
         power = self.plane_power.mean(1)  # twins share their phases
-        if not power.size or not power.all():
+        mean = self.power.mean((0, 1)) @ self.bins.modes / self.bins.modes.sum()
+        if not power.size or (power <= NEGLIGIBLE * mean).any():  # as in filtered cubes
             return np.zeros(3), np.zeros(3)
         shape = (3, len(self.plane_bins) // 3)
         power, modes = power.reshape(-1, *shape), self.plane_bins.modes.reshape(shape)

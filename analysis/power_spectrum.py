@@ -48,7 +48,7 @@ _DIRECTIONS = {
 }
 
 # Single precision leaves a relative error of some 1e-7 in amplitude, 1e-14 in power, on every mode.
-_NEGLIGIBLE = 1e-12
+NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def mirror_coherence(field: Tensor) -> Floats:
         count = torch.bincount(shell[inside])
         mean = (torch.bincount(shell[inside], power) / count.clamp(min=1))[shell[inside]]
         product = (here * mirror).real[inside]
-        coherence.append(float(torch.where(mean > 0, product / mean, 0.0).mean()))
+        known = mean > NEGLIGIBLE * mean.mean()
+        coherence.append(float((product[known] / mean[known]).mean()) if known.any() else 0.0)
     return np.array(coherence)
 
 
@@ -303,7 +304,7 @@ def measurable(power: Floats, modes: Floats) -> Bools:
     modes as the rounding error of single precision; bins below 1e-12 of it are False.
     """
     mean = power.mean(0)
-    return mean > _NEGLIGIBLE * (mean @ modes) / modes.sum()
+    return mean > NEGLIGIBLE * (mean @ modes) / modes.sum()
 
 
 def _absolute_wave_vectors(size: int, dimensions: int) -> Tensor:
