@@ -155,7 +155,10 @@ def test_a_setting_of_the_launcher_is_named_with_its_file(
     monkeypatch.chdir(tmp_path)
     Path("default.yaml").write_text("")
     monkeypatch.setattr(launch, "default_config_file", "default.yaml")
-    with subprocess.Popen(["sh", "-c", "read x", *flags], stdin=subprocess.PIPE) as launcher:
+    command, pipe = ["sh", "-c", "echo; read x", *flags], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()  # it runs
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
         assert launch.source_of_setting("--mixed_precision") == source
         launcher.communicate(b"\n")
