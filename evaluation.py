@@ -179,7 +179,13 @@ def evaluate(options: argparse.Namespace) -> None:
         if len(spectra) > 1:
             results["fields"] = dict(zip(context.cubes.fields, of_fields, strict=True))
         results["saliency"] = saliency.saliency_of_extremes(network, predictions, context.slices_of_seed)
-    results |= {"warnings": warnings(results), "findings": findings(results)}
+    of_data = datasets.data_warnings(
+        context.cubes,
+        context.seeds,
+        standardize=context.config.data_params.standardize,
+        trained_on=context.training_file,
+    )
+    results |= {"warnings": [*of_data, *warnings(results)], "findings": findings(results)}
     if joint is not None:
         results["joint_ceilings"] = fields.compare(context.box, context.cubes.fields, *joint)
         results["findings"].insert(1, fields.describe(results["joint_ceilings"]))

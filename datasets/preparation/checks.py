@@ -209,12 +209,12 @@ def _find_realizations(curvature: dict[Key, Floats]) -> list[list[Key]]:
     return list(groups.values())
 
 
-def survey(cubes: CubeFile) -> Survey:
-    """Read every cube once."""
+def survey(cubes: CubeFile, *, moments: bool = True) -> Survey:
+    """Read every cube once; without `moments` for a file whose moments are known."""
     result = Survey(cubes)
     with ThreadPoolExecutor(WORKERS) as pool:
         bar = tqdm(cubes.cubes, desc="checking", unit="cube", disable=None)
-        for key, summary in zip(bar, pool.map(partial(_summarize, cubes), cubes.cubes), strict=True):
+        for key, summary in zip(bar, pool.map(partial(_summarize, cubes, moments), cubes.cubes), strict=True):
             if isinstance(summary, str):
                 result.unreadable.append(summary)
             else:
@@ -226,7 +226,9 @@ def survey(cubes: CubeFile) -> Survey:
     return result
 
 
-def _summarize(cubes: CubeFile, key: Key) -> tuple[list[Moments], Floats, Floats, str] | str:
+def _summarize(
+    cubes: CubeFile, with_moments: bool, key: Key
+) -> tuple[list[Moments], Floats, Floats, str] | str:
     """Moments, curvature, power, and what is constant in a cube; or why it cannot be read."""
     cube = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
     try:
@@ -235,7 +237,7 @@ def _summarize(cubes: CubeFile, key: Key) -> tuple[list[Moments], Floats, Floats
         return str(error).removeprefix(f"{cubes.path}: ")
     moments = [Moments() for _ in cube]
     for values, of_field in zip(cube, moments, strict=True):
-        for plane in values:
+        for plane in values if with_moments else ():
             of_field.add(plane.astype(np.float64))
     examined = [cube[i] for i in potentials(cubes)]
     constant = [describe_constant(values) for values in examined if kernels.has_constant_line(values, 1)]
