@@ -153,7 +153,7 @@ def test_file_is_packed_contiguous_and_annotated(tmp_path: Path) -> None:
     assert all(cube.direct for cube in cubes.cubes.values())
     attributes = cubes.attributes
     assert "radiation treatment" not in attributes
-    for physics, treatment in (("linear", "none"), ("late", "CLASS")):
+    for physics, treatment in (("linear", "background"), ("late", "CLASS")):
         write(tmp_path / "b.h5", seeds=1, strength=1.0, physics=physics, overwrite=True)
         assert CubeFile(tmp_path / "b.h5").attributes["radiation treatment"] == treatment
     assert attributes["variance"] == pytest.approx(attributes["std"] ** 2)

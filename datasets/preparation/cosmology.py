@@ -49,17 +49,17 @@ def late_ratio(k: NDArray[np.float64]) -> NDArray[np.float64]:
 def linear_theory_reference(attributes: Mapping[str, Any]) -> Literal["linear", "none", "unknown"]:
     """What linear theory predicts for the twins of a cube file with these `attributes`.
 
-    `linear`: `linear_theory_ratio`, for gevolution runs without the setting `radiation treatment`, and for
-    synthetic universes that imitate them. `none`: no difference, to 0.1 % at n >= 3 and z >= 1, with
-    `radiation treatment = CLASS`, which adds radiation perturbations to both gravities. `unknown`: for any
-    other file.
+    `linear`: `linear_theory_ratio`, for gevolution runs with radiation as a background (its default, also of
+    files that do not name it), and for synthetic universes that imitate them. `none`: no difference, to 0.1 %
+    at n >= 3 and z >= 1, with `radiation treatment = CLASS`, which adds radiation perturbations to both
+    gravities. `unknown`: for any other file.
     """
-    treatment, source = attributes.get("radiation treatment"), str(attributes.get("source", ""))
-    if attributes.get("synthetic"):
-        return "linear" if attributes.get("physics") == "linear" else "unknown"
-    if treatment is None and source.startswith("gevolution"):
+    from_gevolution = str(attributes.get("source", "")).startswith("gevolution")
+    default = "background" if from_gevolution else "unknown"
+    treatment = str(attributes.get("radiation treatment", default)).lower()
+    if treatment in ("background", "none"):
         return "linear"
-    return "none" if str(treatment).upper() == "CLASS" else "unknown"
+    return "none" if treatment == "class" else "unknown"
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,11 @@ class Cosmology:
 def reference_ratio(k: NDArray[np.float64], attributes: Mapping[str, Any]) -> NDArray[np.float64] | None:
     """P_GR/P_N that theory predicts at `k` in h/Mpc for the cubes of a file with these attributes.
 
-    Without radiation treatment, gevolution's default, that of linear theory; with CLASS 1, to 0.1 %, and NaN
-    for the longest waves (n < 3), where the gravities part late. None where the settings are not known.
+    None where no theory is known. NaN for the longest waves (n < 3) where the gravities part late.
     """
-    default = "none" if "gevolution" in str(attributes.get("source")) else "unknown"
-    match str(attributes.get("radiation treatment", default)).lower():
-        case "none":
+    match linear_theory_reference(attributes):
+        case "linear":
             return linear_theory_ratio(k)
-        case "class":
+        case "none":
             return np.where(k * _BOX / (2 * np.pi) < 2.5, np.nan, 1.0)
     return None

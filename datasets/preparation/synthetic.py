@@ -66,7 +66,7 @@ PHYSICS = {
     "linear": "the linear-theory difference of gevolution twins without radiation treatment",
     "late": "the late difference of gevolution twins with radiation treatment",
 }
-RADIATION = {"linear": "none", "late": "CLASS"}  # gevolution's setting that they imitate
+RADIATION = {"linear": "background", "late": "CLASS"}  # gevolution's setting that they imitate
 RATIOS = {"linear": linear_theory_ratio, "late": late_ratio}
 RESOLUTION_EXCESS = 0.007  # of P_GR at the Nyquist wavenumber of gevolution twins of 128^3 and 256^3 cells
 LATTICE_OFFSET, LATTICE_SLOPE = 0.0425, 0.054  # fitted to gevolution twins at n = 12 to 16
