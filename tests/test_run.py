@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-import datasets
 from training.config import load_config
 from training.run import TrainState, build_network, prepare
 
@@ -114,7 +113,7 @@ def test_kernels_are_searched_unless_deterministic_or_on_rocm(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     config = load_config(experiment(deterministic=deterministic))
-    build_network(config, Accelerator(), datasets.CubeFile(universe))
+    build_network(config, Accelerator(), config.network_settings((1, 64, 64, 64)))
     assert torch.backends.cudnn.benchmark == benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
@@ -137,7 +136,7 @@ def test_dynamo_config_compiles_the_network_inside_ddp(
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
     config = load_config(experiment(compile=compile))
     accelerator = Accelerator()
-    network = build_network(config, accelerator, datasets.CubeFile(universe))
+    network = build_network(config, accelerator, config.network_settings((1, 64, 64, 64)))
     names = list(network.state_dict())
     wrapped = torch.nn.parallel.DistributedDataParallel(network)  # as Accelerate does with several ranks
     prepared, _ = prepare(config, accelerator, wrapped, (1, 64, 64))

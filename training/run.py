@@ -277,7 +277,8 @@ def setup_run(
         state = state or initial_state(config, cubes)
         train_set, validation_set, test_set = build_datasets(config, accelerator, cubes, state)
         train_set.prefetch(state.epoch, state.step_in_epoch)  # while the network is built
-        network = build_network(config, accelerator, cubes, state)
+        settings = config.network_settings(cubes.shape, state.octaves)
+        network = build_network(config, accelerator, settings)
     # The network with its optimizer, as they were saved.
     network, optimizer = prepare(config, accelerator, network, train_set.shape)
     predictions = metrics.PredictionBuffer(accelerator)
@@ -404,7 +405,7 @@ def build_datasets(
 
 
 def build_network(
-    config: Config, accelerator: Accelerator, cubes: datasets.CubeFile, state: TrainState
+    config: Config, accelerator: Accelerator, settings: models.NetworkSettings
 ) -> torch.nn.Module:
     """The network on its device; its initial weights depend on train_params.seed alone."""
     params = config.train_params
@@ -415,7 +416,7 @@ def build_network(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Every batch has the same shape. On ROCm the search takes seconds per shape and rank (ROCm/MIOpen#1878).
     torch.backends.cudnn.benchmark = not params.deterministic and torch.version.hip is None
-    network = models.build(config.network_settings(cubes.shape, state.octaves))
+    network = models.build(settings)
     network = network.to(accelerator.device)
     network = network.to(memory_format=datasets.memory_format(accelerator.device))  # type: ignore[call-overload]
     if params.sync_batch_norm is True or (params.sync_batch_norm == "auto" and accelerator.num_processes > 1):
