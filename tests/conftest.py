@@ -29,13 +29,20 @@ def _own_accelerator() -> Iterator[None]:
     GradientState._reset_state()
 
 
+HANDLERS = {number: signal.getsignal(number) for number in distributed.SIGNALS}
+
+
+def restore_signal_handlers() -> None:
+    """A program that a test or a fixture runs leaves signals ignored, and processes inherit that."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def _own_signal_handlers() -> Iterator[None]:
-    """A run that was asked to stop leaves signals ignored."""
-    handlers = {number: signal.getsignal(number) for number in distributed.SIGNALS}
+    restore_signal_handlers()
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_signal_handlers()
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +56,7 @@ def universe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fork_server() -> ForkServer:
     """Starts trainings and launchers in milliseconds."""
+    restore_signal_handlers()
     root = Path(__file__).parents[1]
     PROCESSES.set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:
