@@ -281,7 +281,7 @@ SITUATIONS = [
         {"remove it from the list": [TRAIN]},
     ),
     Situation(
-        "a misspelt network",
+        "a misspelled network",
         lambda: None,
         f"{TRAIN} model_params.architecture=RACON",
         "did you mean RACOON",
