@@ -41,6 +41,7 @@ from sklearn.metrics import roc_auc_score
 import datasets
 from analysis import figures, report
 from analysis.comparison import markdown, mean_logits
+from models.calibration import Calibration
 from training import metrics
 from training.config import Config, check_same_settings, load_config
 from training.distributed import run_program
@@ -221,9 +222,9 @@ def summarize(repetitions: Sequence[Repetition]) -> list[dict[str, Any]]:
     for train_seeds, group in groupby(repetitions, key=lambda repetition: repetition.train_seeds):
         rows, ensembles = [], []
         for _, fold in groupby(group, key=lambda repetition: repetition.fold):
-            members = [read_shifted(repetition) for repetition in fold]
-            rows.append([evaluate(member) for member in members])
-            ensembles.append(evaluate(mean_logits(members)))
+            members = [read_predictions(repetition) for repetition in fold]
+            rows.append([evaluate(*member) for member in members])
+            ensembles.append(evaluate(*map(mean_logits, zip(*members, strict=True))))
         values = np.array(rows)  # (folds, trainings, metrics)
         folds, trainings, count = values.shape
         unknown = np.full(count, np.nan)
@@ -242,23 +243,25 @@ def summarize(repetitions: Sequence[Repetition]) -> list[dict[str, Any]]:
     return summary
 
 
-def read_shifted(repetition: Repetition) -> metrics.Predictions:
-    """Predictions on the test seeds, with the calibrated threshold, if there is one, at logit 0."""
+def read_predictions(repetition: Repetition) -> tuple[metrics.Predictions, metrics.Predictions]:
+    """Predictions on the test seeds: logits, and their calibrated log odds where there is a calibration."""
     predictions = report.read_predictions(repetition.run_dir)
-    calibrated = report.read(repetition.run_dir).get("calibrated", {"threshold": 0.0})
-    return predictions.with_logits(predictions.logit - calibrated["threshold"])
+    network = json.loads((repetition.run_dir / "model" / "config.json").read_bytes())
+    calibration = Calibration.from_dict(network["calibration"]) or Calibration()
+    log_odds = calibration.log_odds(predictions.logit, predictions.axis)
+    return predictions, predictions.with_logits(log_odds.numpy())
 
 
-def evaluate(predictions: metrics.Predictions) -> list[float]:
-    """The metrics of METRICS."""
+def evaluate(predictions: metrics.Predictions, calibrated: metrics.Predictions) -> list[float]:
+    """The metrics of METRICS: areas of the logits, accuracies of the calibrated log odds."""
     cubes, labels = predictions.cube_logits, np.tile([0, 1], len(predictions.seeds))
     auc, cube_auc = metrics.auc(predictions), float(roc_auc_score(labels, cubes.ravel()))
-    return [auc, metrics.accuracy(predictions), cube_auc, metrics.cube_accuracy(predictions)]
+    return [auc, metrics.accuracy(calibrated), cube_auc, metrics.cube_accuracy(calibrated)]
 
 
 def table(summary: list[dict[str, Any]], validation_seeds: int) -> str:
     """The summary as a Markdown table, with the meaning of its columns below."""
-    threshold = f"calibrated on the {validation_seeds} validation seeds" if validation_seeds else "0"
+    threshold = f"calibrated by axis on the {validation_seeds} validation seeds" if validation_seeds else "0"
     rows = []
     for line in summary:
         for key, title in METRICS.items():

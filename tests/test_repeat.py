@@ -29,7 +29,9 @@ if program.endswith("trainer.py"):
         sys.exit(1)
     model = pathlib.Path(keys["train_params.log_dir"]) / keys["model_params.name"] / "model"
     model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps(keys))
+    threshold = {"temperature": 1.0, "threshold": 1.0}  # by axis, as the trainer calibrates
+    calibration = {"temperature": 1.0, "threshold": 9.0, "axes": [threshold, None, None]}
+    (model / "config.json").write_text(json.dumps(keys | {"calibration": calibration}))
 else:
     run = pathlib.Path(first)
     keys = json.loads((run / "model" / "config.json").read_text())
@@ -58,7 +60,6 @@ REPORT = {
     "cubes": dict.fromkeys(("cube_accuracy", "cube_auc"), ESTIMATE),
     "pairs": {},
     "significance": {},
-    "calibrated": {"threshold": 1.0},
 }
 
 
@@ -103,6 +104,17 @@ def test_the_summary_holds_every_metric(
     assert len(count) == 16, "each run is trained and evaluated once"
     assert start("--trainings", "2", "--folds", "2", "--seeds", "2", "3") == 0
     assert (tmp_path / "count").read_text() == count
+
+
+def test_the_real_programs(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets.write_synthetic(tmp_path / "universe.h5", seeds=6, size=64, strength=100)
+    path = experiment(datafile=str(tmp_path / "universe.h5"), train_seeds=3, validation_seeds=1, test_seeds=3)
+    assert repeat.main([str(path), "--trainings", "1"]) == 0
+    run = tmp_path / "runs" / "run-repeat" / "run-fold0-seeds3-training0" / "evaluation"
+    calibrated = json.loads((run / "report.json").read_text())["calibrated"]["accuracy"]["value"]
+    assert f"accuracy of slices | {calibrated:.4f} |" in capsys.readouterr().out
 
 
 def test_the_folds_have_disjoint_test_seeds_and_the_cubes_of_the_file(
