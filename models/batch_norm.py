@@ -59,8 +59,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, found {input.dim()}")
+        """Any number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(b, channels, ...) -> the same shape, normalized per channel. Collective in training."""
@@ -102,20 +101,11 @@ def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
-    """Replace every batch normalization in `network` by one over all ranks, with the same parameters.
+    """Let every batch normalization in `network` use the batches of all ranks.
 
-    Names of parameters and buffers stay the same, so checkpoints fit either way. Does nothing where there
-    is no process group.
+    Parameters and buffers stay the same, so checkpoints fit either way. Does nothing where there is no
+    process group.
     """
-    if not dist.is_initialized():
-        return
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if not isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                continue
-            device = child.running_mean.device  # type: ignore[union-attr]
-            replacement = SyncBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, device=device
-            )
-            replacement.load_state_dict(child.state_dict())
-            setattr(module, name, replacement)
+    for module in network.modules() if dist.is_initialized() else ():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm  # type: ignore[assignment]  # same parameters and buffers

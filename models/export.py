@@ -130,14 +130,10 @@ def load(folder: str | Path) -> TrainedNetwork:
         return trained.eval()
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(
-            f"{folder}: no trained network is here ({error}). Give LOG_DIR/NAME/model of a finished run."
-        ) from error
     except Exception as error:  # config.json may contain anything
         raise UserError(
-            f"{folder}: damaged, {CONFIG} and {WEIGHTS} do not make a network: "
-            f"{type(error).__name__}: {str(error)[:500]}. Copy or train it again."
+            f"{folder}: {CONFIG} and {WEIGHTS} do not make a network: {type(error).__name__}: "
+            f"{str(error)[:500]}. Give LOG_DIR/NAME/model of a finished run; if it is damaged, copy it again."
         ) from error
 
 

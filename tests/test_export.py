@@ -4,10 +4,9 @@ from system import UserError
 
 import json
 import os
-import stat
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ def save_network(architecture: str, folder: Path, **config: Any) -> torch.nn.Mod
     settings = models.NetworkSettings(
         architecture=architecture, layer_param=2, dropout=0.5, activation="leaky_relu", channels=2, size=64
     )
+    settings = replace(settings, padding=config.get("padding", "zeros"))
     network = models.build(settings).to(memory_format=torch.channels_last)
     network(torch.randn(8, 2, 64, 64))  # running statistics other than the first
     network.eval()
@@ -41,7 +41,9 @@ def save_network(architecture: str, folder: Path, **config: Any) -> torch.nn.Mod
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     """The folder of a saved network, and the bare network."""
     folder = tmp_path / "run" / "model"
-    return folder, save_network(request.param, folder)
+    # LYNX with circular padding: ONNX then needs its Fourier transforms.
+    padding = {"padding": "circular"} if request.param == "LYNX" else {}
+    return folder, save_network(request.param, folder, **padding)
 
 
 def test_a_loaded_network_standardizes_and_gives_the_same_logits(
@@ -49,21 +51,13 @@ def test_a_loaded_network_standardizes_and_gives_the_same_logits(
 ) -> None:
     folder, network = saved
     monkeypatch.setattr("pickle.Unpickler", None)  # nothing is unpickled
-    loaded = models.load(folder)
+    # A repository of the Hugging Face Hub is such a folder.
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision: f"{name}/{revision}")
+    loaded = models.TrainedNetwork.from_pretrained(str(folder.parent), revision=folder.name)
     slices = torch.randn(4, 2, 64, 64)
     assert not loaded.training
     torch.testing.assert_close(loaded(3 + 2 * slices), network(slices), rtol=0, atol=1e-5)
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
-
-
-def test_a_repository_of_the_hub_is_such_a_folder(
-    saved: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, network = saved
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision: f"{name}/{revision}")
-    loaded = models.TrainedNetwork.from_pretrained(str(folder.parent), revision=folder.name)
-    slices = torch.randn(2, 2, 64, 64)
-    torch.testing.assert_close(loaded.network(slices), network(slices), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("saved", ["RACOON"], indirect=True)
@@ -114,12 +108,12 @@ for name in sys.argv[1:]:
     assert [float(line) for line in done.stdout.split()] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("cubes", [None, {"temperature": 0.1, "threshold": 0.5, "cubes": None}])
+@pytest.mark.parametrize("cubes", [None, {"temperature": 0.1, "threshold": 0.5}])
 def test_whitening_and_calibration_are_part_of_the_network(
     tmp_path: Path, cubes: dict[str, Any] | None
 ) -> None:
     power = [1.0 + n for n in range(32)]
-    calibration = {"temperature": 0.5, "threshold": 0.25} | ({"cubes": cubes} if cubes else {})
+    calibration = {"temperature": 0.5, "threshold": 0.25, "cubes": cubes}
     network = save_network("LYNX", tmp_path, power=power, calibration=calibration)
     loaded, slices = models.load(tmp_path), torch.randn(4, 2, 64, 64)
     logits = network(models.Whitening(power)(slices))
@@ -134,11 +128,8 @@ def test_whitening_and_calibration_are_part_of_the_network(
     "slices",
     [
         torch.ones(2, 1, 64, 64),
-        torch.ones(2, 2, 32, 32),
-        torch.ones(2, 64, 64),
         torch.ones(2, 2, 64, 64, dtype=torch.int64),
         np.ones((2, 2, 64, 64), np.float32),
-        None,
     ],
     ids=lambda slices: str(getattr(slices, "shape", None)),
 )
@@ -148,36 +139,16 @@ def test_wrong_shapes_and_types_are_named(tmp_path: Path, slices: Any) -> None:
         models.load(tmp_path).probability(slices)
 
 
-def test_files_get_the_umasks_permissions(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        save_network("RACOON", tmp_path / "m")
-    finally:
-        os.umask(before)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()}
-    assert modes == dict.fromkeys(["model.safetensors", "config.json", "README.md"], 0o640)
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
 def change(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no trained network is here"),
-    "no folder": (lambda folder: folder.rename(folder.with_name("else")), "no trained network is here"),
-    "one bit": (lambda folder: flip(folder / "model.safetensors", -9), "SHA-256"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "No such file.*finished run"),
     "cut": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "SHA-256"),
-    "no json": (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
-    "a list": (lambda folder: (folder / "config.json").write_text("[1]"), "damaged"),
-    "another width": (lambda folder: change(folder, layer_param=4), "damaged.*size mismatch"),
-    "another type": (lambda folder: change(folder, layer_param="4"), "damaged"),
+    "no json": (lambda folder: (folder / "config.json").write_text("{"), "do not make a network: JSON"),
+    "another width": (lambda folder: change(folder, layer_param=4), "do not make a network.*size mismatch"),
     "no such network": (lambda folder: change(folder, architecture="CAT"), "allowed: RACOON"),
 }
 
@@ -192,35 +163,22 @@ def test_damage_is_named(saved: tuple[Path, torch.nn.Module], damage: str) -> No
         models.load(folder)
 
 
-def test_a_failed_write_leaves_the_old_file(
-    saved: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, _ = saved
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        export.record_evaluation(folder, EVALUATION)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
 def test_onnx_agrees_with_torch(
     saved: tuple[Path, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnx", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    folder, network = saved
-    assert export.export_onnx(models.load(folder), tmp_path / "model.onnx") <= 1e-4
+    folder, _ = saved
+    change(folder, power=[1.0 + n for n in range(32)])
+    network = models.load(folder)
+    assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     for batch in (1, 7):
-        slices = torch.randn(batch, 2, 64, 64)
-        (logits,) = session.run(None, {"slices": (3 + 2 * slices).numpy()})
+        slices = 3 + 2 * torch.randn(batch, 2, 64, 64)
+        (logits,) = session.run(None, {"slices": slices.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), network(slices), rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(export, "ONNX_TOLERANCE", -1.0)
     with pytest.raises(UserError, match="nothing was written"):
-        export.export_onnx(models.load(folder), tmp_path / "other.onnx")
+        export.export_onnx(network, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()

@@ -1,8 +1,5 @@
 """LYNX: the definition of its powers, its invariance, and what it learns."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -67,24 +64,14 @@ def test_logits_do_not_change_under_periodic_shifts() -> None:
 
 
 @pytest.mark.parametrize("padding", models.PADDINGS)
-def test_autocast_does_not_round_it(padding: str) -> None:
+def test_autocast_does_not_round_it_and_a_constant_slice_has_a_logit(padding: str) -> None:
     slices = randn(8, 1, 64, 64)
-    network = lynx(padding=padding)
+    slices[0] = 0
+    network = lynx(padding=padding).eval()
     expected = network(slices)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(network(slices), expected)
-
-
-def test_a_constant_slice_has_a_finite_logit() -> None:
-    assert lynx().eval()(torch.zeros(1, 1, 64, 64)).isfinite().all()
-
-
-def test_it_exports_to_onnx_with_circular_padding_and_whitening(tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="the extra onnx is not installed")
-    settings = {"architecture": "LYNX", "layer_param": 4, "padding": "circular", "size": 128, "octaves": 2}
-    network = export.TrainedNetwork(**settings, channels=2, power=[1.0] * 64)
-    assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
+    assert expected.isfinite().all()
 
 
 def anisotropy() -> Tensor:
@@ -125,28 +112,6 @@ def test_it_reaches_the_likelihood_ratio_of_a_planted_anisotropy() -> None:
         auc, optimal = (roc_auc_score(labels, f(test)) for f in (network.eval(), likelihood_ratio))
     assert optimal > 0.8
     assert auc > optimal - 0.02
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_synchronized_normalization_without_affine_parameters(process_group: None) -> None:
-    plain, synchronized = lynx(), lynx()
-    synchronized.load_state_dict(plain.state_dict())
-    models.synchronize_batch_norm(synchronized)
-    assert type(synchronized.normalization) is not nn.BatchNorm1d
-    slices = randn(8, 1, 64, 64)
-    for network in (plain, synchronized):
-        network(slices).square().sum().backward()
-    torch.testing.assert_close(
-        synchronized.filters.weight.grad, plain.filters.weight.grad, rtol=1e-2, atol=1e-3
-    )
-    for name, buffer in plain.state_dict().items():
-        torch.testing.assert_close(synchronized.state_dict()[name], buffer)
 
 
 def test_networks_of_earlier_versions_have_one_octave() -> None:

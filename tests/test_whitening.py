@@ -32,11 +32,6 @@ def test_isotropic_power_is_the_mean_over_shells() -> None:
     np.testing.assert_allclose(isotropic_power(slices), direct_power(slices), rtol=1e-4)
 
 
-def test_white_noise_of_unit_variance_has_unit_power() -> None:
-    slices = torch.randn(64, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    np.testing.assert_allclose(isotropic_power(slices)[4:], 1.0, atol=0.1)
-
-
 def test_whitening_divides_every_mode_by_the_square_root_of_its_shell() -> None:
     slices = red_slices()
     power = direct_power(slices)
@@ -47,16 +42,8 @@ def test_whitening_divides_every_mode_by_the_square_root_of_its_shell() -> None:
             n = round(np.hypot(x, y))
             if 0 < n < SIZE // 2:
                 expected[..., i, j] = modes[..., i, j] / np.sqrt(power[n])
-    found = Whitening(isotropic_power(slices))(slices)
-    np.testing.assert_allclose(found, np.fft.ifft2(expected).real, atol=1e-4)
-
-
-def test_whitened_slices_have_a_flat_spectrum_and_no_mean() -> None:
-    slices = red_slices()
     whitened = Whitening(isotropic_power(slices))(slices)
-    spectrum = isotropic_power(whitened)
-    np.testing.assert_allclose(spectrum[1:], 1.0, rtol=1e-4)
-    assert spectrum[0] < 1e-10
+    np.testing.assert_allclose(whitened, np.fft.ifft2(expected).real, atol=1e-4)
 
 
 def test_every_slice_is_whitened_by_the_spectrum_of_its_axis() -> None:
@@ -71,21 +58,14 @@ def test_every_slice_is_whitened_by_the_spectrum_of_its_axis() -> None:
     torch.testing.assert_close(whitening(slices, axes), expected)
 
 
-def test_autocast_and_memory_format_do_not_change_it() -> None:
+def test_autocast_memory_format_and_the_type_of_the_spectrum_do_not_change_it() -> None:
     slices = red_slices()
-    whitening = Whitening(isotropic_power(slices))
-    expected = whitening(slices)
+    power = isotropic_power(slices)
     with torch.autocast("cpu", torch.bfloat16):
-        found = whitening(slices.contiguous(memory_format=torch.channels_last))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_spectrum_of_numbers_gives_the_same_gain_and_adds_nothing_to_the_weights() -> None:
-    power = isotropic_power(red_slices())
-    whitening = Whitening(power.tolist())
-    assert torch.equal(whitening.gain, Whitening([power.tolist()] * 3).gain)
-    assert whitening.state_dict() == {}
+        whitened = Whitening(power.tolist())(slices.contiguous(memory_format=torch.channels_last))
+    assert whitened.dtype == torch.float32
+    torch.testing.assert_close(whitened, Whitening(power)(slices))
+    assert Whitening(power).state_dict() == {}
 
 
 def test_a_removed_mode_stays_removed_and_noise_is_not_amplified() -> None:
