@@ -138,8 +138,6 @@ def compare_baselines(
         power, other = (np.concatenate(spectra.cubes[name]) for spectra in (train, test))
         of_cubes = Baseline.fit(power, partitions.cubes[name].modes, np.arange(len(power)) % 2, cube_seeds)
         results[name] = {
-            "strength": of_slices.strength,
-            "cube_strength": of_cubes.strength,
             "slices": statistics.slice_metrics(baseline) | statistics.headline(baseline),
             "slices_by_cube": statistics.cube_metrics(baseline.cube_logits),
             "cubes": statistics.cube_metrics(of_cubes.logits(other).reshape(-1, 2)),
@@ -296,7 +294,7 @@ def restrict_to_scales(
     `edges` are bounds of bands in n; names are those of the groups and `n < EDGE`.
     """
     bins = partitions.slices["symmetry"]
-    groups = group_masks(torch.from_numpy(bins.n), torch.from_numpy(bins.mu4)).numpy()
+    groups = group_masks(torch.from_numpy(bins.n), torch.from_numpy(bins.mu4), bins.box.large_scales).numpy()
     masks = dict(zip(HYBRIDS, groups, strict=True))
     masks |= {f"n < {edge:g}": bins.n < edge for edge in edges if edge > 1}
     return {
@@ -308,10 +306,10 @@ def restrict_to_scales(
 def compare_scales(
     network: Predictions, by_scale: Mapping[str, SliceRatios], test: SimulationSpectra
 ) -> dict[str, dict[str, Any]]:
-    """AUC of slices of each likelihood ratio of `restrict_to_scales`: its `test`, and what is `expected`."""
+    """AUC within one axis of each ratio of `restrict_to_scales`: its `test`, and what is `expected`."""
     return {
         name: {
-            "test": statistics.auc_estimate(network.with_logits(test.likelihood_ratios[name]).wins),
+            "test": statistics.within_axis_estimate(network.with_logits(test.likelihood_ratios[name])),
             "expected": float(np.mean([ratio.expected()["auc"] for ratio in by_axis.values()])),
         }
         for name, by_axis in by_scale.items()

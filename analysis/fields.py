@@ -1,7 +1,7 @@
-"""Several fields of one simulation: how they grow, and how well all of them together identify its gravity.
+"""Spectra of the fields of simulations: what each tells of the gravity, all together, and how they grow.
 
-For Gaussian fields the C fields x of a mode have a covariance S (C, C) under each gravity, and the likelihood
-ratio (classifiers.py) becomes
+Each field is compared with baselines and ceilings by itself. For Gaussian fields the C fields x of a mode
+have a covariance S (C, C) under each gravity, and the likelihood ratio (classifiers.py) becomes
 
     Lambda = sum over modes of 1/2 [ x^T (1/S_N - 1/S_GR) x - ln(|S_GR| / |S_N|) ].
 
@@ -15,27 +15,103 @@ that cosmic variance hides in each field (McDonald & Seljak 2009, JCAP 10, 007, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from analysis import classifiers, simulation_spectra
 from analysis.classifiers import LikelihoodRatio
 from analysis.context import EvaluationContext
+from analysis.lattice import Lattice
 from analysis.power_spectrum import Box, ModeBins, directions, equal_wavenumbers, measurable
-from analysis.statistics import Bools
+from analysis.simulation_spectra import Partitions, SimulationSpectra
+from analysis.statistics import Bools, auc_of
 from datasets import GRAVITIES, CubeFile
 from datasets.preparation.cosmology import Cosmology
 from training import distributed
-from training.metrics import Floats, Integers
+from training.metrics import Floats, Integers, Predictions
 
-LARGE_SCALES = 4  # in units of the fundamental mode
 GROWTH_SQUARES = (1, 2, 3, 4, 9, 16)  # n^2 of the modes whose growth is listed
 EQUAL = 1e-9  # from one, in a ratio of powers: a rounding error
 ROUNDING = 1e-12  # of the power of a field, below which a difference between fields is no signal
+
+
+# Each field
+
+
+@dataclass(frozen=True)
+class FieldSpectra:
+    """Spectra of a field of the test seeds and, where the training's file exists, of the training seeds."""
+
+    partitions: Partitions
+    lattice: Lattice
+    """Of the test seeds, and of the training seeds if they are other seeds of the same file."""
+    ceilings: dict[str, classifiers.Ceiling]
+    by_scale: dict[str, classifiers.SliceRatios]
+    """The directional likelihood ratios of slices for some scales alone (`restrict_to_scales`)."""
+    test: SimulationSpectra
+    train: SimulationSpectra | None
+
+
+def measure(context: EvaluationContext, edges: Sequence[float], field: int) -> FieldSpectra:
+    """Spectra of a field of training and test seeds, with the likelihood ratios of test slices. Collective.
+
+    `edges` are bounds of bands in n. Of several adjacent slices the first counts.
+    """
+    data = context.config.data_params
+    partitions, channel = Partitions(context.box), field * data.channels
+
+    def measured(
+        seeds: range, file: CubeFile, ratios: Mapping[str, classifiers.SliceRatios]
+    ) -> SimulationSpectra:
+        batches = (replace(batch, images=batch.images[:, channel:]) for batch in context.slices(seeds, file))
+        solids = ((number, cube[field]) for number, cube in context.whole_cubes(seeds, file))
+        with distributed.raise_on_all_ranks():
+            slices, cubes = simulation_spectra.measure(partitions, batches, solids, ratios)
+        return SimulationSpectra.from_rows(
+            partitions, context.gather(*slices), context.gather(*cubes), ratios
+        )
+
+    train, ceilings, by_scale = None, {}, {}
+    if context.training_file is not None:
+        train = measured(context.train_seeds, context.training_file, {})
+        ceilings = classifiers.fit_ceilings(partitions, train)
+        by_scale = classifiers.restrict_to_scales(ceilings["directional"], partitions, edges)
+    ratios = {name: ceiling.slices for name, ceiling in ceilings.items()} | by_scale
+    test = measured(context.seeds, context.cubes, ratios)
+    known = [test, train] if context.same_file and train is not None else [test]
+    lattice = Lattice.from_spectra(partitions, known, data.newton_augmentation)
+    return FieldSpectra(partitions, lattice, ceilings, by_scale, test, train)
+
+
+def summarize(
+    predictions: Predictions, spectra: FieldSpectra, scan: dict[str, Any], *, mean_matters: bool = True
+) -> dict[str, Any]:
+    """Lattice diagnostics of a field, and the network beside classifiers of its spectra.
+
+    `scan` are the `interventions`: directions are compared where the network uses them. `mean_matters`:
+    whether the network sees the mean of a cube.
+    """
+    partitions, test, train = spectra.partitions, spectra.test, spectra.train
+    shares = np.array([share["value"] for share in scan["shares"]])
+    edges = np.array(scan["edges"]) / partitions.box.fundamental
+    results = {
+        "power_spectra": simulation_spectra.summarize(partitions, test),
+        "grid": spectra.lattice.report(mean_matters=mean_matters),
+        "direction_dependence": spectra.lattice.direction_dependence(shares, edges),
+    }
+    if train is not None:
+        results["baselines"] = classifiers.compare_baselines(predictions, partitions, train, test)
+        results["ceilings"] = classifiers.compare_ceilings(predictions, spectra.ceilings, test)
+        results["scales"] = classifiers.compare_scales(predictions, spectra.by_scale, test)
+    return results
+
+
+# All fields together
 
 
 def cross_power(fields: Tensor, bins: ModeBins) -> Floats:
@@ -116,7 +192,7 @@ class CrossSpectra:
         return power, np.zeros_like(self.numbers), self.numbers % 2
 
 
-def measure(context: EvaluationContext, seeds: range, file: CubeFile) -> CrossSpectra:
+def measure_cross_spectra(context: EvaluationContext, seeds: range, file: CubeFile) -> CrossSpectra:
     """The cross-spectra of these seeds. Of several adjacent slices the first counts. Collective."""
     flat, solid = directions(context.box, 2), directions(context.box, 3)
     channels = context.config.data_params.channels
@@ -133,14 +209,16 @@ def measure(context: EvaluationContext, seeds: range, file: CubeFile) -> CrossSp
     return CrossSpectra(*context.gather(*columns[0]), *context.gather(*columns[1]))
 
 
-def compare(box: Box, names: Sequence[str], train: CrossSpectra, test: CrossSpectra) -> list[dict[str, Any]]:
+def joint_ceilings(
+    box: Box, names: Sequence[str], train: CrossSpectra, test: CrossSpectra
+) -> list[dict[str, Any]]:
     """Each field alone and all together: expected d', accuracy and AUC, and the AUC of the test seeds.
 
-    For modes up to LARGE_SCALES and up to the Nyquist wavenumber. Covariances of slices are measured for each
-    axis, those of cubes in bins of direction.
+    For modes up to the end of the large scales and up to the Nyquist wavenumber. Covariances of slices are
+    measured for each axis, those of cubes in bins of direction.
     """
     rows = []
-    for limit in (LARGE_SCALES, box.size / 2):
+    for limit in (box.large_scales, box.size / 2):
         for name, chosen in [*((name, [c]) for c, name in enumerate(names)), ("all", range(len(names)))]:
             row: dict[str, Any] = {"fields": name, "max_wavenumber": limit}
             for part, dimensions in (("slices", 2), ("cubes", 3)):
@@ -153,30 +231,12 @@ def compare(box: Box, names: Sequence[str], train: CrossSpectra, test: CrossSpec
                     expected.append(ratio.expected())
                     logits[other[1] == axis] = ratio(other[0][other[1] == axis])
                 row[part] = {key: float(np.mean([e[key] for e in expected])) for key in expected[0]}
-                row[part]["test_auc"] = _auc(logits, other[2])
+                row[part]["test_auc"] = auc_of(*(logits[other[2] == label] for label in (0, 1)))
             rows.append(row)
     return rows
 
 
-def _auc(logits: Floats, labels: Integers) -> float:
-    newton, gr = (np.sort(logits[labels == label]) for label in (0, 1))
-    below = np.searchsorted(newton, gr) + np.searchsorted(newton, gr, side="right")
-    return float(below.mean() / (2 * len(newton)))
-
-
-def describe(rows: Sequence[dict[str, Any]]) -> str:
-    """One finding: what the fields hold together that none holds alone."""
-    parts = [
-        f"{row['fields']}: slices {row['slices']['test_auc']:.3f} ({row['slices']['auc']:.3f}), cubes "
-        f"{row['cubes']['test_auc']:.3f} ({row['cubes']['auc']:.3f}, d' = {row['cubes']['d_prime']:.3g})"
-        for row in rows
-        if row["max_wavenumber"] == LARGE_SCALES
-    ]
-    return (
-        f"Likelihood ratio of the fields at n <= {LARGE_SCALES}, AUC of the test seeds (expected): "
-        f"{'; '.join(parts)}. The report's spectra, baselines and ceilings are those of the first field; "
-        "report.json has those of each under `fields`."
-    )
+# Growth
 
 
 def growth_table(cubes: CubeFile) -> str:

@@ -12,10 +12,13 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import statistics
+from analysis.interventions import DIRECTED
+from analysis.power_spectrum import Box
 from analysis.statistics import Estimate
 from training.metrics import Floats, Integers, Predictions
 
@@ -38,18 +41,26 @@ STYLE: Any = {
     "pdf.fonttype": 42,  # text remains text in the PDF
     "svg.fonttype": "none",
 }
-# distinct in print: dark and light, with different lines and markers
-NEWTON: dict[str, Any] = {"color": "#d08a26", "linestyle": "--", "marker": "o"}
-GR: dict[str, Any] = {"color": "#16365c", "linestyle": "-", "marker": "s"}
+Style = dict[str, Any]
+# One color per meaning, distinct to the color-blind; lines and markers tell them apart in gray.
+NEWTON: Style = {"color": "#d08a26", "linestyle": "--", "marker": "o"}
+GR: Style = {"color": "#16365c", "linestyle": "-", "marker": "s"}
+PHASES: dict[str, Style] = {
+    "train": {"color": "0.55", "linestyle": "--", "marker": ""},
+    "validation": {"color": "#2a9d8f", "linestyle": "-.", "marker": "D"},
+    "test": {"color": "#b5446e", "linestyle": "-", "marker": "s"},
+}
+LINES: tuple[Style, ...] = (
+    {"color": "black", "linestyle": "-", "marker": "s"},
+    {"color": "#7c3a6b", "linestyle": "--", "marker": "o"},
+    {"color": "0.45", "linestyle": "-.", "marker": "^"},
+)
+NETWORK, RATIO, EXPECTED = LINES
 GRAY = "0.55"
 # Without dates, equal results give equal files.
 NO_DATE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
-LINES: tuple[dict[str, Any], ...] = (
-    {"color": "#16365c", "linestyle": "-", "marker": "s"},
-    {"color": "#d08a26", "linestyle": "--", "marker": "o"},
-    {"color": "0.45", "linestyle": "-.", "marker": "^"},
-    {"color": "#7c3a6b", "linestyle": ":", "marker": "D"},
-)
+# axis perpendicular to a slice -> what its columns and its rows count
+DIRECTIONS = (("z", "y"), ("z", "x"), ("y", "x"))
 
 Figures = dict[str, Figure]
 History = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
@@ -91,6 +102,27 @@ def subplots(
     return figure, figure.subplots(rows, columns, **options)
 
 
+def _bars(estimates: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
+    """Values (n,) and error bars (2, n), NaN without an interval."""
+    value, low, high = (
+        np.array([row.get(end) for row in estimates], float) for end in ("value", "low", "high")
+    )
+    return value, np.stack([value - low, high - value]).clip(min=0)
+
+
+def _line(axes: Axes, k: Floats, estimates: Sequence[Estimate], label: str, style: Style) -> None:
+    """Estimates by wavenumber, with their 95 % intervals as a shade."""
+    value, (below, above) = _bars(estimates)
+    axes.fill_between(k, value - below, value + above, color=style["color"], alpha=0.15, lw=0)
+    axes.plot(k, value, **style, label=label)
+
+
+def _wavenumber_axis(axes: Axes, box: Box) -> None:
+    axes.set_xscale("log")
+    axes.set_xlabel("k [h/Mpc]" if box.length else "k [fundamental modes]")
+    axes.set_xlim(box.fundamental * 0.4, box.fundamental * box.size / 2 * 1.2)
+
+
 @styled
 def roc_and_precision(predictions: Predictions, estimates: Mapping[str, Estimate]) -> Figure:
     """ROC curve with its 95 % band over seeds, and precision-recall curve, of slices.
@@ -106,14 +138,14 @@ def roc_and_precision(predictions: Predictions, estimates: Mapping[str, Estimate
     roc.fill_between(
         fpr, curves["low"], curves["high"], where=inside, color="0.85", lw=0, label="95 % over seeds"
     )
-    roc.plot(fpr, tpr, color=GR["color"], label=f"AUC = {estimates['auc']['value']:.3f}")
+    roc.plot(fpr, tpr, color="black", label=f"AUC = {estimates['auc']['value']:.3f}")
     roc.plot([0, 1], [0, 1], ":", color=GRAY, label="chance")
     roc.set(
         xlabel="false positive rate", ylabel="true positive rate", title="ROC, GR positive", aspect="equal"
     )
     roc.legend(loc="lower right")
     area = f"average precision = {estimates['average_precision']['value']:.3f}"
-    pr.step(curves["recall"], curves["precision"], where="post", color=GR["color"], label=area)
+    pr.step(curves["recall"], curves["precision"], where="post", color="black", label=area)
     pr.axhline(balance, ls=":", color=GRAY, label=f"chance = {balance:.2f}")
     pr.set(xlabel="recall", ylabel="precision", title="Precision and recall", ylim=(0, 1.02), aspect="equal")
     pr.legend(loc="lower left")
@@ -170,18 +202,9 @@ def reliability_diagram(rows: Sequence[Mapping[str, float | None]], error: float
     """Share of GR against predicted probability, in the range of the slices."""
     figure, axes = subplots()
     predicted = np.array([row["probability"] for row in rows], float)
-    value, low, high = (np.array([row[key] for row in rows], float) for key in ("value", "low", "high"))
-    bars = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
-    axes.errorbar(
-        predicted,
-        value,
-        bars,
-        color=GR["color"],
-        marker="s",
-        ms=3,
-        capsize=2,
-        label="network, 95 % over seeds",
-    )
+    value, bars = _bars(rows)
+    bars = np.nan_to_num(bars)
+    axes.errorbar(predicted, value, bars, **NETWORK, capsize=2, label="network, 95 % over seeds")
     ends = np.array([np.min([predicted, value - bars[0]]), np.max([predicted, value + bars[1]])]).clip(0, 1)
     ends += np.array([-0.05, 0.05]) * max(float(np.ptp(ends)), 0.02)
     axes.plot(ends, ends, ":", color=GRAY, label="perfectly calibrated")
@@ -208,32 +231,22 @@ def logit_histogram(newton: Floats, gr: Floats) -> Figure:
 
 @styled
 def training_curves(lines: History) -> Figure:
-    """Loss, accuracy and AUC of slices and metrics of simulations by epoch, from `metrics.jsonl`."""
+    """Loss and accuracy of slices, and metrics of simulations by epoch, from `metrics.jsonl`."""
     figure, (loss, share, whole) = subplots(2 * WIDTH, 3.0, columns=3)
-    phases = {
-        "train": {**NEWTON, "marker": ""},
-        "validation": {"color": GRAY, "linestyle": "-.", "marker": "D"},
-        "test": GR,
-    }
-    for phase, style in phases.items():
+    for phase, style in PHASES.items():
         chosen = [line for line in lines if line["phase"] == phase]
-        if not chosen:
-            continue
-        epochs = [line["epoch"] for line in chosen]
-        loss.plot(epochs, [line["loss"] for line in chosen], **style, label=phase)
-        share.plot(epochs, [line["accuracy"] for line in chosen], **style, label=f"accuracy, {phase}")
-    evaluated = [line for line in lines if line["phase"] in ("validation", "test")]
-    phase = "validation" if any(line["phase"] == "validation" for line in evaluated) else "test"
-    evaluated = [line for line in evaluated if line["phase"] == phase]
-    epochs = [line["epoch"] for line in evaluated]
-    dotted: dict[str, Any] = {"linestyle": ":", "marker": "^", "color": GRAY}
-    share.plot(epochs, [line["auc"] for line in evaluated], **dotted, label=f"AUC, {phase}")
-    whole.plot(epochs, [line["cube_accuracy"] for line in evaluated], **GR, label="cube accuracy")
-    whole.plot(epochs, [line["pair_accuracy"] for line in evaluated], **dotted, label="pair accuracy")
+        panels = [(loss, "loss", ""), (share, "accuracy", "accuracy, ")]
+        if phase != "train":
+            panels += [(share, "auc", "AUC, "), (whole, "cube_accuracy", "cubes, ")]
+            panels += [(whole, "pair_accuracy", "pairs, ")]
+        for axes, key, name in panels if chosen else []:
+            other = {"linestyle": ":", "marker": "^"} if key in ("auc", "pair_accuracy") else {}
+            values = [line[key] for line in chosen]
+            axes.plot([line["epoch"] for line in chosen], values, **style | other, label=f"{name}{phase}")
     loss.axhline(np.log(2), ls=":", color=GRAY, label="chance, ln 2")
     loss.set(xlabel="epoch", ylabel="binary cross-entropy per slice [nat]")
     share.set(xlabel="epoch", ylabel="share of slices, or area")
-    whole.set(xlabel="epoch", ylabel=f"share of {phase} simulations", ylim=(-0.02, 1.02))
+    whole.set(xlabel="epoch", ylabel="share of simulations", ylim=(-0.02, 1.02))
     for axes in (loss, share, whole):
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1))  # above, where there are no curves
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -251,13 +264,13 @@ def intervals(rows: Mapping[str, Mapping[str, Estimate]], keys: Mapping[str, tup
     for column, (key, (title, chance)) in zip(axes[0], keys.items(), strict=True):
         column.axvline(chance, ls=":", color=GRAY)
         for place, estimates in zip(places, rows.values(), strict=True):
-            if (estimate := estimates.get(key)) is None:
-                continue
-            value, low, high = (np.array([estimate.get(end)], float) for end in ("value", "low", "high"))
-            bounded = np.isfinite(low) & np.isfinite(high)
-            error = np.stack([value - low, high - value]).clip(min=0) if bounded else None
-            face = GR["color"] if bounded else "white"
-            column.errorbar(value, place, xerr=error, color=GR["color"], mfc=face, marker="s", capsize=2)
+            if key in estimates:
+                value, reach = _bars([estimates[key]])
+                bounded = bool(np.isfinite(reach).all())
+                open_symbol = {} if bounded else {"mfc": "white"}
+                column.errorbar(
+                    value, [place], xerr=reach if bounded else None, **NETWORK, **open_symbol, capsize=2
+                )
         column.set(xlabel=title, ylim=(-0.6, len(rows) - 0.4))
         column.set_yticks(places, list(rows))
     return figure
@@ -294,15 +307,212 @@ def evaluation_figures(predictions: Predictions) -> Figures:
     }
 
 
-def of_predictions(predictions: Predictions, results: Mapping[str, Any], history: History) -> Figures:
-    """The figures of predictions, by name."""
+# What the network uses, and what the power spectra hold
+
+
+@styled
+def interventions(measured: Mapping[str, Any], box: Box) -> Figure:
+    """Metrics of slices after low pass, high pass and exchange of a band between twins, by wavenumber.
+
+    `measured` is what `interventions.summarize` returns.
+    """
+    figure, axes = subplots(2 * WIDTH, 2.8, columns=3, sharey=True, sharex=True)
+    titles = {
+        "low_pass": "only k below",
+        "high_pass": "only k above",
+        "exchange": "band exchanged between twins",
+    }
+    for place, (kind, title) in zip(axes, titles.items(), strict=True):
+        k = np.array(measured["centres"] if kind == "exchange" else measured["cuts"])
+        for (key, label), style in ((("auc", "AUC"), NETWORK), (("accuracy", "accuracy"), EXPECTED)):
+            estimates = measured[kind][key]
+            if kind == "exchange":  # the first band is the mean of the slice, which has no k
+                place.plot(0.5 * box.fundamental, estimates[0]["value"], **style, mfc="white")
+                estimates = estimates[1:]
+            _line(place, k, estimates, label, style)
+            unchanged = measured["none"][key]["value"]
+            place.axhline(unchanged, color=style["color"], ls=(0, (1, 3)), lw=0.8)
+        place.set_title(title)
+        _wavenumber_axis(place, box)
+    axes[2].annotate(
+        "mean", (0.5 * box.fundamental, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="center"
+    )
+    axes[0].set_ylabel("share of slices, or area")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
+def scales(results: Mapping[str, Any], box: Box) -> Figure:
+    """AUC by what is kept: up to a wavenumber, and with twins that differ in one group of modes alone.
+
+    Left: the network on slices without the modes beyond k, the likelihood ratio of the modes up to k, and
+    what is expected of it; the band in which linear theory predicts a difference is shaded. Right: hybrids.
+    All within one axis.
+    """
+    figure, (left, right) = subplots(2 * WIDTH, 2.9, columns=2)
+    by_scale, scan = results.get("scales", {}), results["interventions"]
+    cuts = np.array(scan["cuts"])
+    above = cuts > box.fundamental
+    kept = [row for row, inside in zip(scan["low_pass"]["within_axis"], above, strict=True) if inside]
+    _line(left, cuts[above], kept, "network", NETWORK)
+    k = np.array([float(name[3:]) for name in by_scale if name.startswith("n <")]) * box.fundamental
+    rows = [row for name, row in by_scale.items() if name.startswith("n <")]
+    if rows:
+        _line(left, k, [row["test"] for row in rows], "likelihood ratio", RATIO)
+        left.plot(k, [row["expected"] for row in rows], **EXPECTED, label="expected")
+    if box.linear_theory:
+        ends = box.fundamental * np.array([0.5, box.large_scales + 0.5])
+        left.axvspan(*ends, color="0.9", lw=0, label="linear theory")
+    left.axhline(0.5, ls=":", color=GRAY)
+    left.set_ylabel("AUC of slices")
+    _wavenumber_axis(left, box)
+    left.set_xlabel(f"largest {left.get_xlabel()}")
+    left.legend()
+    beyond = f"n > {box.large_scales}"
+    names = {"mean": "mean", "large_scales": f"0 < n \u2264 {box.large_scales}", "small_scales": beyond}
+    names |= {
+        key: f"{beyond}, {what}"
+        for key, what in zip(DIRECTED, ("along axes", "between", "along diagonals"), strict=True)
+    }
+    places = np.arange(len(names))[::-1]
+    ratios = {key: row["test"] for key, row in by_scale.items()}
+    for offset, style, label, table in (
+        (0.12, NETWORK, "network", results["hybrids"]),
+        (-0.12, RATIO, "likelihood ratio", ratios),
+    ):
+        if table:
+            value, reach = _bars([table[key] for key in names])
+            style = style | {"linestyle": ""}
+            right.errorbar(value, places + offset, xerr=np.nan_to_num(reach), **style, capsize=2, label=label)
+    right.axvline(0.5, ls=":", color=GRAY)
+    right.set_yticks(places, list(names.values()))
+    right.set(xlabel="AUC of slices if twins differed only there", ylim=(-0.6, len(names) - 0.4))
+    return figure
+
+
+@styled
+def power_spectra(spectra: Mapping[str, Any], saliency: Sequence[float], box: Box) -> Figure:
+    """Mean power spectra of both gravities, the ratio of twins, and the power of the gradient of the logit.
+
+    `spectra`: `k`, `newton`, `gr` (shells) of slices; `ratio` and `cube_ratio`, estimates by shell; `theory`
+    and `cube_theory` beside them.
+    """
+    figure, (power, ratio, slope) = subplots(2 * WIDTH, 2.8, columns=3)
+    k = np.array(spectra["k"])
+    # The spectra differ by less than a line: light dashes on a wide dark line show both.
+    power.loglog(k, spectra["gr"], **{**GR, "marker": ""}, lw=2.4, label="GR")
+    power.loglog(k, spectra["newton"], **{**NEWTON, "marker": ""}, label="Newton")
+    power.set_ylabel("P(k) of slices [(Mpc/h)$^2$]" if box.length else "P(k) of slices")
+    power.legend()
+    for name, style, key in (("slices", NETWORK, ""), ("cubes", RATIO, "cube_")):
+        _line(ratio, k, spectra[f"{key}ratio"], name, style | {"marker": ""})
+        if spectra[f"{key}theory"] is not None:
+            ratio.plot(k, spectra[f"{key}theory"], ":", color=style["color"], label=f"theory, {name}")
+    ratio.axhline(1, ls=":", color=GRAY)
+    ratio.set_ylabel("P(k) of GR / P(k) of Newton")
+    ratio.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    slope.loglog(k, saliency, color="black")
+    shares = np.array(saliency)
+    if (shares > 0).any():
+        # A filter may remove a wavenumber up to the rounding of float32, about 1e-7 squared.
+        slope.set_ylim(bottom=shares[shares > 1e-12 * shares.max()].min() / 2)
+    slope.set_ylabel("share of the power of d logit / d pixel")
+    for place in (power, ratio, slope):
+        _wavenumber_axis(place, box)
+    return figure
+
+
+@styled
+def ratio_by_direction(grid: Mapping[str, Any], box: Box) -> Figure:
+    """P_GR/P_N of the cubes by wavenumber along grid axes, along diagonals and between, with 95 % intervals.
+
+    `grid` is what `lattice.Lattice.report` returns; its last band holds the corners of Fourier space.
+    """
+    figure, axes = subplots(1.4 * WIDTH, 2.8)
+    edges = np.array(grid["ratio"]["edges"])
+    k = np.sqrt(edges[1:] * edges[:-1]) * box.fundamental
+    rows = zip(grid["ratio"]["directions"], grid["ratio"]["value"], strict=True)
+    for (name, value), low, high, style in zip(
+        rows, grid["ratio"]["low"], grid["ratio"]["high"], LINES, strict=False
+    ):
+        value, low, high = (np.array(row, float) for row in (value, low, high))
+        axes.errorbar(k, value, np.stack([value - low, high - value]), **style, capsize=2, label=name)
+    axes.axhline(1, ls=":", color=GRAY)
+    axes.axvline(edges[-2] * box.fundamental, ls=(0, (1, 3)), lw=0.8, color=GRAY)
+    axes.set_xscale("log")
+    axes.set_xlabel("k of cubes [h/Mpc]" if box.length else "k of cubes [fundamental modes]")
+    axes.set_ylabel("P(k) of GR / P(k) of Newton")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
+    """Slices beside their saliency. Rows: those of `saliency.maps` with what describes the slice."""
+    figure, axes = subplots(
+        2 * WIDTH, 1.75 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
+    )
+    figure.set_layout_engine("compressed")  # the one for images, which keep their aspect
+    side = box.length or box.size
+    unit = "Mpc/h" if box.length else "cells"
+    maps = {"image": "field [std. dev.]", "gradient": "d logit / d pixel", "integrated": "share in logit"}
+    for line, row in zip(axes, rows, strict=True):
+        for place, (key, label) in zip(line, maps.items(), strict=True):
+            limit = 3.0 if key == "image" else float(np.quantile(np.abs(row[key]), 0.995)) or 1.0
+            # gray throughout, so that the sign survives print: black is negative, white positive
+            extent = (0, side, 0, side)
+            picture = place.imshow(row[key], vmin=-limit, vmax=limit, extent=extent, origin="lower")
+            figure.colorbar(picture, ax=place, label=label)
+        where = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, slice {row['position']}"
+        line[0].set_title(f"{row['what']}\nlogit {row['logit']:.3g}, {where}", loc="left", fontsize=7)
+        across, up = DIRECTIONS[row["axis"]]
+        line[0].set_ylabel(f"{up} [{unit}]")
+        for place in line:
+            place.set_xlabel(f"{across} [{unit}]")
+    axes[0, 1].set_title("gradient")
+    axes[0, 2].set_title("integrated gradients")
+    return figure
+
+
+def information(results: Mapping[str, Any]) -> Figure:
+    """The network, baselines and ceilings side by side; ceilings, which have no interval, as open symbols."""
+    rows: dict[str, Mapping[str, Estimate]] = {"network": {**results["slices"], **results["cubes"]}}
+    for name, row in results.get("baselines", {}).items():
+        rows[f"{name} baseline, slices"] = {**row["slices"], **row["slices_by_cube"]}
+        rows[f"{name} baseline, cubes"] = row["cubes"]
+    for name, limit in results.get("ceilings", {}).items():
+        tested = limit["test"]
+        rows[f"{name} likelihood ratio, test"] = {**tested["slices"], **tested["cubes"]}
+        expected = {key: limit[f"slice_{key}"] for key in ("accuracy", "auc")}
+        rows[f"{name} ceiling"] = expected | {
+            key: limit[key] for key in ("cube_accuracy", "cube_auc") if key in limit
+        }
+    return intervals(rows, COMPARED)
+
+
+def of_evaluation(
+    predictions: Predictions, results: Mapping[str, Any], history: History, box: Box
+) -> Figures:
+    """The figures of a report, by name."""
     newton, gr = (predictions.logit[predictions.label == label] for label in (0, 1))
     error = results["slices"]["calibration_error"]["value"]
-    drawn = {
-        "twins": twins_plot(predictions.seeds, *predictions.cube_logits.T),
+    drawn = evaluation_figures(predictions) | {
         "roc": roc_and_precision(predictions, results["slices"]),
-        "confusion": confusion_matrix(results["confusion"]),
         "reliability": reliability_diagram(results["reliability"], error),
         "logits": logit_histogram(newton, gr),
     }
-    return drawn | ({"training": training_curves(history)} if history else {})
+    if history:
+        drawn["training"] = training_curves(history)
+    if "interventions" in results:
+        scan = results["interventions"]
+        drawn |= {
+            "scales": scales(results, box),
+            "interventions": interventions(scan, box),
+            "power_spectra": power_spectra(results["power_spectra"], scan["saliency"], box),
+            "directions": ratio_by_direction(results["grid"], box),
+            "saliency": saliency_maps(results["saliency"], box),
+        }
+    if "baselines" in results:
+        drawn["information"] = information(results)
+    return drawn

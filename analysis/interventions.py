@@ -13,6 +13,8 @@ the remainder comes from interactions of three or more.
 
 from __future__ import annotations
 
+from system import UserError
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,16 +29,17 @@ from analysis import statistics
 from analysis.power_spectrum import Box, mu4, shells, wave_vectors, wavenumber
 from analysis.saliency import Batch, Network, gradient
 from analysis.statistics import Estimate
-from training.metrics import Floats, Predictions
+from training.metrics import Floats, Integers, Predictions
 
 POSITIONS = 16  # slices per axis of a cube that are changed; neighboring slices look nearly the same
 PAIRS_PER_BATCH = 16  # bounds the memory
 KINDS = ("low_pass", "high_pass", "exchange")
-LARGE_SCALES = 4  # modes with n up to this are called large scales
 AXES, DIAGONALS = 0.9, 0.6  # mu4 of a slice's mode: above, along a grid axis; below, along a diagonal
-GROUPS = ("mean", "large_scales", "axes", "between", "diagonals")
+DIRECTED = ("axes", "between", "diagonals")
+GROUPS = ("mean", "large_scales", *DIRECTED)
 DRIVERS = ("mean", "large_scales", "small_scales")
 HYBRIDS = (*GROUPS, "small_scales")
+DEGRADATIONS = ("smoothed", "large_scales", "mean_removed", "random_phases", "noisy")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,12 @@ class Bands:
         return (n >= edges[:-1]) & (n < edges[1:])
 
 
-def group_masks(n: Tensor, direction: Tensor) -> Tensor:
+def group_masks(n: Tensor, direction: Tensor, large_scales: int) -> Tensor:
     """Which modes with wavenumber `n` and direction mu4 (...) belong to each of HYBRIDS: (groups, ...).
 
-    GROUPS partition the modes: those with n > LARGE_SCALES by their direction to the grid axes.
+    GROUPS partition the modes: those with n > `large_scales` by their direction to the grid axes.
     """
-    small = n > LARGE_SCALES
+    small = n > large_scales
     axes, diagonals = small & (direction > AXES), small & (direction < DIAGONALS)
     return torch.stack([n == 0, (n > 0) & ~small, axes, small & ~axes & ~diagonals, diagonals, small])
 
@@ -100,7 +103,7 @@ def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) 
     """
     rows = []
     vectors = wave_vectors(box.size, 2)
-    groups = group_masks(wavenumber(vectors), mu4(vectors))
+    groups = group_masks(wavenumber(vectors), mu4(vectors), box.large_scales)
     for ids, (newton, gr) in _twins(batches, max(1, box.size // POSITIONS)):
         both = torch.cat([newton, gr])
         logits_of = partial(network, axes=ids.flatten() // box.size % 3)
@@ -149,6 +152,7 @@ def summarize(
     ends = np.minimum(bands.edges[1:], box.size / 2 + 0.5)
     results: dict[str, Any] = {
         "unit": box.unit,
+        "large_scales": box.large_scales,
         "slices": len(unchanged),
         "edges": np.array(bands.edges) * box.fundamental,
         "cuts": np.array(bands.edges[1:-1]) * box.fundamental,
@@ -171,13 +175,14 @@ def summarize(
 def hybrids(unchanged: Predictions, exchanged: Floats) -> dict[str, Any]:
     """AUC of Newtonian slices against the same slices with one group of modes from the GR twin: of HYBRIDS.
 
-    What the network would attain if the twins differed only there. `exchanged` (slices, groups) are the
-    logits after the exchange of each group: those of Newtonian slices are those of the hybrids.
+    What the network would attain within one axis if the twins differed only there. `exchanged`
+    (slices, groups) are the logits after the exchange of each group: those of Newtonian slices are those of
+    the hybrids.
     """
     pairs = unchanged.logit.reshape(len(unchanged.seeds), 2, -1)
     hybrid = exchanged.reshape(*pairs.shape, -1)[:, 0]
     logits = (np.stack([pairs[:, 0], hybrid[..., group]], axis=1).ravel() for group in range(len(HYBRIDS)))
-    areas = [statistics.auc_estimate(unchanged.with_logits(values).wins) for values in logits]
+    areas = [statistics.within_axis_estimate(unchanged.with_logits(values)) for values in logits]
     return dict(zip(HYBRIDS, areas, strict=True))
 
 
@@ -209,3 +214,89 @@ def attribute(unchanged: Predictions, exchanged: Floats) -> dict[str, Any]:
         "drivers": dict(zip(DRIVERS, shares(whole, drivers), strict=False)),
         "lead": statistics.ratio_estimate(drivers[:, first] - drivers[:, second], whole, "real"),
     }
+
+
+# Degradations
+
+
+CELLS = 2.0  # default width of the smoothing, in cells
+NOISE = 0.1  # default white noise, in standard deviations of the field
+
+
+@dataclass(frozen=True)
+class Degradations:
+    """Ways to degrade slices, by Gaussian `smoothing` in Mpc/h or cells, by white `noise` and others."""
+
+    box: Box
+    smoothing: float
+    noise: float
+
+    @classmethod
+    def parse(cls, settings: Iterable[str], box: Box) -> Degradations:
+        """From `smoothing=R`, in Mpc/h, or cells where the box is not known, and `noise=LEVEL`.
+
+        Raises UserError for other settings.
+        """
+        cell = box.length / box.size if box.length else 1.0
+        values = {"smoothing": CELLS * cell, "noise": NOISE}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            try:
+                value = float(text)
+            except ValueError:
+                value = -1.0
+            if name not in values or not 0 < value < float("inf"):
+                raise UserError(
+                    f"--degrade: found '{setting}', allowed: smoothing=R in Mpc/h and noise=LEVEL in "
+                    "standard deviations, both positive numbers"
+                )
+            values[name] = value
+        return cls(box, **values)
+
+    def apply(self, slices: Tensor, seed: int) -> dict[str, Tensor]:
+        """Slices (b, C, N, N) under each degradation by name. Filters act in the plane of a slice.
+
+        `smoothed`: modes times exp(-k^2 R^2 / 2). `large_scales`: only n <= N/4. `mean_removed`: each slice
+        without its mean. `noisy`: white noise in every pixel, independent between twins. `random_phases`: the
+        modes of a slice keep their absolute values, and so its power spectrum and mean, and get the phases of
+        white noise (surrogates, Theiler et al. 1992, Physica D 58, 77), the same for all channels of a slice.
+        """
+        n = wavenumber(wave_vectors(self.box.size, 2)).float().to(slices.device)
+        side = self.box.length or self.box.size
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(slices.shape, generator=generator).to(slices.device)
+        generator = torch.Generator().manual_seed(seed)
+        white = torch.randn(len(slices), 1, *slices.shape[2:], generator=generator).to(slices.device)
+        phases = torch.fft.rfft2(white)
+        phases[..., 0, 0] = 1  # the mean of a slice is no two-point statistic
+        modes = torch.fft.rfft2(slices)
+        changed = {
+            "smoothed": modes * torch.exp(-((2 * np.pi * n / side * self.smoothing) ** 2) / 2),
+            "large_scales": modes * (n <= self.box.size / 4),
+            "mean_removed": modes * (n > 0),
+            "random_phases": modes * (phases / phases.abs()),
+        }
+        degraded = {name: torch.fft.irfft2(some, s=slices.shape[-2:]) for name, some in changed.items()}
+        return degraded | {"noisy": slices + self.noise * noise}
+
+    def measure(self, network: Network, batches: Iterable[Batch]) -> tuple[Integers, Floats]:
+        """Sample ids (slices,) and logits (slices, degradations) of all slices."""
+        ids, rows = [], []
+        with torch.inference_mode():
+            for batch in batches:
+                degraded = self.apply(batch.images, int(batch.ids[0]))  # the same on any number of ranks
+                ids.append(batch.ids)
+                rows.append(
+                    torch.stack([network(some, axes=batch.axes).float() for some in degraded.values()], 1)
+                )
+        return torch.cat(ids).numpy(), torch.cat(rows).double().cpu().numpy()
+
+    def summarize(self, predictions: Predictions, logits: Floats) -> dict[str, Any]:
+        """Metrics under each degradation, and the AUC it costs (`change`, with paired intervals)."""
+        none = statistics.headline(predictions)
+        results: dict[str, Any] = {"smoothing": self.smoothing, "noise": self.noise, "none": none}
+        for kind, column in zip(DEGRADATIONS, logits.T, strict=True):
+            degraded = predictions.with_logits(column)
+            change = statistics.auc_difference(degraded.wins, predictions.wins)
+            results[kind] = statistics.headline(degraded) | {"change": change}
+        return results

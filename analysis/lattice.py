@@ -13,7 +13,7 @@ generator of initial conditions of gevolution 1.0 to 1.3 (`ic_basic.hpp`, the lo
 array axis 2, then has half the power, and mirror modes in it have a coherence of 1/2.
 
 Isotropy is necessary for physics, not sufficient: a difference that depends on the size of the cells is
-numerical. `planning.compare_resolutions` tells the two apart.
+numerical. `planning.Convergence` tells the two apart.
 
 A direction is mu4 = sum_i n_i^4 / n^4 (see `power_spectrum`): above 0.9 along a grid axis, up to 0.45 along a
 diagonal, between otherwise.
@@ -21,7 +21,7 @@ diagonal, between otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import stdtrit
-from scipy.stats import mannwhitneyu
 
 import datasets
 from analysis.power_spectrum import (
@@ -47,7 +46,7 @@ from analysis.power_spectrum import (
     shell_edges,
 )
 from analysis.simulation_spectra import Partitions, SimulationSpectra
-from analysis.statistics import Bools, Estimate, mean_estimate
+from analysis.statistics import Bools, Estimate, auc_of, mean_estimate
 from datasets.preparation.cosmology import linear_theory_reference
 from training.metrics import Floats, Integers
 
@@ -57,10 +56,9 @@ SIGNIFICANT = 5.0  # standard errors
 RELEVANT = 0.2  # d' of a cube; linear theory gives 0.3
 UNEQUAL = 0.02  # relative difference in power between axes
 SINGLE_PRECISION = float(np.finfo(np.float32).eps)
-SMALL_SCALES = 4.5  # n above which linear theory predicts no excess
 
 # Bounds of the bands in n, up to N/2; the last band holds the corners of Fourier space.
-_BANDS = (0.5, 1.5, 2.5, 3.5, 5.5, 8.5, 12.5, 17.5, 24.5, 32.5, 48.5, 64.5, 96.5, 128.5, 192.5, 256.5)
+BANDS = (0.5, 1.5, 2.5, 3.5, 5.5, 8.5, 12.5, 17.5, 24.5, 32.5, 48.5, 64.5, 96.5, 128.5, 192.5, 256.5)
 
 
 @dataclass(frozen=True)
@@ -119,16 +117,11 @@ class Lattice:
         """The `grid` section of report.json; `mean_matters`: whether the classifier sees the mean of a cube.
 
         `ratio`: P_GR/P_N with a 95 % interval by direction and band of n, between `edges`: `value`, `low`
-        and `high` are (directions, bands) with NaN where a band has no modes. `corners`: share of the modes
-        and of the variance beyond the Nyquist sphere. `axis_power`: the power of modes perpendicular to each
-        axis, relative to the other two, (axes,). `cube_mean`: the means; `cube_mean_auc`: their AUC. `rise`:
-        ln P_GR/P_N at n > 3/4 of N/2 less that at 4.5 < n < 1/4 of N/2, an estimate.
+        and `high` are (directions, bands) with NaN where a band has no modes. `cube_mean_auc`: the AUC of the
+        means. `rise`: ln P_GR/P_N at n > 3/4 of N/2 less that of small scales at n < 1/4 of N/2, an estimate.
         """
         mean, error = _summary(self._by_band())
         reach = error * stdtrit(len(self.power) - 1, 0.975)
-        beyond = ~self.bins.inside_nyquist
-        variance = self.power * self.bins.modes
-        share = (variance[..., beyond].sum(-1) / variance.sum(-1)).mean(0)
         return {
             "ratio": {
                 "edges": self.edges,
@@ -137,13 +130,6 @@ class Lattice:
                 "low": np.exp(mean - reach),
                 "high": np.exp(mean + reach),
             },
-            "corners": {
-                "modes": self.bins.modes[beyond].sum() / self.bins.modes.sum(),
-                "newton": share[0],
-                "gr": share[1],
-            },
-            "axis_power": self._axis_power_estimates(),
-            "cube_mean": {"newton": self.means[:, 0].mean(), "gr": self.means[:, 1].mean()},
             "cube_mean_auc": {"value": self.mean_auc, "low": None, "high": None},
             "rise": self.rise,
             "warnings": self.warnings(mean_matters=mean_matters),
@@ -154,33 +140,21 @@ class Lattice:
         """Bounds of the bands in n, the last one from N/2 to the end of the corners: (bands + 1,)."""
         nyquist = self.bins.box.size / 2 + 0.5
         end = np.sqrt(self.bins.dimensions) * self.bins.box.size / 2
-        return np.array([*(edge for edge in _BANDS if edge < nyquist), nyquist, end])
+        return np.array([*(edge for edge in BANDS if edge < nyquist), nyquist, end])
 
     @cached_property
     def mean_auc(self) -> float:
         """AUC of the cube means as a classifier."""
-        newton, gr = self.means.T
-        return float(mannwhitneyu(gr, newton).statistic / len(gr) ** 2)
-
-    @cached_property
-    def isotropic(self) -> tuple[Floats, Floats]:
-        """n of shells up to N/2, (shells,), and ln P_GR/P_N in them over all directions, (seeds, shells)."""
-        inside = self._used & self.bins.inside_nyquist
-        shells = [inside & (self._shell == shell) for shell in np.unique(self._shell[inside])]
-        n = [np.average(self.bins.n[shell], weights=self.bins.modes[shell]) for shell in shells]
-        return np.array(n), np.stack([self._average(self._log_ratio, shell) for shell in shells], axis=1)
+        return auc_of(*self.means.T)
 
     @cached_property
     def rise(self) -> Estimate | None:
-        """ln P_GR/P_N close to the Nyquist wavenumber less that at small n > 4.5; None without such modes."""
-        n, ratio = self.isotropic
-        quarters = n / (self.bins.box.size / 2)
-        low, high = (n > SMALL_SCALES) & (quarters < 1 / 4), quarters > 3 / 4
-        return (
-            mean_estimate(ratio[:, high].mean(1) - ratio[:, low].mean(1))
-            if low.any() and high.any()
-            else None
-        )
+        """ln P_GR/P_N close to the Nyquist wavenumber less that of small scales; None without such modes."""
+        share = self.bins.n / (self.bins.box.size / 2)
+        low, high = self._small_scales & (share < 1 / 4), self._small_scales & (share > 3 / 4)
+        if not low.any() or not high.any():
+            return None
+        return mean_estimate(self._average(self._log_ratio, high) - self._average(self._log_ratio, low))
 
     def warnings(self, *, mean_matters: bool = True) -> list[str]:
         """One sentence for each property of the grid that separates the gravities or the axes.
@@ -192,17 +166,18 @@ class Lattice:
         """
         if len(self.power) < 2:
             return self.axis_warnings()
-        found = []
+        warnings = []
         contrast, error = self.contrast
         if (np.abs(contrast) > SIGNIFICANT * error).any() and self.d_prime > RELEVANT:
             along = []
             for name, mask in (("grid axes", self._axis), ("diagonals", self._diagonal)):
                 ratio, error = _summary(self._average(self._log_ratio, mask & self._small_scales))
-                along.append(f"{np.exp(ratio):.4f} +- {error:.1g} along {name}")
-            found.append(
-                f"P_GR/P_N depends on direction: {along[0]}, {along[1]}, the mean of all modes with n = 5 to "
-                f"{self.bins.box.size // 2} and its standard error; gravity is isotropic, so the grid "
-                f"separates the labels (d' = {self.d_prime:.1f} per cube)."
+                digits = max(4, int(np.ceil(-np.log10(error))))
+                along.append(f"{np.exp(ratio):.{digits}f} +- {error:.{digits}f} along {name}")
+            warnings.append(
+                f"P_GR/P_N depends on direction: {along[0]}, {along[1]}, the mean of all modes with n = "
+                f"{self.bins.box.large_scales + 1} to {self.bins.box.size // 2} and its standard error; "
+                f"gravity is isotropic, so the grid separates the labels (d' = {self.d_prime:.1f} per cube)."
             )
         difference = self.means[:, 1] - self.means[:, 0]
         mean = difference.mean()
@@ -210,12 +185,12 @@ class Lattice:
         spread = np.sqrt(self.means.var(0, ddof=1).mean())
         resolved = abs(mean) > SINGLE_PRECISION
         if mean_matters and significant and resolved and abs(mean) > RELEVANT * spread:
-            found.append(
+            warnings.append(
                 f"The mean of a cube separates the labels (AUC {self.mean_auc:.3f}): Newton "
                 f"{self.means[:, 0].mean():.2g}, GR {self.means[:, 1].mean():.2g} standard deviations; "
                 "remove it with pack --remove-mean."
             )
-        return [*found, *self.axis_warnings()]
+        return [*warnings, *self.axis_warnings()]
 
     def axis_warnings(self) -> list[str]:
         """What is wrong with the axes of the cubes, if their power or coherence says so."""
@@ -258,11 +233,6 @@ class Lattice:
         mean, error = _summary(ratio)
         gaussian = np.sqrt(1.5 * 2 / modes[0].sum() / len(ratio))
         return mean, np.fmax(error, gaussian)
-
-    def _axis_power_estimates(self) -> dict[str, Floats]:
-        mean, error = self.axis_power
-        reach = error * stdtrit(len(self.power) - 1, 0.975)
-        return {"value": np.exp(mean), "low": np.exp(mean - reach), "high": np.exp(mean + reach)}
 
     @cached_property
     def contrast(self) -> tuple[Floats, Floats]:
@@ -371,7 +341,7 @@ class Lattice:
     @cached_property
     def _small_scales(self) -> Bools:
         """Bins whose ratio linear theory predicts to be 1, up to N/2."""
-        return self._used & self.bins.inside_nyquist & (self.bins.n > SMALL_SCALES)
+        return self._used & self.bins.inside_nyquist & (self.bins.n > self.bins.box.large_scales + 0.5)
 
     @cached_property
     def _axis(self) -> Bools:
@@ -423,19 +393,6 @@ class Lattice:
         weights = self.bins.modes * mask * (1.0 if weights is None else weights)
         total = weights.sum()
         return values @ weights / total if total else np.full(len(values), np.nan)
-
-
-def measure_file(cubes: datasets.CubeFile) -> Lattice:
-    """Lattice diagnostics of the first field of all seeds of a file."""
-
-    def twins() -> Iterator[NDArray[np.float32]]:
-        for seed in cubes.seeds:
-            pair = np.empty((2, cubes.num_fields, *(cubes.size,) * 3), np.float32)
-            for gravity, cube in zip(datasets.GRAVITIES, pair, strict=True):
-                cubes.read(seed, gravity, cube)
-            yield pair[:, 0]
-
-    return measure(twins(), box_of(cubes))
 
 
 def box_of(cubes: datasets.CubeFile) -> Box:

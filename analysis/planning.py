@@ -1,4 +1,7 @@
-"""What a set of simulations allows: the expected AUC, the test pairs that find it, and convergence.
+"""What a set of simulations allows: where it follows theory, what has converged, and the pairs to test.
+
+What changes with the cell at a fixed wavenumber is numerical, isotropic or not; what is equal for two cells
+has converged. Effects of the cell may follow n / n_Ny, the wavenumber over that of Nyquist, n_Ny = N/2.
 
 A finding of the evaluation rests on two tests. Slices: exchanging the labels of twins, whose smallest p-value
 with S seeds is 2^-S. The error of the slice AUC is some 0.006 / sqrt(S) (measured in gevolution slices near
@@ -11,21 +14,35 @@ wrong. Five such seeds reach p = 2^-5.
 
 from __future__ import annotations
 
-from typing import Any
+from system import UserError
+
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
 from scipy.stats import binom, norm
 
 from analysis.classifiers import LikelihoodRatio
-from analysis.interventions import LARGE_SCALES
-from analysis.lattice import DIRECTIONS, SMALL_SCALES, Lattice
-from analysis.power_spectrum import symmetry_classes
-from datasets.preparation.cosmology import linear_theory_ratio
+from analysis.lattice import BANDS, DIRECTIONS, Lattice, box_of
+from analysis.power_spectrum import shells, symmetry_classes
+from datasets import CubeFile
+from datasets.preparation.checks import read_pair
+from datasets.preparation.cosmology import linear_theory_ratio, reference_ratio
+from training.metrics import Floats
+
+PAIR_ERROR = 7e-4  # of the ratio of one pair, measured between pairs of 64^3 cells at n = 5 to 12
+RATIO_SEEDS = 8  # twins share their phases: 8 pairs show the ratio to 1e-4
+ACCURACY = 5e-4  # of the reference where it is 1
+FRACTIONS = np.linspace(0, 1, 9)  # bounds of the bands in n / n_Ny
 
 FEWEST = 5  # seeds that reach p <= 0.05 by exchanging twins, 2^-5
 SLICE_ERROR = 0.0062  # of the AUC of slices, times the root of the number of pairs
 POWER = 0.8
 QUANTILES = float(norm.ppf(0.95) + norm.ppf(POWER))
+
+
+# Test pairs
 
 
 def pairs_for_slices(auc: float) -> float:
@@ -42,88 +59,190 @@ def pairs_for_cubes(d_prime: float) -> float:
     return float(pairs[binom.sf(FEWEST - 1, pairs, right) >= POWER][0])
 
 
-def plan(lattice: Lattice) -> dict[str, dict[str, float]]:
-    """Expected AUC of slices and cubes and the test pairs for them, by what is used.
+def describe_plan(lattice: Lattice) -> list[str]:
+    """Expected AUC of slices and cubes, and the pairs that find it, by what is used.
 
-    `all modes` up to n = N/2 by direction; `n <= 4`; and `linear theory`, where it applies.
+    All modes up to n = N/2 by direction; the large scales; and linear theory, where it applies.
     """
     bins, box = lattice.bins, lattice.bins.box
     newton, gr = lattice.power.mean(0)
-    flat = symmetry_classes(box)
-    spectra = {"all modes": gr, f"n <= {LARGE_SCALES}": gr}
+    flat, large = symmetry_classes(box), f"n <= {box.large_scales}"
+    spectra = {"all modes": gr, large: gr}
     if box.linear_theory:
         spectra["linear theory"] = newton * linear_theory_ratio(bins.n * box.fundamental)
-    rows: dict[str, dict[str, float]] = {}
+    lines = ["expected of the likelihood ratio on test seeds, and pairs that find it (p <= 0.05, 80 %):"]
     for name, power in spectra.items():
         slices = LikelihoodRatio.of("", flat, *bins.project(np.stack([newton, power]), flat))
         cubes = LikelihoodRatio.of("", bins, newton, power)
-        if name.startswith("n <="):
-            slices = slices.restrict(flat.n <= LARGE_SCALES)
-            cubes = cubes.restrict(bins.n <= LARGE_SCALES + 0.5)
-        expected, expected_cubes = slices.expected(), cubes.expected()
-        rows[name] = {
-            "slice_auc": expected["auc"],
-            "slice_pairs": pairs_for_slices(expected["auc"]),
-            "cube_auc": expected_cubes["auc"],
-            "cube_pairs": pairs_for_cubes(expected_cubes["d_prime"]),
-        }
-    return rows
+        if name == large:
+            slices = slices.restrict(flat.n <= box.large_scales)
+            cubes = cubes.restrict(bins.n <= box.large_scales + 0.5)
+        auc, of_cubes = slices.expected()["auc"], cubes.expected()
+        lines.append(
+            f"  {name:14}  slices AUC {auc:.3f}, {pairs_for_slices(auc):.0f} pairs; "
+            f"cubes AUC {of_cubes['auc']:.3f}, {pairs_for_cubes(of_cubes['d_prime']):.0f} pairs"
+        )
+    return lines
 
 
-def compare_resolutions(one: Lattice, other: Lattice) -> dict[str, Any]:
-    """Does P_GR/P_N beyond n = 4.5 follow n or n over the Nyquist wavenumber, in two cell sizes of one box?
-
-    What gravity does is the same at the same n; what depends on the cell is numerical, isotropic or not.
-    Returns `n` and `ratio` of `one` (shells,), that of `other` at the same n (`same_n`) and at the same
-    n / (N/2) (`same_fraction`), NaN where it has no modes, and what the ratio `follows`: `n`, `cell`,
-    `neither` or, where both differ from 1 by less than 0.05 %, `nothing`.
-    """
-    (n, ratio), (other_n, other_ratio) = ((la.isotropic[0], la.isotropic[1].mean(0)) for la in (one, other))
-    scale = other.bins.box.size / one.bins.box.size
-    same_n, same_fraction = (
-        np.interp(at, other_n, other_ratio, left=np.nan, right=np.nan) for at in (n, n * scale)
-    )
-    used = (n > SMALL_SCALES) & np.isfinite(same_n) & np.isfinite(same_fraction)
-    by_n, by_cell, size = (
-        np.sqrt(np.mean(values[used] ** 2)) if used.any() else np.nan
-        for values in (ratio - same_n, ratio - same_fraction, np.maximum(np.abs(ratio), np.abs(same_n)))
-    )
-    follows = "n" if by_n < by_cell / 2 else "cell" if by_cell < by_n / 2 else "neither"
-    return {
-        "n": n,
-        "ratio": np.exp(ratio),
-        "same_n": np.exp(same_n),
-        "same_fraction": np.exp(same_fraction),
-        "cells": [one.bins.box.size, other.bins.box.size],
-        "follows": "nothing" if size < 5e-4 else follows,
-    }
-
-
-def describe(lattice: Lattice) -> str:
+def describe_lattice(lattice: Lattice) -> str:
     """A table of P_GR/P_N by band of n and direction, the means of cubes, warnings, and the plan."""
-    report, box = lattice.report(), lattice.bins.box
+    report = lattice.report()
     edges, rows = report["ratio"]["edges"], zip(*report["ratio"]["value"], strict=True)
-    head = (*DIRECTIONS, *(["  in linear theory"] if box.linear_theory else []))
-    lines = ["P_GR/P_N by n     " + "".join(f"{name:>10}" for name in head)]
-    for low, high, ratios in zip(edges, edges[1:], rows, strict=False):
-        values = list(ratios)
-        if box.linear_theory:
-            inside = (lattice.bins.n > low) & (lattice.bins.n <= high)
-            theory = linear_theory_ratio(lattice.bins.n[inside] * box.fundamental)
-            values.append(np.average(theory, weights=lattice.bins.modes[inside]))
-        row_text = "".join(" " * 10 if np.isnan(value) else f"{value:10.4f}" for value in values)
-        lines.append(f"  {low:5.1f} to {high:5.1f}  {row_text}")
-    corners, means = report["corners"], report["cube_mean"]
-    lines += [
-        f"power beyond the Nyquist sphere  {corners['newton']:.3g} of newton, {corners['gr']:.3g} of gr",
-        f"mean of a cube / std  {means['newton']:.3g} of newton, {means['gr']:.3g} of gr",
-    ]
+    lines = ["P_GR/P_N by n     " + "".join(f"{name:>10}" for name in DIRECTIONS)]
+    lines += [_row(low, high, *ratios) for (low, high), ratios in zip(pairwise(edges), rows, strict=True)]
+    newton, gr = lattice.means.mean(0)
+    lines.append(f"mean of a cube / std  {newton:.3g} of newton, {gr:.3g} of gr")
     lines += [f"warning: {line}" for line in report["warnings"]]
-    lines.append("expected of the likelihood ratio on test seeds, and pairs that find it (p <= 0.05, 80 %):")
-    for name, row in plan(lattice).items():
-        cells = [
-            f"{part}s AUC {row[f'{part}_auc']:.3f}, {row[f'{part}_pairs']:.0f} pairs"
-            for part in ("slice", "cube")
-        ]
-        lines.append(f"  {name:14}  {'; '.join(cells)}")
+    return "\n".join(lines + describe_plan(lattice))
+
+
+# The ratio by wavenumber
+
+
+@dataclass(frozen=True)
+class PowerRatio:
+    """P_GR/P_N in shells of width one; arrays (shells,)."""
+
+    cells: int
+    n: Floats
+    value: Floats
+    error: Floats
+    """Standard error over the seeds."""
+    modes: Floats
+
+    def mean(self, low: float, high: float) -> float:
+        """The mean over the modes with low < n <= high; NaN without any."""
+        band = (self.n > low) & (self.n <= high)
+        return float(np.average(self.value[band], weights=self.modes[band])) if band.any() else np.nan
+
+    def at(self, n: Floats) -> Floats:
+        """The ratio at other wavenumbers, interpolated."""
+        return np.interp(n, self.n, self.value)
+
+
+def measure_ratio(cubes: CubeFile, field: int = 0) -> PowerRatio:
+    """The ratio of a field of the first seeds of a file, up to n = N/2 or to its largest wavenumber."""
+    bins = shells(box_of(cubes), 3)
+    pairs = (torch.from_numpy(read_pair(cubes, seed)[:, field]) for seed in cubes.seeds[:RATIO_SEEDS])
+    power = np.stack([bins.power(pair) for pair in pairs])
+    kept = bins.n <= (cubes.attr_float("max_wavenumber") or np.inf)
+    ratios = power[:, 1, kept] / power[:, 0, kept]
+    value = power[:, 1, kept].sum(0) / power[:, 0, kept].sum(0)
+    seeds = len(power)
+    error = np.full(len(value), PAIR_ERROR) if seeds < 3 else ratios.std(0, ddof=1)
+    return PowerRatio(cubes.size, bins.n[kept], value, error / np.sqrt(seeds), bins.modes[kept])
+
+
+def follows_reference(ratio: PowerRatio, reference: Floats) -> int:
+    """The largest n up to which the ratio follows the reference (shells,); 0 for none.
+
+    It follows within two errors, and within half of the effect that the reference predicts.
+    """
+    known = np.isfinite(reference)
+    tolerance = 2 * ratio.error + np.maximum(np.abs(reference - 1) / 2, ACCURACY)
+    wrong = np.flatnonzero(known & ~(np.abs(ratio.value - reference) <= tolerance))
+    last = len(ratio.n) if not len(wrong) else int(wrong[0])
+    return last if known[:last].any() else 0
+
+
+def describe_ratio(ratio: PowerRatio, cubes: CubeFile) -> str:
+    """A table of the ratio by n beside theory for this file, and the filter that keeps what follows it."""
+    box = box_of(cubes)
+    reference = reference_ratio(ratio.n * box.fundamental, cubes.attributes) if box.length else None
+    lines = ["P_GR/P_N by n     " + "".join(f"{name:>10}" for name in ("cubes", "error", "theory"))]
+    for shell in range(min(8, len(ratio.n))):
+        theory = "" if reference is None or np.isnan(reference[shell]) else f"{reference[shell]:10.4f}"
+        lines.append(f"  {shell + 1:14d}  {ratio.value[shell]:10.4f}{ratio.error[shell]:10.4f}{theory}")
+    if reference is None:
+        return "\n".join([*lines, "no theory to compare with: the settings of the simulations are not known"])
+    last = follows_reference(ratio, reference)
+    if last == len(ratio.n):
+        lines.append("the ratio follows theory at all n")
+    elif last:
+        lines.append(
+            f"the ratio follows theory up to n = {last}; smaller scales differ for other reasons. To train "
+            f"without them: python -m datasets repack IN.h5 OUT.h5 --max-wavenumber {last}"
+        )
+    else:
+        lines.append("the ratio follows theory at no n where theory predicts one")
     return "\n".join(lines)
+
+
+# Two cells
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Two ratios of one box, and what they follow."""
+
+    coarse: PowerRatio
+    fine: PowerRatio
+
+    @property
+    def converged(self) -> int:
+        """The largest n up to which the two are equal."""
+        error = np.hypot(self.coarse.error, np.interp(self.coarse.n, self.fine.n, self.fine.error))
+        excess = np.abs(self.fine.at(self.coarse.n) - 1)
+        differs = np.flatnonzero(self._gaps[0] > 2 * error + excess / 4)
+        return int(differs[0]) if len(differs) else len(self.coarse.n)
+
+    @property
+    def _gaps(self) -> Floats:
+        """Difference of the two at the same n and at the same n / n_Ny: (2, shells)."""
+        n, cells = self.coarse.n, self.fine.cells / self.coarse.cells
+        return np.abs(self.coarse.value - np.stack([self.fine.at(n), self.fine.at(n * cells)]))
+
+    @property
+    def beyond(self) -> Floats:
+        """Root mean square of both differences where the ratios have not converged: (2,)."""
+        gaps = self._gaps[:, self.converged :]
+        return np.sqrt((gaps**2).mean(1)) if gaps.size else np.zeros(2)
+
+    @property
+    def follows(self) -> str:
+        """`n`: equal at all n. `cell`: beyond, a function of n / n_Ny. Otherwise `neither`."""
+        by_n, by_fraction = self.beyond
+        return "n" if by_n == 0 else "cell" if by_fraction < by_n / 2 else "neither"
+
+    def describe(self) -> str:
+        """Tables by n and by n / n_Ny, and which of the two the ratios follow."""
+        both = self.coarse, self.fine
+        names = "".join(f"{f'{ratio.cells}^3':>10}" for ratio in both)
+        lines = [f"P_GR/P_N by n     {names}"]
+        for low, high in pairwise(BANDS):
+            if low < self.fine.cells / 2:
+                lines.append(_row(low, high, *(ratio.mean(low, high) for ratio in both)))
+        lines.append(f"P_GR/P_N by n/n_Ny{names}")
+        for low, high in pairwise(FRACTIONS):
+            values = (ratio.mean(low * ratio.cells / 2, high * ratio.cells / 2) for ratio in both)
+            lines.append(_row(low, high, *values))
+        if self.follows == "n":
+            return "\n".join([*lines, "equal at the same n: the ratio does not depend on the cell"])
+        by_n, by_fraction = 100 * self.beyond
+        start = f"equal at the same n up to n = {self.converged}: converged. Beyond"
+        follows = "they follow n / n_Ny" if self.follows == "cell" else "they follow neither"
+        lines.append(
+            f"{start if self.converged else 'At all n'} the ratios differ by {by_n:.2f} % at the same n and "
+            f"by {by_fraction:.2f} % at equal n / n_Ny: {follows}. What depends on the cell is numerical."
+        )
+        return "\n".join(lines)
+
+
+def compare(first: CubeFile, second: CubeFile, field: int = 0) -> Convergence:
+    """The ratios of two files. Raises UserError unless they have the same box and cells of different size."""
+    box, other = (file.attr_float("box_size") for file in (first, second))
+    if box != other or first.size == second.size:
+        raise UserError(
+            f"{second.path}: {second.size}^3 cells, box_size {other}; {first.path}: {first.size}^3, {box}. "
+            "Give simulations of the same box with cells of another size."
+        )
+    return Convergence(
+        *(measure_ratio(file, field) for file in sorted((first, second), key=lambda f: f.size))
+    )
+
+
+def _row(low: float, high: float, *values: float) -> str:
+    digits = 1 if high > 1 else 3
+    cells = "".join(" " * 10 if np.isnan(value) else f"{value:10.4f}" for value in values)
+    return f"  {low:5.{digits}f} to {high:5.{digits}f}  {cells}"

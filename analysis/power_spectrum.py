@@ -71,6 +71,11 @@ class Box:
         return 2 * np.pi / self.side
 
     @property
+    def large_scales(self) -> int:
+        """The largest n, but at least 4, at which linear theory predicts a difference: k < 0.0049 h/Mpc."""
+        return max(4, int(0.00491 / self.fundamental)) if self.linear_theory and self.length else 4
+
+    @property
     def unit(self) -> str:
         """Unit of a wavenumber."""
         return "h/Mpc" if self.length else "waves per box"

@@ -35,7 +35,6 @@ Results = Mapping[str, Any]
 # Figures of the report; the captions stand in report.html.j2.
 FIGURES = (
     "scales",
-    "attribution",
     "interventions",
     "directions",
     "power_spectra",

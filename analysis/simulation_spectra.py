@@ -21,6 +21,7 @@ from analysis.power_spectrum import (
 )
 from analysis.saliency import Batch
 from analysis.statistics import Estimate, ratio_estimate
+from datasets.preparation.cosmology import linear_theory_ratio
 from training.metrics import Floats, Integers
 
 PER_SLICE = ("isotropic", "directional")  # partitions of which the spectrum of every slice is kept
@@ -126,17 +127,31 @@ def measure(
 
 
 def summarize(partitions: Partitions, measured: SimulationSpectra) -> dict[str, Any]:
-    """Mean P(k) of slices by gravity and shell, and the ratio of GR to Newton of slices and of cubes."""
+    """Mean P(k) of slices by gravity and shell, and the ratio of GR to Newton of slices and of cubes.
+
+    `theory` and `cube_theory` are the ratios of linear theory; None where it does not apply.
+    """
 
     def ratio(power: Floats) -> list[Estimate]:
         return [ratio_estimate(gr, newton, "positive") for newton, gr in power.transpose(2, 1, 0)]
 
     slices = measured.slice_means["isotropic"].mean(2)
     newton, gr = slices.mean(0)
-    return {
+    results = {
         "k": partitions.slices["isotropic"].n * partitions.box.fundamental,
         "newton": newton,
         "gr": gr,
         "ratio": ratio(slices),
         "cube_ratio": ratio(measured.cubes["isotropic"]),
+        "theory": None,
+        "cube_theory": None,
     }
+    if partitions.box.linear_theory:
+        # the mean over the modes of a shell, of cubes and of what projects onto a slice
+        solid, power = partitions.cubes["wavenumbers"], measured.cubes["wavenumbers"].mean(0)[0]
+        both = np.stack([power, power * linear_theory_ratio(solid.n * partitions.box.fundamental)])
+        flat = solid.project(both, partitions.slices["isotropic"])
+        shell = np.round(solid.n).astype(int)
+        sums = [np.bincount(shell, solid.modes * values)[1 : len(flat[0]) + 1] for values in both]
+        results |= {"theory": flat[1] / flat[0], "cube_theory": sums[1] / sums[0]}
+    return results

@@ -152,6 +152,13 @@ def cube_wins(cube_logits: Floats) -> Floats:
     return np.sign(logits[:, None] - logits) / 2 + 0.5
 
 
+def auc_of(newton: Floats, gr: Floats) -> float:
+    """AUC over all pairs of a Newtonian and a GR logit, ties counted half."""
+    ordered = np.sort(newton)
+    below = np.searchsorted(ordered, gr) + np.searchsorted(ordered, gr, side="right")
+    return float(below.mean() / (2 * len(newton)))
+
+
 def leave_one_out_auc(wins: Floats) -> tuple[float, Floats]:
     """AUC over pairs of different seeds, and the same without each seed: (seeds,).
 
@@ -182,6 +189,11 @@ def within_axis(predictions: Predictions) -> tuple[float, Floats]:
     parts = [predictions.where(predictions.axis == axis).wins for axis in np.unique(predictions.axis)]
     values, without = zip(*map(leave_one_out_auc, parts), strict=True)
     return float(np.mean(values)), np.mean(without, axis=0)
+
+
+def within_axis_estimate(predictions: Predictions) -> Estimate:
+    """The AUC within an axis with its jackknife interval."""
+    return jackknife(*within_axis(predictions), trials_per_seed=2)
 
 
 def auc_difference(wins: Floats, baseline: Floats) -> Estimate:
@@ -382,7 +394,7 @@ def headline(predictions: Predictions) -> dict[str, Estimate]:
     return {
         "accuracy": ratio_estimate(right, per_seed(predictions, np.ones(len(predictions)))),
         "auc": auc_estimate(predictions.wins),
-        "within_axis": jackknife(*within_axis(predictions), trials_per_seed=2),
+        "within_axis": within_axis_estimate(predictions),
         "cube_auc": auc_estimate(cube_wins(predictions.cube_logits)),
     }
 
@@ -420,7 +432,7 @@ def summarize(predictions: Predictions) -> dict[str, Any]:
             "pair_accuracy": 0.5,
         },
         "slices": slice_metrics(predictions),
-        "within_axis": jackknife(*within_axis(predictions), trials_per_seed=2),
+        "within_axis": within_axis_estimate(predictions),
         "axes": {axis: slice_metrics(part) for axis, part in axes.items()},
         "cubes": {key: estimate for key, estimate in cubes.items() if key not in PAIR_METRICS},
         "pairs": {key: cubes[key] for key in PAIR_METRICS if key in cubes},

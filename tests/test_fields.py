@@ -241,7 +241,7 @@ def cross_spectra(seeds: range, box: Box, growth: tuple[float, float], noise: fl
 def test_two_redshifts_are_classified_as_their_ceiling_predicts() -> None:
     box, growth, noise = Box(16, None), (0.95, 0.951), 0.01
     train, test = (cross_spectra(seeds, box, growth, noise) for seeds in (range(40), range(40, 80)))
-    rows = fields.compare(box, ["early", "late"], train, test)
+    rows = fields.joint_ceilings(box, ["early", "late"], train, test)
     assert [(row["fields"], row["max_wavenumber"]) for row in rows] == [
         (name, limit) for limit in (4, 8) for name in ("early", "late", "all")
     ]

@@ -7,6 +7,15 @@ import simulated_universe as universe
 
 from analysis import findings
 from analysis.findings import format_estimate, format_number
+from analysis.power_spectrum import Box
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    return findings.describe(results)[1]
+
+
+def warnings_of(results: dict[str, Any]) -> list[str]:
+    return findings.describe(results)[0]
 
 
 @pytest.fixture(scope="module", params=["linear", "lattice", "band", "resolution", "everything", "equal"])
@@ -17,7 +26,7 @@ def evaluated(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 def test_the_first_finding_names_the_driver_of_each_universe(evaluated: tuple[str, dict[str, Any]]) -> None:
     name, results = evaluated
-    first = findings.findings(results)[0]
+    first = sentences(results)[0]
     if name == "linear":
         assert "driven by modes with n <= 4 (large scales)" in first
         assert "radiation and gauge in the initial conditions" in first
@@ -43,15 +52,15 @@ def test_hybrid_twins_tell_where_the_information_lies(evaluated: tuple[str, dict
     elif name != "equal":
         assert small > large
         assert ratio["small_scales"] == pytest.approx(small, abs=0.05)
-        assert f"AUC would be {large:.4f} [" in findings.findings(results)[0]
+        assert f"AUC within one axis would be {large:.4f} [" in sentences(results)[0]
 
 
 def test_a_lattice_is_never_reported_as_physics(evaluated: tuple[str, dict[str, Any]]) -> None:
     name, results = evaluated
-    text = " ".join(findings.findings(results))
+    text = " ".join(sentences(results))
     assert "exceeds every power-spectrum classifier" not in text
     assert not findings.beyond_two_point(results)
-    warnings = findings.warnings(results)
+    warnings = warnings_of(results)
     if name in ("lattice", "everything"):
         assert "by the same in all directions" not in text
         assert any("depends on direction" in line for line in warnings)
@@ -93,6 +102,7 @@ def results_with(**changes: Any) -> dict[str, Any]:
         "attribution": attribution_of(mean=0.0, large_scales=0.2, small_scales=0.8),
         "direction_dependence": DEPENDENCE,
         "interventions": {
+            "large_scales": 4,
             "edges": [0, 0.5, 5.5, 40],
             "unit": "h/Mpc",
             "shares": [estimate(0.0), estimate(0.1), estimate(0.9)],
@@ -117,22 +127,33 @@ ABOVE = estimate(1.003, 1.002, 1.004)
 )
 def test_directions_decide_between_lattice_and_gravity(changes: dict[str, Any], expected: str) -> None:
     results = results_with(direction_dependence=DEPENDENCE | changes)
-    assert expected in findings.findings(results)[0]
+    assert expected in sentences(results)[0]
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"),
+    ("length", "large_scales", "expected"),
     [
-        (5120.0, "For cubes linear theory predicts an excess of 7.2 % at n = 1 and 0.6 % at n = 4"),
-        (20480.0, "and 7.2 % at n = 4"),
-        (320.0, "less than 0.5 % there in this box"),
-        (None, "Without the size of the box"),
+        (5120.0, 4, "an excess of 7.2 % at n = 1 and 0.6 % at n = 4 in cubes. It comes from radiation"),
+        (20480.0, 16, "modes with n <= 16 (large scales)"),
+        (20480.0, 16, "and 0.6 % at n = 16 in cubes"),
+        (320.0, 4, "less than 0.5 % there in this box"),
+        (None, 4, "Without the size of the box"),
     ],
 )
-def test_linear_theory_depends_on_the_box(length: float | None, expected: str) -> None:
+def test_linear_theory_depends_on_the_box(length: float | None, large_scales: int, expected: str) -> None:
+    assert Box(64, length, linear_theory=True).large_scales == large_scales
     data = universe.DESCRIPTION["data"] | {"box_size": length}
     parts = attribution_of(mean=0.0, large_scales=0.9, small_scales=0.1)
-    assert expected in findings.findings(results_with(attribution=parts, data=data))[0]
+    results = results_with(attribution=parts, data=data)
+    results["interventions"] |= {"large_scales": large_scales}
+    assert expected in sentences(results)[0]
+
+
+def test_theory_stands_beside_the_measured_ratio_of_slices() -> None:
+    spectra = {"theory": [1.061, 1.03, 1.02, 1.01], "ratio": [estimate(1.059)] * 3 + [estimate(1.012)]}
+    parts = attribution_of(mean=0.0, large_scales=0.9, small_scales=0.1)
+    first = sentences(results_with(attribution=parts, power_spectra=spectra))[0]
+    assert "in slices it predicts 6.1 % and 1.0 %, and 5.9 % and 1.2 % are measured." in first
 
 
 @pytest.mark.parametrize(
@@ -144,7 +165,7 @@ def test_no_sentence_uses_a_reference_that_does_not_apply(reference: str, expect
     for large in (0.9, 0.1):
         parts = attribution_of(mean=0.0, large_scales=large, small_scales=1 - large)
         even = DEPENDENCE | {"contrast": estimate(0.0, -0.001, 0.001)}
-        first = findings.findings(results_with(attribution=parts, data=data, direction_dependence=even))[0]
+        first = sentences(results_with(attribution=parts, data=data, direction_dependence=even))[0]
         assert "7.2 %" not in first
         assert (expected in first) == (large == 0.9)
         assert ("take it for numerical" in first) == (large == 0.1)
@@ -155,14 +176,14 @@ def test_no_sentence_uses_a_reference_that_does_not_apply(reference: str, expect
     [
         ("n", "so it is no matter of resolution"),
         ("cell", "moves with the Nyquist wavenumber: it is numerical"),
-        ("neither", "follows neither n nor the cells of a second file: take it for numerical"),
+        ("neither", "It follows neither n nor the cells of a second file: take it for numerical"),
     ],
 )
 def test_a_second_resolution_decides_about_an_isotropic_excess(follows: str, expected: str) -> None:
     even = DEPENDENCE | {"contrast": estimate(0.0, -0.001, 0.001)}
     results = results_with(direction_dependence=even, convergence={"follows": follows})
-    first = findings.findings(results)[0]
-    assert expected in first.replace(". It follows", ": follows").replace("It ", "") or expected in first
+    first = sentences(results)[0]
+    assert expected in first
 
 
 @pytest.mark.parametrize("attained", [0.543, 0.51])
@@ -170,27 +191,27 @@ def test_filtered_cubes_are_stated_first(attained: float) -> None:
     data = universe.DESCRIPTION["data"] | {"max_wavenumber": 4.0}
     limit = {"slice_auc": estimate(0.54), "attained": 0.9, "gain": {"within_axis": GAINS["level"]}}
     limit["test"] = {"slices": {"within_axis": estimate(attained)}}
-    first = findings.findings(results_with(data=data, ceilings={"directional": limit}))[0]
+    first = sentences(results_with(data=data, ceilings={"directional": limit}))[0]
     assert first.startswith("The cubes were filtered: they hold modes with n <= 4 only")
     assert f"a slice AUC of {attained:.4f}" in first
     assert ("next to no difference" in first) == (attained == 0.51)
 
 
 def test_the_strongest_band_is_named_if_it_lies_beyond_n_of_4() -> None:
-    bands: dict[str, Any] = {"edges": [0, 0.5, 3.5, 5.5, 9.5, 40], "unit": "waves per box"}
+    bands: dict[str, Any] = {"large_scales": 4, "edges": [0, 0.5, 3.5, 5.5, 9.5, 40], "unit": "waves per box"}
     for shares, expected in (
         ((0.0, 0.1, 0.3, 0.5, 0.1), ", most of all by k = 5.5 to 9.5 waves per box (50 %): 80 %"),
         ((0.0, 0.1, 0.5, 0.3, 0.1), "driven by modes with n > 4: 80 %"),
     ):
         bands["shares"] = [estimate(share) for share in shares]
-        first = findings.findings(results_with(interventions=bands, direction_dependence={}))[0]
+        first = sentences(results_with(interventions=bands, direction_dependence={}))[0]
         assert expected in first
 
 
 def test_accuracies_with_the_calibration_are_stated() -> None:
-    assert "calibration" not in findings.findings(results_with())[1]
+    assert "calibration" not in sentences(results_with())[1]
     calibrated = {"accuracy": estimate(0.58), "cube_accuracy": estimate(0.9)}
-    second = findings.findings(results_with(calibrated=calibrated))[1]
+    second = sentences(results_with(calibrated=calibrated))[1]
     assert (
         "With the calibration of the validation seeds: accuracy of slices 58.0 %, of cubes 90.0 %." in second
     )
@@ -199,19 +220,19 @@ def test_accuracies_with_the_calibration_are_stated() -> None:
 @pytest.mark.parametrize("p_value", [1 / 64, 0.02])
 def test_the_smallest_possible_p_value_is_called_that(p_value: float) -> None:
     significance = {"p_value": p_value, "mcnemar_p_value": 0.01, "relabellings": 64}
-    second = findings.findings(results_with(significance=significance))[1]
+    second = sentences(results_with(significance=significance))[1]
     assert ("the smallest possible with 6 seeds" in second) == (p_value == 1 / 64)
 
 
 def test_a_factor_on_newtonian_slices_is_not_called_physics_or_lattice() -> None:
     data = universe.DESCRIPTION["data"] | {"newton_augmentation": 0.9}
-    first = findings.findings(results_with(data=data))[0]
+    first = sentences(results_with(data=data))[0]
     assert first.endswith("multiplied by a factor, which changes the power of all modes.")
 
 
 def test_the_mean_as_driver() -> None:
     results = results_with(attribution=attribution_of(mean=0.6, large_scales=0.1, small_scales=0.3))
-    assert findings.findings(results)[0].startswith("The mean of the slices drives the classification: 60 %")
+    assert sentences(results)[0].startswith("The mean of the slices drives the classification: 60 %")
 
 
 @pytest.mark.parametrize(
@@ -223,23 +244,23 @@ def test_the_mean_as_driver() -> None:
     ],
 )
 def test_no_driver_is_named_unless_its_lead_is_certain(parts: dict[str, Any]) -> None:
-    first = findings.findings(results_with(attribution=parts))[0]
+    first = sentences(results_with(attribution=parts))[0]
     assert first.startswith("No single part of the modes drives the classification")
     assert f"{100 * parts['drivers']['small_scales']['value']:.0f} % from modes with n > 4" in first
 
 
 def test_without_significance_nothing_is_attributed() -> None:
     results = results_with(significance={"p_value": 0.2, "mcnemar_p_value": 0.5, "relabellings": 64})
-    assert "cannot reach" not in findings.findings(results)[0]
+    assert "cannot reach" not in sentences(results)[0]
     few = results | {"data": results["data"] | {"seeds": [4, 8]}}
-    assert findings.findings(few)[0].endswith("4 seeds cannot reach p = 0.05: evaluate more.")
-    assert findings.findings(results)[0].startswith("The network is not shown to distinguish the gravities")
+    assert sentences(few)[0].endswith("4 seeds cannot reach p = 0.05: evaluate more.")
+    assert sentences(results)[0].startswith("The network is not shown to distinguish the gravities")
 
 
 def test_quick_reports_say_that_the_driver_is_unknown() -> None:
     results = results_with()
     del results["attribution"]
-    assert "unknown without the full report" in findings.findings(results)[0]
+    assert "unknown without the full report" in sentences(results)[0]
 
 
 GAINS = {
@@ -271,15 +292,15 @@ def test_beyond_two_point_statistics_needs_baseline_and_likelihood_ratio(
         baselines={"isotropic": baseline(isotropic), "directional": baseline(directional)},
         ceilings={"directional": limit},
     )
-    text = " ".join(findings.findings(results))
+    text = " ".join(sentences(results))
     assert ("exceeds every power-spectrum classifier" in text) == beyond
     assert ("two-point statistics is not shown" in text) != beyond
     assert "attains 50 %" in text
     lynx = results | {"model": {"architecture": "LYNX", "layer_param": 2}}
-    assert "no more than two-point statistics" in " ".join(findings.findings(lynx))
-    assert "exceeds every" not in " ".join(findings.findings(lynx))
+    assert "no more than two-point statistics" in " ".join(sentences(lynx))
+    assert "exceeds every" not in " ".join(sentences(lynx))
     moved = results | {"transfer": {"trained_redshift": 1.0, "redshift": 10.0}}
-    text = " ".join(findings.findings(moved))
+    text = " ".join(sentences(moved))
     assert "With the spectra at z = 1 the likelihood ratio" in text
     assert "attains" not in text
 
@@ -296,19 +317,19 @@ def test_only_random_phases_show_information_beyond_two_point_statistics(
 ) -> None:
     baseline = {"slices": {"within_axis": estimate(0.6)}, "gain": {"within_axis": GAINS["above"]}}
     results = results_with(baselines={"isotropic": baseline, "directional": baseline})
-    assert "--degrade shows whether" in " ".join(findings.findings(results))
+    assert "--degrade shows whether" in " ".join(sentences(results))
     rows = {"none": {"auc": estimate(0.6)}, "random_phases": {"auc": estimate(0.5), "change": change}}
-    assert expected in " ".join(findings.findings(results | {"degradation": rows}))
+    assert expected in " ".join(sentences(results | {"degradation": rows}))
 
 
 def test_warnings_name_training_seeds_selection_and_the_factor() -> None:
-    assert findings.warnings(universe.DESCRIPTION) == []
+    assert warnings_of(results_with()) == []
     selection = universe.DESCRIPTION["selection"] | {
         "criteria": ["early stopping", "a sweep"],
         "evaluated": True,
     }
     data = universe.DESCRIPTION["data"] | {"seeds": [0, 10], "newton_augmentation": 0.9}
-    training, selected, factor = findings.warnings({"data": data, "selection": selection})
+    training, selected, factor = warnings_of(results_with(data=data, selection=selection))
     assert "trained on some of these seeds" in training
     assert selected == (
         "Early stopping and a sweep selected this network on seeds 4 to 9, some of which are evaluated here: "
@@ -317,17 +338,17 @@ def test_warnings_name_training_seeds_selection_and_the_factor() -> None:
     )
     assert "multiplied by 0.9" in factor
     selection |= {"by_hand": ["a sweep"], "validation_seeds": 2}
-    (selected,) = findings.warnings(universe.DESCRIPTION | {"selection": selection})
+    (selected,) = warnings_of(results_with(selection=selection))
     assert "with the results on seeds 4 to 9 known, which are evaluated here: the results may be" in selected
     assert selected.endswith("Evaluate on other seeds (--seeds A:B).")
 
 
 def test_selection_is_stated_in_every_report() -> None:
-    assert findings.findings(results_with())[-1].startswith("Selection: none")
+    assert sentences(results_with())[-1].startswith("Selection: none")
     selection = universe.DESCRIPTION["selection"] | {"set": "validation", "seeds": [2, 4]}
 
     def last(**changes: Any) -> str:
-        return findings.findings(results_with(selection=selection | changes))[-1]
+        return sentences(results_with(selection=selection | changes))[-1]
 
     assert last(criteria=["early stopping"]) == "Selection: Early stopping, on validation seeds 2 to 3."
     assert "has not reached its last epoch" in last(finished=False)
@@ -340,14 +361,14 @@ def test_selection_is_stated_in_every_report() -> None:
 def test_transfer_and_degradation_have_a_sentence() -> None:
     rows = {key: {"auc": estimate(0.55)} for key in ("none", "smoothed", "noisy")}
     results = results_with(transfer={"trained_redshift": 1.0, "redshift": 10.0}, degradation=rows)
-    text = " ".join(findings.findings(results))
+    text = " ".join(sentences(results))
     assert "trained at z = 1 and still distinguishes the gravities at z = 10: slice AUC 0.6000 [0.55" in text
     for doubtful in (
         {"slices": {"auc": estimate(0.52, 0.49, 0.55)}},
         {"significance": {"p_value": 0.2, "mcnemar_p_value": 0.5, "relabellings": 64}},
     ):
         assert "is not shown to distinguish the gravities at z = 10" in " ".join(
-            findings.findings(results | doubtful)
+            sentences(results | doubtful)
         )
     assert "AUC 0.5500 with smoothing, 0.5500 with white noise, against 0.5500 unchanged" in text
 
@@ -356,4 +377,5 @@ def test_numbers_and_estimates() -> None:
     assert [format_number(value) for value in (0, 0.5, 1e-5)] == ["0.0000", "0.5000", "1.00e-05"]
     assert format_estimate(estimate(0.5, 0.4, 0.6)) == "0.5000 [0.4000, 0.6000]"
     assert format_estimate(estimate(0.5), percent=True) == "50.0 %"
+    assert format_estimate(estimate(0.591, 0.575, 0.607), percent=True) == "59.1 % [57.5, 60.7]"
     assert format_estimate(estimate(None)) == "undefined"  # type: ignore[arg-type]

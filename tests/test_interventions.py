@@ -1,4 +1,6 @@
-"""Interventions on modes, and the attribution of the twin difference to them."""
+"""Interventions on modes, the attribution of the twin difference to them, and degraded slices."""
+
+from system import UserError
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,13 +11,13 @@ import simulated_universe as universe
 import torch
 
 from analysis import interventions
-from analysis.interventions import Bands
+from analysis.interventions import Bands, Degradations
 from analysis.power_spectrum import mu4, wave_vectors, wavenumber
 
 SIZE = universe.SIZE
 BANDS = Bands(SIZE, (0.0, 0.5, *universe.BAND, 64.0))
 VECTORS = wave_vectors(SIZE, 2)
-MASKS = interventions.group_masks(wavenumber(VECTORS), mu4(VECTORS))[:-1]
+MASKS = interventions.group_masks(wavenumber(VECTORS), mu4(VECTORS), 4)[:-1]
 
 
 def noise(seed: int) -> torch.Tensor:
@@ -144,3 +146,75 @@ def test_the_band_in_which_the_twins_differ_is_found() -> None:
     assert [share["value"] for share in found["shares"]] == pytest.approx([0, 0, 1, 0], abs=1e-3)
     assert sum(found["saliency"]) == pytest.approx(1)
     assert np.all(found["cuts"] < found["centres"])
+
+
+def wave(n: int) -> torch.Tensor:
+    x = torch.arange(SIZE) / SIZE * 2 * torch.pi
+    return torch.cos(n * x).expand(1, 1, SIZE, SIZE) + 0.5
+
+
+def test_filters_act_on_the_modes_they_name() -> None:
+    degradations = Degradations(universe.BOX, 160.0, 0.1)
+    degraded = degradations.apply(wave(5), 0)
+    k = 2 * np.pi * 5 / 5120
+    expected = (wave(5) - 0.5) * np.exp(-((k * 160) ** 2) / 2) + 0.5
+    torch.testing.assert_close(degraded["smoothed"], expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(degraded["mean_removed"], wave(5) - 0.5, atol=1e-5, rtol=1e-4)
+    for n, kept in ((16, wave(16)), (17, torch.full((1, 1, SIZE, SIZE), 0.5))):
+        torch.testing.assert_close(degradations.apply(wave(n), 0)["large_scales"], kept, atol=1e-5, rtol=1e-4)
+
+
+def test_noise_has_its_level_and_depends_on_the_seed_alone() -> None:
+    clean = torch.zeros(8, 1, SIZE, SIZE)
+    first, again, other = (
+        Degradations(universe.BOX, 160.0, 0.3).apply(clean, seed)["noisy"] for seed in (1, 1, 2)
+    )
+    assert float(first.std()) == pytest.approx(0.3, rel=0.02)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_random_phases_keep_every_power_spectrum_and_the_mean() -> None:
+    slices = torch.randn(4, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).exp()
+    changed, other = (
+        Degradations(universe.BOX, 160.0, 0.1).apply(slices, seed)["random_phases"] for seed in (1, 2)
+    )
+    before, after = torch.fft.rfft2(slices), torch.fft.rfft2(changed)
+    torch.testing.assert_close(after.abs(), before.abs(), atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(changed.mean((2, 3)), slices.mean((2, 3)), atol=1e-5, rtol=1e-5)
+    cross = [modes[:, 0] * modes[:, 1].conj() for modes in (before, after)]
+    torch.testing.assert_close(*cross, atol=1, rtol=1e-3)
+    turned = (after / before)[:, 0, 1:5, 1:5].angle().flatten()
+    assert -3 < turned.mean() / (np.pi / np.sqrt(3 * len(turned))) < 3, "uniform"
+    assert turned.std() == pytest.approx(np.pi / np.sqrt(3), rel=0.15)
+    skewness = [((f - f.mean()) ** 3).mean() / f.std() ** 3 for f in (slices, changed)]
+    assert skewness[0] > 3
+    assert abs(skewness[1]) < 0.5
+    assert not torch.equal(other, changed)
+
+
+@pytest.mark.parametrize("setting", ["blur=3", "noise=-1", "noise=much", "smoothing", "smoothing=inf"])
+def test_bad_degradations_are_rejected(setting: str) -> None:
+    assert Degradations.parse([], universe.BOX) == Degradations(universe.BOX, 160.0, 0.1)
+    assert Degradations.parse(["smoothing=50", "noise=0.5"], universe.BOX).smoothing == 50
+    with pytest.raises(UserError, match=f"'{setting}', allowed: smoothing=R in Mpc/h and noise=LEVEL"):
+        Degradations.parse([setting], universe.BOX)
+
+
+def test_the_table_shows_what_each_degradation_costs() -> None:
+    cubes = {seed: universe.twins(seed, universe.band) for seed in range(3)}
+    degradations = Degradations(universe.BOX, 160.0, 0.1)
+
+    def network(slices: torch.Tensor, axes: object = None) -> torch.Tensor:
+        """The variance of the modes beyond N/4, which the second degradation removes."""
+        low = degradations.apply(slices, 0)["large_scales"]
+        return (slices - low).square().mean((1, 2, 3)).round(decimals=6)
+
+    ids, logits = degradations.measure(network, universe.batches(cubes))
+    with torch.no_grad():
+        unchanged = torch.cat([network(batch.images) for batch in universe.batches(cubes)]).double().numpy()
+    summary = degradations.summarize(universe.label_predictions(ids, unchanged), logits)
+    assert summary["mean_removed"]["change"]["value"] == pytest.approx(0, abs=1e-3)
+    assert summary["large_scales"]["auc"]["value"] == 0.5
+    change = summary["large_scales"]["auc"]["value"] - summary["none"]["auc"]["value"]
+    assert summary["large_scales"]["change"]["value"] == pytest.approx(change)

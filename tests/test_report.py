@@ -17,7 +17,8 @@ import pytest
 import simulated_universe as universe
 from PIL import Image
 
-from analysis import comparison, figures, findings, report, spectral_figures, statistics
+from analysis import comparison, figures, findings, report, statistics
+from analysis.interventions import DEGRADATIONS
 from analysis.power_spectrum import Box
 from analysis.report import FIGURES
 from training import metrics
@@ -51,18 +52,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     maps = {key: np.eye(8) for key in report.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "axis": 0, "logit": 1.0}
     results = evaluated.results | {"saliency": [maps | about] * 4}
-    rows = {
-        "smoothed": {"auc": 0.1},
-        "large_scales": {},
-        "mean_removed": {},
-        "noisy": {},
-        "random_phases": {},
-    }
-    none = statistics.headline(evaluated.predictions)
-    results["degradation"] = {"smoothing": 160.0, "noise": 0.1} | dict.fromkeys(("none", *rows), none)
-    results |= {"warnings": ["a warning"], "findings": findings.findings(results)}
-    drawn = figures.of_predictions(evaluated.predictions, results, HISTORY)
-    drawn |= spectral_figures.of_spectra(results, universe.BOX)
+    none = statistics.headline(evaluated.predictions) | {"change": {"value": 0.0, "low": None, "high": None}}
+    results["degradation"] = {"smoothing": 160.0, "noise": 0.1} | dict.fromkeys(("none", *DEGRADATIONS), none)
+    results |= {"warnings": ["a warning"], "findings": findings.describe(results)[1]}
+    drawn = figures.of_evaluation(evaluated.predictions, results, HISTORY, universe.BOX)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(figures.STYLE, "savefig.dpi", 60)  # faster
         for name, figure in drawn.items():
@@ -114,13 +107,14 @@ def test_an_estimate_without_an_interval_has_no_error_bar_and_an_open_symbol() -
     bars: Any = figure.axes[0].containers
     assert [bar.has_xerr for bar in bars] == [True, False]
     np.testing.assert_allclose(bars[0].lines[2][0].get_segments(), [[[0.6, 1], [0.75, 1]]])
-    assert [bar.lines[0].get_markerfacecolor() for bar in bars] == [figures.GR["color"], "white"]
+    assert [bar.lines[0].get_markerfacecolor() for bar in bars] == ["black", "white"]
 
 
 def test_spectra_of_twins_are_both_visible_and_rounding_does_not_stretch_the_axis() -> None:
     flat = [{"value": 1.0, "low": 0.9, "high": 1.1}] * 4
     spectra = {"k": [1, 2, 3, 4], "newton": np.ones(4), "gr": np.ones(4), "ratio": flat, "cube_ratio": flat}
-    power, _, slope = spectral_figures.power_spectra(spectra, [1e-5, 0.1, 0.9, 1e-16], Box(8, None)).axes
+    spectra |= {"theory": np.ones(4), "cube_theory": None}
+    power, _, slope = figures.power_spectra(spectra, [1e-5, 0.1, 0.9, 1e-16], Box(8, None)).axes
     below, above = power.lines
     assert below.get_linewidth() > 1.5 * above.get_linewidth()
     assert above.get_linestyle() == "--"
@@ -131,7 +125,7 @@ def test_saliency_maps_name_the_directions_of_each_slice() -> None:
     maps = {key: np.eye(4) for key in report.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "logit": 1.0}
     rows = [maps | about | {"axis": axis} for axis in (2, 0, 1)]
-    axes = spectral_figures.saliency_maps(rows, Box(4, 100.0)).axes[:9]
+    axes = figures.saliency_maps(rows, Box(4, 100.0)).axes[:9]
     # the rows of an image count the first direction that is left of its cube, the columns the second
     assert [place.get_ylabel() for place in axes[::3]] == ["x [Mpc/h]", "y [Mpc/h]", "x [Mpc/h]"]
     assert [place.get_xlabel() for place in axes] == ["y [Mpc/h]"] * 3 + ["z [Mpc/h]"] * 6
@@ -143,7 +137,7 @@ def test_a_constant_network_can_be_summarized_and_drawn(logits: np.ndarray) -> N
     results = statistics.summarize(predictions)
     assert results["slices"]["auc"]["value"] == 0.5
     assert results["significance"]["p_value"] == 1
-    for figure in figures.of_predictions(predictions, results, []).values():
+    for figure in figures.of_evaluation(predictions, results, [], Box(8, None)).values():
         figure.draw_without_rendering()
 
 
