@@ -42,6 +42,7 @@ REGIMES = {  # ranges of the slice AUC and of the cube AUC
     "strong": ((0.60, 0.65), (0.88, 0.97)),
 }
 NETWORKS = 10  # of each regime
+SLICES = 16  # of each axis of a cube
 TRUTH_SEEDS = 10_000
 
 
@@ -87,10 +88,10 @@ class Network:
         return Predictions(np.arange(seed.size), seed, label, axis, position, self.scale * logits.ravel())
 
 
-def scatter(network: Network, seeds: int, slices: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Standardized scatter of cubes (seeds, 2, 1, 1) and of slices (seeds, 2, 3, slices) of both twins."""
+def scatter(network: Network, seeds: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Standardized scatter of cubes (seeds, 2, 1, 1) and of slices (seeds, 2, 3, SLICES) of both twins."""
     cube = rng.standard_t(5, (seeds, 2, 1, 1)) * np.sqrt(3 / 5)
-    white = rng.normal(size=(seeds, 2, 3, slices))
+    white = rng.normal(size=(seeds, 2, 3, SLICES))
     white[..., 1:] *= np.sqrt(1 - network.neighbors**2)
     parts = cube, lfilter([1], [1, -network.neighbors], white)  # a first-order autoregressive process
     share = np.sqrt(network.twins)
@@ -101,9 +102,9 @@ def scatter(network: Network, seeds: int, slices: int, rng: np.random.Generator)
     return first, second
 
 
-def simulate(networks: list[Network], seeds: int, slices: int, rng: np.random.Generator) -> list[Predictions]:
-    """Predictions of a network and its baseline for `seeds` seeds, `slices` slices of each axis of a cube."""
-    first, second = (scatter(networks[0], seeds, slices, rng) for _ in networks)
+def simulate(networks: list[Network], seeds: int, rng: np.random.Generator) -> list[Predictions]:
+    """Predictions of a network and its baseline for the same seeds."""
+    first, second = (scatter(networks[0], seeds, rng) for _ in networks)
     mixed = [0.8 * part + 0.6 * other for part, other in zip(first, second, strict=True)]
     return [networks[0].predict(*first), networks[1].predict(*mixed)]
 
@@ -132,8 +133,12 @@ def truths(predictions: Predictions) -> dict[str, float]:
     }
 
 
-def coverage(sizes: list[int], simulations: int, slices: int) -> None:
+def main() -> None:
     """Print the share of intervals that contain the true value: mean over the regimes, then each regime."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[8, 24, 100])
+    parser.add_argument("--simulations", type=int, default=500, help="per regime (default: %(default)s)")
+    options = parser.parse_args()
     covered: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for index, regime in enumerate(REGIMES):
         pairs, known = [], []
@@ -142,13 +147,13 @@ def coverage(sizes: list[int], simulations: int, slices: int) -> None:
             network = Network.draw(regime, rng)
             weaker = replace(network, difference=rng.uniform(0.6, 1), offset=network.offset / 2)
             pairs.append([network, weaker])
-            values, others = map(truths, simulate(pairs[-1], TRUTH_SEEDS, slices, rng))
+            values, others = map(truths, simulate(pairs[-1], TRUTH_SEEDS, rng))
             known.append(values | {f"difference of {key}": values[key] - others[key] for key in values})
-        for seeds in sizes:
+        for seeds in options.seeds:
             hits = defaultdict(list)
-            for number in range(simulations):
+            for number in range(options.simulations):
                 rng = np.random.default_rng([seeds, number, index])
-                predictions, baseline = simulate(pairs[number % NETWORKS], seeds, slices, rng)
+                predictions, baseline = simulate(pairs[number % NETWORKS], seeds, rng)
                 estimates = statistics.slice_metrics(predictions)
                 estimates["within_axis"] = statistics.headline(predictions)["within_axis"]
                 estimates |= statistics.cube_metrics(predictions.cube_logits)
@@ -160,26 +165,14 @@ def coverage(sizes: list[int], simulations: int, slices: int) -> None:
             for key, inside in hits.items():
                 covered[key][seeds].append(float(np.mean(inside)))
             print(f"{regime}, {seeds} seeds", file=sys.stderr)
-    print(f"| 95 % interval of | {' | '.join(f'{seeds} seeds' for seeds in sizes)} |")
-    print("|---" * (len(sizes) + 1) + "|")
+    print(f"| 95 % interval of | {' | '.join(f'{seeds} seeds' for seeds in options.seeds)} |")
+    print("|---" * (len(options.seeds) + 1) + "|")
     for key, shares in covered.items():
         cells = [
             f"{np.mean(shares[seeds]):.3f} ({', '.join(f'{share:.3f}' for share in shares[seeds])})"
-            for seeds in sizes
+            for seeds in options.seeds
         ]
         print(f"| {key} | {' | '.join(cells)} |")
-
-
-def main() -> None:
-    """Run the simulation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[8, 24, 100])
-    parser.add_argument(
-        "--simulations", type=int, default=500, help="per regime; the mean of three is then +-0.011"
-    )
-    parser.add_argument("--slices", type=int, default=16, help="slices of each axis of a cube")
-    options = parser.parse_args()
-    coverage(options.seeds, options.simulations, options.slices)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One way to train the same network, timed in a process of its own.
+"""One way to train the same network, timed in a separate process.
 
     python benchmarks/runners.py NAME SETTINGS       the settings, and on the last line the result, as JSON
 
@@ -42,7 +42,6 @@ class Settings:
     seeds: int = 6  # seeds 0 to seeds - 1 train
     warmup: float = 2.0  # seconds before the timer starts
     seconds: float = 4.0  # minimum time that is measured
-    workers: int = 0  # of the peers' DataLoader
 
 
 class StopTiming(Exception):
@@ -200,7 +199,8 @@ def limit(settings: Settings) -> dict[str, float]:
 def loader(settings: Settings, *, in_memory: bool = True) -> Any:
     """A DataLoader of random slices, with flips and turns, whose epoch never ends.
 
-    The cubes are in memory, or read slice by slice from the file, by a worker on each core at least.
+    The cubes are in memory, or read slice by slice from the file, by a worker on each core. With cubes in
+    memory, a GPU has 8 workers and a CPU none, which would compete with the network for the cores.
     """
     import h5py
     import numpy as np
@@ -231,7 +231,7 @@ def loader(settings: Settings, *, in_memory: bool = True) -> Any:
             image = torch.from_numpy(np.ascontiguousarray(image))[None]
             return {"slices": image, "labels": torch.tensor(float(cube % 2))}
 
-    workers = settings.workers if in_memory else max(settings.workers, os.cpu_count() or 1)
+    workers = (8 if settings.device == "cuda" else 0) if in_memory else os.cpu_count() or 1
     return DataLoader(
         slices := Slices(),
         settings.batch,

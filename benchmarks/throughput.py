@@ -3,7 +3,7 @@
     python benchmarks/throughput.py [--architectures RACOON] [--batches 64] [--precisions fp32] [--rounds 3]
 
 All train the same network on the same slices with the same batch on the same cores, one after the other, each
-in a process of its own (runners.py), round after round; a number is the median of the rounds.
+in a separate process (runners.py), round after round; a number is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ PEERS = {
 }
 TITLES = {LIMIT: "the step alone (limit)", **OURS, **PEERS}
 PACKAGES = ("torch", "accelerate", "lightning", "transformers", "numpy", "numba")
-STRENGTH = 1.0
-"""Physical, so that no network fits a batch within a round: gradients would become denormal then, which slows
-down the peers alone, since this project flushes denormal numbers to zero."""
 
 
 def main() -> None:
@@ -71,8 +68,6 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=float, default=2.0, help="seconds of training before that")
     add("--seeds", type=int, default=6, help="simulations to train on")
     add("--size", type=int, default=256, help="cells along a side of a cube")
-    add("--workers", type=int, help="of the peers' DataLoader; default: 0 on a CPU, else 8")
-    add("--datafile", type=Path, help="a packed file; default: a synthetic one is made")
     add("--scratch", type=Path, help="folder for temporary files")
     add("--output", type=Path, help="JSON file of all rates")
     options = parser.parse_args()
@@ -80,8 +75,6 @@ def parse() -> argparse.Namespace:
         import torch
 
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.workers is None:
-        options.workers = 0 if options.device == "cpu" else 8
     if options.runners is None:
         options.runners = [name for name in TITLES if name != "device" or options.device == "cuda"]
     return options
@@ -89,15 +82,16 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
     """The results of every round, by work and runner."""
-    datafile = options.datafile or scratch / "synthetic.h5"
-    if options.datafile is None:
-        sys.path.insert(0, str(ROOT))
-        import datasets
+    sys.path.insert(0, str(ROOT))
+    import datasets
 
-        datasets.write_synthetic(datafile, seeds=options.seeds + 1, size=options.size, strength=STRENGTH)
-    shared = ("device", "layer_param", "size", "seeds", "warmup", "seconds", "workers")
+    # At physical strength no network fits a batch within a round. Gradients would become denormal numbers,
+    # which slow down the peers alone, since this project flushes them to zero.
+    datafile = scratch / "synthetic.h5"
+    datasets.write_synthetic(datafile, seeds=options.seeds + 1, size=options.size)
+    shared = ("device", "layer_param", "size", "seeds", "warmup", "seconds")
     values = {key: getattr(options, key) for key in shared}
-    settings = Settings(datafile=str(datafile.absolute()), scratch=str(scratch), **values)
+    settings = Settings(datafile=str(datafile), scratch=str(scratch), **values)
     works = {}
     for architecture, batch, precision in product(options.architectures, options.batches, options.precisions):
         chosen = replace(settings, architecture=architecture, batch=batch, precision=precision)
