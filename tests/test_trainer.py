@@ -352,6 +352,7 @@ def test_preflight_says_what_a_start_says_and_creates_nothing(
     assert not (tmp_path / "runs").exists()
     assert preflight == lines_of()
     assert [line.split()[0] for line in preflight] == ["network", "data", "slices", "steps"]
+    assert preflight[1].endswith("universe.h5, 64^3 cells, phi, z = 1")
     assert preflight[2] == "slices   512 training (seeds 0-1), 256 validation (seeds 2), 256 test (seeds 3)"
     assert preflight[3] == "steps    6 per epoch, each of 96 slices"
 

@@ -217,14 +217,13 @@ def describe_setup(
     shape = cubes.shape if cubes else (data.synthetic.size if data.synthetic else 0,) * 3
     with torch.device("meta"):
         network = models.build(config.network_settings(shape, octaves))
-    redshift = cubes and cubes.attr_float("redshift")
-    origin = "to be written" if cubes is None else f"redshift {'unknown' if redshift is None else redshift}"
+    content = "; ".join(cubes.fields) if cubes else "to be written"
     sets = {"training": data.train_range, "validation": data.validation_range, "test": data.test_range}
     slices = {name: len(seeds) * 2 * len(data.axes) * shape[-1] for name, seeds in sets.items() if seeds}
     rows = {
         "network": f"{model.architecture}, layer_param {model.layer_param}, "
         f"{sum(parameter.numel() for parameter in network.parameters()):,} parameters",
-        "data": f"{cubes.path if cubes else data.datafile}, {shape[-1]}^3 cells, {origin}",
+        "data": f"{cubes.path if cubes else data.datafile}, {shape[-1]}^3 cells, {content}",
         "slices": ", ".join(
             f"{count:,} {name} (seeds {system.format_ranges(sets[name])})" for name, count in slices.items()
         ),
