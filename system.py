@@ -5,6 +5,7 @@ Programs import this module before torch, which reads these settings when it is 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -281,6 +282,14 @@ def expand_path(path: str) -> str:
                 f"a path without ${variable}, which is not set. Set it, or write the path in full"
             )
     return os.path.expanduser(os.path.expandvars(path))
+
+
+def path_argument(text: str) -> Path:
+    """`expand_path` for an argument of a command, whose name argparse adds to the message."""
+    try:
+        return Path(expand_path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"found {text}, allowed: {error}") from None
 
 
 def existing_parent(folder: Path) -> Path:

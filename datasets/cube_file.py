@@ -35,8 +35,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .compression import read_filters, slow_chunks
-from .streams import read_into
+from .storage import read_filters, read_into, slow_chunks
 
 GRAVITIES = ("newton", "gr")  # the index of a gravity is its label
 SIZE_UNIT = 64  # the networks halve the sides of a slice six times
@@ -96,6 +95,11 @@ LAYOUTS: dict[str, Reader] = {"packed": _packed, "nested": _nested}
 def packed_name(seed: int, gravity: str) -> str:
     """Name of a cube in a packed file."""
     return f"{gravity}_seed{seed:04d}"
+
+
+def is_potential(field: Any) -> bool:
+    """Whether a field of this name is the potential, as is one without name; others may vanish for Newton."""
+    return field is None or str(field).lower().startswith("phi")
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from analysis import fields
 from analysis.power_spectrum import Box, directions
 from datasets import GRAVITIES, CubeFile, WholeCubeDataset, measure_normalization, measure_power
 from datasets import __main__ as commands
+from datasets.preparation.checks import read_pair
+from datasets.preparation.filter import Filter
 from datasets.sampler import EpochSampler
 from models import TrainedNetwork, Whitening, isotropic_power
 
@@ -167,6 +169,31 @@ def test_files_of_the_same_simulations_are_stacked(tmp_path: Path, monkeypatch: 
     assert command(monkeypatch, "repack", tmp_path / "both.h5", tmp_path / "again.h5") == 0
     assert command(monkeypatch, "repack", tmp_path / "again.h5", files[0], tmp_path / "three.h5") == 0
     assert CubeFile(tmp_path / "three.h5").fields == ["phi, z = 10", "phi, z = 1", "phi, z = 10"]
+
+
+def test_stacked_files_take_all_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [universe(tmp_path / f"z{z:g}.h5", z, dict.fromkeys(GRAVITIES, 1.0)) for z in (10.0, 1.0)]
+    for path in files:
+        with h5py.File(path, "a") as file:
+            file.move("gr_seed0001", "gr_seed0007")
+            file.move("newton_seed0001", "newton_seed0007")
+    out, like = tmp_path / "out.h5", tmp_path / "like.h5"
+    assert command(monkeypatch, "repack", *files, like) == 0
+    with h5py.File(like, "a") as file:
+        file.attrs["std"] = [22.0, 1.6]
+    options = ("--max-wavenumber", 8, "--renumber", "--like", like)
+    assert command(monkeypatch, "repack", *files, out, *options) == 0
+    cubes = CubeFile(out)
+    assert cubes.seeds == (0, 1)
+    assert cubes.attributes["original_seeds"] == [0, 7]
+    assert cubes.attributes["max_wavenumber"] == 8
+    assert cubes.attributes["std"] == [22.0, 1.6]
+    before = [read_pair(CubeFile(path), 7)[0, 0] for path in files]
+    expected = [Filter(8)(field) * factor for field, factor in zip(before, (0.5, 1.25), strict=True)]
+    np.testing.assert_allclose(read_pair(cubes, 1)[0], expected, atol=1e-6)
+    assert command(monkeypatch, "repack", *files, out, "--remove-mean", "--force") == 0
+    assert abs(read_pair(CubeFile(out), 7).mean((2, 3, 4))).max() < 1e-7
+    assert command(monkeypatch, "repack", *files, out, "--like", files[0], "--force") == 2
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,10 @@ def warnings(path: Path) -> list[str]:
 
 
 def test_report_on_a_complete_file(path: Path) -> None:
-    text, sound = report(path)
+    text, count, sound = report(path)
     found = rows(text)
     assert sound
+    assert count == 0
     assert found["layout"].startswith("packed")
     assert found["seeds"] == "3 with both twins: 0-2"
     assert found["gravities"] == "newton (3 cubes), gr (3 cubes)"
@@ -84,8 +85,9 @@ def test_report_on_a_damaged_file(path: Path) -> None:
         file["gr_seed0003"] = np.zeros((N, N, N // 2), np.float32)
         file["newton_seed0003"] = np.full((N, N, N), b"x")
         file.create_dataset("gr_seed0005", shape=(N, N, N), dtype="f4")
-    text, sound = report(path)
+    text, count, sound = report(path)
     assert not sound
+    assert count == 7
     assert rows(text)["seeds"] == "1 with both twins: 0"
     assert problems(path) == [
         "missing twins: no newton cube for seeds 2",
@@ -198,7 +200,7 @@ def test_what_spoils_a_result_is_a_problem_and_stops_training(path: Path, kind: 
     with h5py.File(path, "a") as file:
         spoil(file)
     found = problems(path)
-    assert not report(path)[1]
+    assert not report(path)[2]
     for line in lines:
         assert any(line in problem for problem in found), found
     if message:
@@ -282,7 +284,7 @@ def test_slow_and_damaged_chunks_are_problems(tmp_path: Path) -> None:
         raw.write(bytes(1000))
     found = problems(path)
     assert any(problem.startswith("cube /gr_seed0000 cannot be read") for problem in found)
-    assert any("python -m datasets repack" in problem for problem in found)
+    assert "python -m datasets repack" in warnings(path)[0]
 
 
 def test_long_lists_of_problems_are_shortened(path: Path) -> None:
@@ -356,8 +358,9 @@ def test_no_table_follows_a_problem(
     assert "P_GR/P_N by n" in capsys.readouterr().out
     with h5py.File(path, "a") as file:
         file["gr_seed0001"][...] = 0
-    assert run(monkeypatch, path) == 0
+    assert run(monkeypatch, path) == 2
     output = capsys.readouterr()
+    assert "found problems (1), listed above" in output.err
     assert "P_GR/P_N by n" not in output.out
     assert "Warning" not in output.err
 

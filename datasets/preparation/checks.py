@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import kernels
-from ..cube_file import GRAVITIES, CubeFile
+from ..cube_file import GRAVITIES, CubeFile, is_potential
 from ..moments import Moments
 
 Cube = NDArray[np.float32]
@@ -69,8 +69,7 @@ def read_pair(cubes: CubeFile, seed: int) -> NDArray[np.float32]:
 
 def potentials(cubes: CubeFile) -> list[int]:
     """The fields of a cube that are potentials."""
-    names = cubes.field_attrs("fields", "field")
-    return [i for i, name in enumerate(names) if name is None or str(name).lower().startswith("phi")]
+    return [i for i, name in enumerate(cubes.field_attrs("fields", "field")) if is_potential(name)]
 
 
 def check_pair(cubes: CubeFile, seed: int, newton: Cube, gr: Cube) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cube_file import GRAVITIES, CubeFile
+from ..cube_file import CubeFile
+from .checks import USUAL_STD, read_pair
+from .writer import require_new
 
 TEST_SHARE, VALIDATION_SHARE = 1 / 4, 1 / 8  # of the seeds
 MIN_TEST, MIN_VALIDATION = 3, 2  # an interval over seeds takes three
@@ -50,8 +52,7 @@ def write_experiment(path: Path, out: Path, *, overwrite: bool = False) -> None:
 
     Raises UserError if the file has a problem or too few seeds, or if `out` exists already.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already. Choose another name, or overwrite it with --force.")
+    require_new(out, overwrite=overwrite)
     cubes = CubeFile(path)
     pairs = len(cubes.seeds)
     if pairs < MIN_SEEDS:
@@ -59,10 +60,8 @@ def write_experiment(path: Path, out: Path, *, overwrite: bool = False) -> None:
     cubes.require(range(pairs))
     test = max(MIN_TEST, round(TEST_SHARE * pairs))
     validation = max(MIN_VALIDATION, round(VALIDATION_SHARE * pairs))
-    values = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
-    cubes.read(cubes.seeds[0], GRAVITIES[0], values)
-    stds = [float(field.std(dtype=np.float64)) for field in values]
-    standardized = all(0.5 < std < 2 for std in stds)
+    stds = [float(field.std(dtype=np.float64)) for field in read_pair(cubes, 0)[0]]
+    standardized = all(USUAL_STD[0] < std < USUAL_STD[1] for std in stds)
     text = EXPERIMENT.format(
         pairs=pairs,
         file=path.name,

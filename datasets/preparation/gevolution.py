@@ -13,6 +13,7 @@ keys: Omega instead of omega, T_cmb and N_ur, and none for the initial condition
 import system
 from system import UserError
 
+import glob
 import math
 import re
 from collections.abc import Mapping
@@ -104,19 +105,18 @@ class Simulation:
             raise UserError(f"{self.settings_file}: snapshot redshifts = {text}; numbers are needed.")
         return sorted(numbers, reverse=True)
 
-    @cached_property
-    def snapshots(self) -> dict[int, Path]:
-        """The files of the potential by number. Raises UserError if some are of another run."""
+    def snapshots(self, field: str) -> dict[int, Path]:
+        """The files of a field by number. Raises UserError if some are of another run."""
         # Without this key gevolution writes snapshot000_phi.h5; its example has lcdm_snap.
         given = self.settings.get("snapshot file base")
         bases = [Path(given).name] if given else ["snapshot", "lcdm_snap", f"{self.gravity}_snap"]
         files: dict[int, Path] = {}
-        for path in sorted(self.folder.glob("*_phi.h5")):
-            if (match := re.fullmatch(r"(.*?)(\d{3,})_phi\.h5", path.name)) and match[1] in bases:
+        for path in sorted(self.folder.glob(f"*_{glob.escape(field)}.h5")):
+            if (match := re.fullmatch(r"(.*?)(\d{3,})_.*", path.name)) and match[1] in bases:
                 files[int(match[2])] = path
         if not files:
             raise UserError(
-                f"{self.folder}: no file {' or '.join(f'{base}NNN_phi.h5' for base in bases)}, as "
+                f"{self.folder}: no file {' or '.join(f'{base}NNN_{field}.h5' for base in bases)}, as "
                 f"`snapshot file base` in {self.settings_file.name} names them. Rename files, or correct the "
                 f"settings. The folder contains {_list_names(self.folder)}."
             )
@@ -136,15 +136,18 @@ class Simulation:
             )
         return files
 
-    def snapshot(self, redshift: float) -> Path:
-        """The file of the potential at a redshift. Raises UserError, which lists what there is."""
+    def snapshot(self, redshift: float, field: str) -> Path:
+        """The file of a field at a redshift. Raises UserError, which lists what there is."""
         for number, other in enumerate(self.redshifts):
             if not math.isclose(other, redshift, rel_tol=1e-6, abs_tol=1e-6):
                 continue
-            if number not in self.snapshots:
-                names = ", ".join(path.name for path in self.snapshots.values())
-                raise UserError(f"{self.folder}: no snapshot {number} (z = {other:g}). There are {names}.")
-            return self.snapshots[number]
+            files = self.snapshots(field)
+            if number not in files:
+                names = ", ".join(path.name for path in files.values())
+                raise UserError(
+                    f"{self.folder}: no snapshot {number} of {field} (z = {other:g}). There are {names}."
+                )
+            return files[number]
         listed = ", ".join(f"{z:g}" for z in self.redshifts)
         raise UserError(
             f"{self.settings_file}: no snapshot at redshift {redshift:g}; choose one of {listed}."

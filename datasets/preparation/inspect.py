@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from ..cube_file import GRAVITIES, Cube, CubeFile
 from ..moments import Moments
 from . import checks
+from .writer import require_new
 
 MAX_PROBLEMS = 20  # lines in a report
 FIELD_COLORS, DIFFERENCE_COLORS = "RdBu_r", "PuOr_r"  # both diverging maps are safe for color-blind readers
 
 
-def report(path: Path) -> tuple[str, bool]:
-    """The contents of a file and its problems, and whether its values can be analyzed. Reads all values.
+def report(path: Path) -> tuple[str, int, bool]:
+    """The contents of a file, the number of its problems, and whether its values can be analyzed.
 
     Raises UserError if the file cannot be opened as HDF5, or has no cubes that can be read.
     """
@@ -54,8 +55,7 @@ def report(path: Path) -> tuple[str, bool]:
     wrong = [*cubes.problems.values(), *survey.unreadable]
     wrong += survey.problems(lambda key: f"/{cubes.cubes[key].name}")
     problems = _incomplete(cubes, seeds) + wrong
-    if slow := cubes.slow_chunks():
-        problems += slow.removeprefix(f"{path}: ").splitlines()
+    count = len(problems)
     problems[MAX_PROBLEMS:] = [f"... and {len(problems) - MAX_PROBLEMS} more"] * (
         len(problems) > MAX_PROBLEMS
     )
@@ -72,7 +72,9 @@ def report(path: Path) -> tuple[str, bool]:
             listed = (f"{gravity} {_distinct(map(str, types[gravity]))}" for gravity in GRAVITIES)
             warnings.append(f"the gravities have other types: {', '.join(listed)}. Write both alike.")
         lines += [f"warning: {warning}" for warning in warnings]
-    return "\n".join(lines), not wrong
+    if slow := cubes.slow_chunks():
+        lines.append("warning: " + slow.removeprefix(f"{path}: ").replace("\n", " "))
+    return "\n".join(lines), count, not wrong
 
 
 def _distinct(texts: Iterable[str]) -> str:
@@ -105,8 +107,7 @@ def check_plot(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: found ending {out.suffix!r}, allowed: {', '.join(sorted(formats))}")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: no folder {out.absolute().parent}. Create it, or choose another.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already. Choose another name, or overwrite it with --force.")
+    require_new(out, overwrite=overwrite)
 
 
 def plot(path: Path, out: Path) -> None:

@@ -1,8 +1,8 @@
-"""Pack raw gevolution output into one standardized cube file, and repack cube files for fast reading.
+"""Pack raw gevolution output into one standardized cube file.
 
-Simulations are read twice, in slabs of a few MiB: for the mean and variance over all cubes of the file, then
-to standardize and write them. Then the written cubes are read once more, two at a time, to see whether they
-are twins (checks.py).
+Simulations are read twice, in slabs of a few MiB: for the mean and variance of each field over all cubes of
+the file, then to standardize and write them. Then the written cubes are read once more, two at a time, to see
+whether they are twins (checks.py).
 
 The difference of two redshifts is, for each simulation,
 
@@ -15,7 +15,7 @@ d = 0. What remains is non-linear growth, relativistic corrections and the numer
 from system import UserError
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import kernels
-from ..compression import check_filters
-from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, open_cubes
+from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, is_potential, open_cubes
 from ..moments import Moments
+from ..storage import check_filters
 from . import checks
 from .filter import EVERYTHING, Filter
 from .gevolution import Simulation, check_settings, cosmology, file_attributes, find_simulations
@@ -59,57 +59,78 @@ class Options:
 
     def attributes(self, seeds: list[int]) -> dict[str, Any]:
         """Attributes of the file that record the options; `seeds` are the original numbers."""
-        found: dict[str, Any] = {"remove_mean": True} if self.remove_mean else {}
-        found |= {"like": str(self.like.absolute())} if self.like else {}
-        return found | (
-            {"renumber": True, "original_seeds": np.array(seeds, np.int32)} if self.renumber else {}
-        )
+        attributes: dict[str, Any] = {"remove_mean": True} if self.remove_mean else {}
+        if self.like:
+            attributes["like"] = str(self.like.absolute())
+        if self.renumber:
+            attributes |= {"renumber": True, "original_seeds": np.array(seeds, np.int32)}
+        return attributes
 
 
 @dataclass(frozen=True)
 class Source:
-    """One cube to pack: a sum of snapshots, each with a factor."""
+    """One field of a cube: a sum of snapshots, each with a factor."""
 
-    simulation: Simulation
     terms: tuple[tuple[Path, float], ...]
+    is_potential: bool
+    """Other fields may vanish under Newtonian gravity."""
+
+
+Cubes = dict[tuple[int, str], list[Source]]  # (seed, gravity) -> the fields of the cube
 
 
 def pack(
     raw: Path,
     out: Path,
     *,
-    redshift: float | None = None,
+    redshifts: Sequence[float] = (),
     snapshot: int | None = None,
     difference: tuple[float, float] | None = None,
+    fields: Sequence[str] = ("phi",),
     options: Options = Options(),
 ) -> None:
-    """Pack the potential of all simulations in `raw` at one redshift or snapshot number, or a difference.
+    """Pack fields of all simulations in `raw` at `redshifts` or a snapshot number, or a difference of phi.
 
-    `difference` are two redshifts. Raises UserError.
+    `fields` are named as in the snapshots' files. Several, or several redshifts, become the fields of each
+    cube, every one standardized by its own mean and standard deviation. `difference` are two redshifts.
+    Raises UserError.
     """
     simulations = find_simulations(raw)
     check_settings(simulations)
-    terms: list[tuple[float, float]]  # redshifts and factors
+    attributes = file_attributes(simulations[0]) | {
+        "gravities": list(GRAVITIES),
+        "source": f"gevolution, {raw.absolute()}",
+    }
     if difference is not None:
+        if list(fields) != ["phi"]:
+            raise UserError("--difference takes the potential phi alone: its growth is known. Omit --field.")
         universe = cosmology(simulations[0].settings)
         growth = [universe.potential_growth(z) for z in difference]
-        terms = [(difference[0], 1 / growth[0]), (difference[1], -1 / growth[1])]
-        attributes: dict[str, Any] = {
+        terms = [("phi", [(difference[0], 1 / growth[0]), (difference[1], -1 / growth[1])])]
+        attributes |= {
             "field": "phi difference",
             "difference_redshifts": difference,
             "difference_growth": growth,
         }
     else:
-        redshift = _redshift(simulations, snapshot) if snapshot is not None else redshift
-        assert redshift is not None
-        terms = [(redshift, 1.0)]
-        attributes = {"field": "phi", "redshift": redshift}
-    sources = [Source(s, tuple((s.snapshot(z), factor) for z, factor in terms)) for s in simulations]
-    attributes |= file_attributes(simulations[0]) | {
-        "gravities": list(GRAVITIES),
-        "source": f"gevolution, {raw.absolute()}",
+        redshifts = [_redshift(simulations, snapshot)] if snapshot is not None else redshifts
+        names = [(name, redshift) for redshift in redshifts for name in fields]
+        if len(set(names)) < len(names):
+            raise UserError("--redshift and --field: give each redshift and each field once.")
+        terms = [(name, [(redshift, 1.0)]) for name, redshift in names]
+        attributes |= (
+            {"field": fields[0], "redshift": redshifts[0]}
+            if len(names) == 1
+            else {"fields": [name for name, _ in names], "redshifts": [z for _, z in names]}
+        )
+    cubes = {
+        (simulation.seed, simulation.gravity): [
+            Source(tuple((simulation.snapshot(z, name), f) for z, f in parts), is_potential(name))
+            for name, parts in terms
+        ]
+        for simulation in simulations
     }
-    _pack(raw, out, sources, attributes, options)
+    _pack(raw, out, cubes, attributes, options)
 
 
 def _redshift(simulations: list[Simulation], snapshot: int) -> float:
@@ -128,42 +149,57 @@ def _redshift(simulations: list[Simulation], snapshot: int) -> float:
     return next(iter(redshifts))
 
 
-def _pack(raw: Path, out: Path, sources: list[Source], attributes: dict[str, Any], options: Options) -> None:
-    size = _size(sources)
+def _pack(raw: Path, out: Path, cubes: Cubes, attributes: dict[str, Any], options: Options) -> None:
+    seeds = sorted({seed for seed, _ in cubes})
+    if options.renumber:
+        cubes = {(seeds.index(seed), gravity): sources for (seed, gravity), sources in cubes.items()}
+    fields = len(next(iter(cubes.values())))
+    work = [(key, i, source) for key, sources in cubes.items() for i, source in enumerate(sources)]
+    size = _size([path for *_, source in work for path, _ in source.terms])
     cells = options.filter.cells or size
+    like = normalization_of(options.like, fields) if options.like else None
     if options.filter:
         attributes |= options.filter.attributes(raw, size, {})
-    originals = sorted({source.simulation.seed for source in sources})
-    numbers = {seed: k if options.renumber else seed for k, seed in enumerate(originals)}
-    paths = {(numbers[s.simulation.seed], s.simulation.gravity): s.terms[0][0] for s in sources}
-    bytes_per_cube = len(sources[0].terms) * size**3 * 8
+    paths = {key: sources[0].terms[0][0] for key, sources in cubes.items()}
+    bytes_per_field = len(work[0][2].terms) * size**3 * 8
     with (
         new_file(
             out,
-            bytes_needed=len(sources) * cells**3 * 4,
+            bytes_needed=len(work) * cells**3 * 4,
             overwrite=options.overwrite,
             verify=partial(_verify, raw, paths),
         ) as file,
         # A cube that is filtered is in memory.
         ThreadPoolExecutor(1 if options.filter else WORKERS) as pool,
-        tqdm(total=2 * bytes_per_cube * len(sources), unit="B", unit_scale=True, disable=None) as bar,
+        tqdm(total=2 * bytes_per_field * len(work), unit="B", unit_scale=True, disable=None) as bar,
     ):
         bar.set_description("statistics")
-        moments, means = Moments(), []
+        moments, offsets = [Moments() for _ in range(fields)], []
         # In the order of the sources, so that sums are reproducible.
-        for part in pool.map(partial(_moments, size, options.filter), sources):
-            means.append(part.mean if options.remove_mean else 0.0)
-            part.mean -= means[-1]
-            moments.merge(part)
-            bar.update(bytes_per_cube)
-        mean, std = _normalization(raw, moments, options.like)
-        attributes |= {"mean": mean, "std": std, "variance": std**2} | options.attributes(originals)
-        file.attrs.update(attributes)
+        parts = pool.map(partial(_moments, size, options.filter), [source for *_, source in work])
+        for (_, field, _), part in zip(work, parts, strict=True):
+            offsets.append(part.mean if options.remove_mean else 0.0)
+            part.mean -= offsets[-1]
+            moments[field].merge(part)
+            bar.update(bytes_per_field)
+        _check_moments(raw, moments)
+        measured = [of_field.std for of_field in moments]
+        means, stds = like or ([of_field.mean for of_field in moments], measured)
+        if options.like:
+            check_spread(options.like, stds, measured)
+        file.attrs.update(attributes | normalization_attributes(means, stds) | options.attributes(seeds))
         bar.set_description("writing")
-        cubes = [new_cube(file, *key, cells) for key in paths]
-        offsets = [mean + own for own in means]
-        for _ in pool.map(partial(_standardize, size, options.filter, std), offsets, sources, cubes):
-            bar.update(bytes_per_cube)
+        data = {key: new_cube(file, *key, cells, fields) for key in cubes}
+
+        def standardize(task: tuple[tuple[int, str], int, Source], offset: float) -> None:
+            key, i, source = task
+            for rows, slab in _slabs(source, size, options.filter):
+                slab -= means[i] + offset
+                slab /= stds[i]
+                data[key].write_direct(slab.astype(np.float32), dest_sel=rows if fields == 1 else (i, rows))
+
+        for _ in pool.map(standardize, work, offsets):
+            bar.update(bytes_per_field)
 
 
 def _verify(raw: Path, paths: dict[tuple[int, str], Path], written: Path) -> None:
@@ -176,62 +212,67 @@ def _verify(raw: Path, paths: dict[tuple[int, str], Path], written: Path) -> Non
         log.warning("%s: %s", raw, warning)
 
 
-def _normalization(raw: Path, moments: Moments, like: Path | None) -> tuple[float, float]:
-    """Mean and standard deviation by which the cubes are standardized. Raises UserError."""
-    if not np.isfinite(moments.variance):
-        raise UserError(f"{raw}: the variance of the values is too large for float64. Check their unit.")
-    if moments.variance == 0:
-        raise UserError(
-            f"{raw}: all values are {moments.mean}; they cannot be standardized. Check the simulations."
-        )
-    return (moments.mean, moments.std) if like is None else _normalization_of(like, moments.std)
+def _check_moments(raw: Path, moments: list[Moments]) -> None:
+    for of_field in moments:
+        if not np.isfinite(of_field.variance):
+            raise UserError(f"{raw}: the variance of the values is too large for float64. Check their unit.")
+        if of_field.variance == 0:
+            raise UserError(
+                f"{raw}: all values are {of_field.mean}; they cannot be standardized. Check the simulations."
+            )
 
 
-def _normalization_of(like: Path, std: float) -> tuple[float, float]:
-    """The attributes of `like`, if they fit values with the standard deviation `std`. Raises UserError."""
+def normalization_of(like: Path, fields: int) -> tuple[list[float], list[float]]:
+    """The means and standard deviations of a file of `fields` fields. Raises UserError if it has none."""
     cubes = CubeFile(like)
-    mean, scale = cubes.attr_float("mean"), cubes.attr_float("std")
-    if mean is None or not scale:
-        raise UserError(f"--like {like}: has no attributes mean and std of one field. Pack it first.")
-    if not checks.USUAL_STD[0] <= std / scale <= checks.USUAL_STD[1]:
+    if cubes.num_fields != fields:
         raise UserError(
-            f"--like {like}: was standardized by std {scale:.3g}, but the values have {std:.3g}. Is it the "
-            "same field at a similar redshift?"
+            f"--like {like}: found {cubes.num_fields} fields, allowed: {fields}, as in these cubes"
         )
-    return mean, scale
+    means = [mean for mean in cubes.field_floats("mean") if mean is not None]
+    stds = [std for std in cubes.field_floats("std") if std]
+    if len(means) < fields or len(stds) < fields:
+        raise UserError(f"--like {like}: has no attributes mean and std of each field. Pack it first.")
+    return means, stds
+
+
+def check_spread(like: Path, stds: list[float], now: list[float]) -> None:
+    """Raise UserError if values with the deviations `now` are in other units than those of `like`."""
+    for std, of_field in zip(stds, now, strict=True):
+        if not checks.USUAL_STD[0] <= of_field / std <= checks.USUAL_STD[1]:
+            raise UserError(
+                f"--like {like}: was standardized by std {std:.3g}, but the values have {of_field:.3g}. Is "
+                "it the same field at a similar redshift?"
+            )
+
+
+def normalization_attributes(means: list[float], stds: list[float]) -> dict[str, Any]:
+    """The attributes of a file whose fields were standardized by these numbers; lists for several fields."""
+    values = {"mean": means, "std": stds, "variance": [std**2 for std in stds]}
+    return {key: of_fields if len(of_fields) > 1 else of_fields[0] for key, of_fields in values.items()}
 
 
 def _moments(size: int, filter: Filter, source: Source) -> Moments:
     moments = Moments()
-    for _, slab in _slabs(source, size, filter, check=True):
+    for _, slab in _slabs(source, size, filter, check=source.is_potential):
         moments.add(slab)
     return moments
 
 
-def _standardize(
-    size: int, filter: Filter, std: float, mean: float, source: Source, cube: h5py.Dataset
-) -> None:
-    for rows, slab in _slabs(source, size, filter):
-        slab -= mean
-        slab /= std
-        cube.write_direct(slab.astype(np.float32), dest_sel=rows)
-
-
-def _size(sources: list[Source]) -> int:
+def _size(paths: list[Path]) -> int:
     """N. Checks the shape of every snapshot, so that an error is found before an hour of packing."""
-    first: tuple[Path, tuple[int, ...]] | None = None
-    for path in (path for source in sources for path, _ in source.terms):
+    first: tuple[int, ...] = ()
+    for path in paths:
         with open_cubes(path) as file:
             shape = _data(file, path).shape
-        first = first or (path, shape)
+        first = first or shape
         if len(shape) != 3 or len(set(shape)) != 1 or shape[0] % SIZE_UNIT:
             raise UserError(
                 f"{path}: the shape is {shape}; (N, N, N) with N a multiple of {SIZE_UNIT} is needed."
             )
-        if shape != first[1]:
-            raise UserError(f"{path}: the shape is {shape}, but {first[1]} in {first[0]}. Pack equal sizes.")
-    assert first is not None
-    return first[1][0]
+        if shape != first:
+            raise UserError(f"{path}: the shape is {shape}, but {first} in {paths[0]}. Pack equal sizes.")
+    return first[0]
 
 
 def _data(file: h5py.File, path: Path) -> h5py.Dataset:
@@ -287,40 +328,3 @@ def _read(data: h5py.Dataset, path: Path, where: slice, out: NDArray[np.float64]
         raise UserError(
             f"{path}: NaN or infinity in planes {where.start} to {where.stop - 1}. Rerun this simulation."
         )
-
-
-def repack(path: Path, out: Path, *, options: Options = Options()) -> None:
-    """Write the cubes and attributes of a file, contiguous and in the packed layout. Raises UserError.
-
-    With `options.like` values are standardized anew; those of a file without the attributes `mean` and `std`
-    are taken as they are. With `options.renumber` seeds without twin are left out.
-    """
-    cubes = CubeFile(path)
-    keys = [(s, g) for s in cubes.seeds for g in GRAVITIES] if options.renumber else list(cubes.cubes)
-    originals = sorted({seed for seed, _ in keys})
-    values = np.empty((cubes.num_fields, *(cubes.size,) * 3), dtype=np.float32)
-    with open_cubes(path) as old:
-        attributes = dict(old.attrs) | options.attributes(originals)
-    if options.filter:
-        attributes |= options.filter.attributes(path, cubes.size, attributes)
-    shift, factor = 0.0, 1.0
-    if options.like:
-        mean, std = cubes.attr_float("mean") or 0.0, cubes.attr_float("std") or 1.0
-        cubes.read(*keys[0], values)
-        new_mean, new_std = _normalization_of(options.like, std * float(values.std(dtype=np.float64)))
-        shift, factor = (new_mean - mean) / std, std / new_std
-        attributes |= {"mean": new_mean, "std": new_std, "variance": new_std**2}
-    cells = options.filter.cells or cubes.size
-    bytes_needed = len(keys) * len(values) * cells**3 * 4
-    with new_file(out, bytes_needed=bytes_needed, overwrite=options.overwrite) as file:
-        file.attrs.update(attributes)
-        for seed, gravity in tqdm(keys, desc="repacking", unit="cube", disable=None):
-            cubes.read(seed, gravity, values)
-            number = originals.index(seed) if options.renumber else seed
-            filtered = np.stack([options.filter(cube) for cube in values]) if options.filter else values
-            for cube in filtered:
-                offset = float(cube.mean(dtype=np.float64)) if options.remove_mean else shift
-                if (offset, factor) != (0.0, 1.0):
-                    kernels.standardize(cube, offset, factor)
-            target = new_cube(file, number, gravity, cells, len(values))
-            target.write_direct(filtered.reshape(target.shape))

@@ -21,7 +21,7 @@ from ..cube_file import packed_name
 def require_new(path: Path, *, overwrite: bool) -> None:
     """Raise UserError if `path` exists, unless it is a file and `overwrite`."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder. Give the name of the HDF5 file to write.")
+        raise UserError(f"{path}: is a folder. Give the name of the file to write.")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already. Choose another name, or overwrite it with --force.")
 

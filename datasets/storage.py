@@ -1,4 +1,8 @@
-"""Filters and chunks of HDF5 data sets: which are missing, and which make it slow to read whole cubes."""
+"""How the values of a data set lie in its file: filters, chunks, and reading one stretch by several threads.
+
+A local disk or the page cache gives one thread all its bandwidth. A parallel file system such as Lustre
+limits each stream of reads, to about 100 MB/s, and serves many of them at the same time.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,10 @@ from system import UserError
 
 import contextlib
 import importlib
+import os
 import shlex
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +23,8 @@ import numpy as np
 if TYPE_CHECKING:
     from .cube_file import Cubes
 
+STREAMS = 4  # per cube; several cubes are read at a time
+MIN_PART_BYTES = 1 << 20
 CHUNK_BYTES = 64 * 1024  # smaller chunks take longer to find than to copy
 CHUNK_ROW_BYTES = 64  # shorter rows use a part of each cache line only
 
@@ -64,3 +73,26 @@ def slow_chunks(path: Path, cubes: Cubes) -> str | None:
                 f"python -m datasets repack {shlex.quote(str(path))} {shlex.quote(str(repacked))}"
             )
     return None
+
+
+def read_into(path: Path, offset: int, target: memoryview) -> int:
+    """Fill `target` with the bytes of a file from `offset` on; returns their number. Raises OSError."""
+    count = max(1, min(STREAMS, len(target) // MIN_PART_BYTES))
+    bounds = [len(target) * k // count for k in range(count + 1)]
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if count == 1:
+            return _read_part(descriptor, offset, target)
+        with ThreadPoolExecutor(count, "read-part") as pool:
+            offsets = [offset + bound for bound in bounds[:-1]]
+            parts = [target[a:b] for a, b in pairwise(bounds)]
+            return sum(pool.map(_read_part, [descriptor] * count, offsets, parts))
+    finally:
+        os.close(descriptor)
+
+
+def _read_part(descriptor: int, offset: int, target: memoryview) -> int:
+    done = 0
+    while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+        done += count
+    return done

@@ -1,4 +1,4 @@
-"""Reading by several streams."""
+"""Reading by several threads."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import streams
-from datasets.streams import MIN_PART_BYTES, read_into
+from datasets import storage
+from datasets.storage import MIN_PART_BYTES, read_into
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
@@ -19,7 +19,7 @@ def test_parts_are_read_to_their_places(
     path = tmp_path / "file"
     path.write_bytes(b"head" + values.tobytes())
     os.truncate(path, 4 + values.size - missing)
-    monkeypatch.setattr(streams, "STREAMS", count)
+    monkeypatch.setattr(storage, "STREAMS", count)
     target = np.zeros_like(values)
     available = values.size - missing
     assert read_into(path, 4, target.data) == available
