@@ -11,6 +11,7 @@ that the network was not trained on, remove and exchange wavenumbers, compare wi
 the power spectrum, and write everything to RUN/evaluation/.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -25,29 +26,9 @@ import argparse
 import os
 from typing import Any
 
-from accelerate import Accelerator
 
-import datasets
-import models
-from analysis import (
-    comparison,
-    fields,
-    figures,
-    findings,
-    interventions,
-    planning,
-    report,
-    saliency,
-    statistics,
-    unlabelled,
-)
-from analysis.context import EvaluationContext, load_network, load_run, load_run_config, training_units
-from training import distributed, logger
-from training.metrics import Predictions
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line; exits with status 2 if they contradict each other."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,12 +56,54 @@ def main(arguments: list[str] | None = None) -> int:
         "--ensemble", nargs="+", type=Path, metavar="RUN", help="runs that differ in train_params.seed"
     )
     options = parser.parse_intermixed_args(arguments)
+    if not (options.run or options.compare or options.ensemble):
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     if sum(bool(choice) for choice in (options.run, options.compare, options.ensemble)) != 1:
         parser.error("give the folder of one run, or --compare or --ensemble with several")
     if options.predict and not (options.run and options.output):
         parser.error("--predict FILE needs the folder of a run and --output OUT.h5")
     if unread := unread_options(options):
         parser.error(unread)
+    return options
+
+
+def unread_options(options: argparse.Namespace) -> str | None:
+    """Which of the options given --predict, --compare or --ensemble would ignore; None without any."""
+    chosen = next((name for name in ("predict", "compare", "ensemble") if getattr(options, name)), None)
+    read = {"run", "output", chosen} | ({"checkpoint"} if chosen == "predict" else set())
+    given = [name for name, value in vars(options).items() if value not in (None, False)]
+    unread = [f"--{name.replace('_', '-')}" for name in given if name not in read]
+    return f"--{chosen} does not use {', '.join(unread)}. Omit them." if chosen and unread else None
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes, before seconds of imports
+
+from accelerate import Accelerator
+
+import datasets
+import models
+from analysis import (
+    comparison,
+    fields,
+    figures,
+    findings,
+    interventions,
+    planning,
+    report,
+    saliency,
+    statistics,
+    unlabelled,
+)
+from analysis.context import EvaluationContext, load_network, load_run, load_run_config, training_units
+from training import distributed, logger
+from training.metrics import Predictions
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parse_arguments(arguments)
 
     def program() -> None:
         if runs := options.compare or options.ensemble:
@@ -93,15 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
             (predict if options.predict else evaluate)(options)
 
     return distributed.run_program(program)
-
-
-def unread_options(options: argparse.Namespace) -> str | None:
-    """Which of the options given --predict, --compare or --ensemble would ignore; None without any."""
-    chosen = next((name for name in ("predict", "compare", "ensemble") if getattr(options, name)), None)
-    read = {"run", "output", chosen} | ({"checkpoint"} if chosen == "predict" else set())
-    given = [name for name, value in vars(options).items() if value not in (None, False)]
-    unread = [f"--{name.replace('_', '-')}" for name in given if name not in read]
-    return f"--{chosen} does not use {', '.join(unread)}. Omit them." if chosen and unread else None
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,8 @@ def compare(folder: Path, runs: Mapping[str, Path]) -> str:
         print(f"without a report, left out: {', '.join(missing)}", file=sys.stderr)
     if not evaluated:
         raise UserError("--compare: no run has a report. Evaluate the runs first: evaluation.py RUN")
-    with _damaged_reports():
-        reports, predictions = _read(evaluated)
-        results, rows, note = _compare(reports, predictions)
+    reports, predictions = _read(evaluated)
+    results, rows, note = _compare(reports, predictions)
     table = markdown(list(rows[0]), [list(row.values()) for row in rows]) + note
     _write(folder / "comparison", table, results)
     system.write_atomically(folder / "comparison.csv", as_csv(reports, results))
@@ -148,9 +146,8 @@ def ensemble(folder: Path, runs: Mapping[str, Path]) -> str:
 
     Raises UserError for runs without evaluation, and for runs that differ in more than train_params.seed.
     """
-    with _damaged_reports():
-        reports, predictions = _read(runs)
-        require_one_experiment({name: content["config"] for name, content in reports.items()})
+    reports, predictions = _read(runs)
+    require_one_experiment({name: content["config"] for name, content in reports.items()})
     first, *others = predictions
     for name in others:
         if not np.array_equal(predictions[first].id, predictions[name].id):
@@ -175,23 +172,16 @@ def require_one_experiment(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UserError unless the configurations, by run, differ only in train_params.seed."""
     if len(configs) < 2:
         raise UserError("--ensemble: one run is no ensemble. Give two or more runs.")
-    first, *others = configs
     settings = {name: _flat(config) for name, config in configs.items()}
-    seeds = {settings[first]["train_params.seed"]: first}
-    for name in others:
-        for key in sorted({*settings[first], *settings[name]} - MAY_DIFFER):
-            values = [settings[run].get(key) for run in (first, name)]
-            if values[0] != values[1]:
-                raise UserError(
-                    f"{first} and {name} differ in {key}: {values[0]} and {values[1]}. "
-                    "Give runs that differ only in train_params.seed."
-                )
-        same = seeds.setdefault(settings[name]["train_params.seed"], name)
-        if same != name:
-            raise UserError(
-                f"{same} and {name} have the same train_params.seed {settings[name]['train_params.seed']}. "
-                "Train with different seeds."
-            )
+    seeds = {name: config["train_params.seed"] for name, config in settings.items()}
+    if len(set(seeds.values())) < len(seeds):
+        raise UserError(
+            f"{seeds}: equal train_params.seed. Give runs that were trained with different seeds."
+        )
+    for key in sorted(set().union(*settings.values()) - MAY_DIFFER):
+        values = {name: config.get(key) for name, config in settings.items()}
+        if len({str(value) for value in values.values()}) > 1:
+            raise UserError(f"{values}: different {key}. Give runs that differ only in train_params.seed.")
 
 
 def summarize_trainings(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
@@ -202,17 +192,16 @@ def summarize_trainings(predictions: Mapping[str, Predictions]) -> dict[str, Any
     mean from the delete-one-seed jackknife.
     """
     members = list(predictions.values())
-    without = [_without_each_seed(member) for member in members]
     rows = {}
     for metric in ENSEMBLE_COLUMNS:
-        values = np.array([row[metric][0] for row in without])
-        leave_one_out = np.mean([row[metric][1] for row in without], axis=0)
+        parts = [_without_each_seed(member)[metric] for member in members]
+        values = np.array([value for value, _ in parts])
+        leave_one_out = np.mean([without for _, without in parts], axis=0)
         seeds = len(leave_one_out)
-        scatter = np.sum((leave_one_out - leave_one_out.mean()) ** 2)
         rows[metric] = {
             **statistics.jackknife(float(values.mean()), leave_one_out),
             "spread_trainings": float(values.std(ddof=1)),
-            "spread_seeds": float(np.sqrt((seeds - 1) / seeds * scatter)),
+            "spread_seeds": float(np.sqrt(seeds - 1) * leave_one_out.std()),
         }
     return {
         "trainings": {name: statistics.headline(member) for name, member in predictions.items()},
@@ -228,32 +217,13 @@ def mean_logits(members: Sequence[Predictions]) -> Predictions:
 
 def _without_each_seed(predictions: Predictions) -> dict[str, tuple[float, Floats]]:
     """Value of each of ENSEMBLE_COLUMNS, and its values without each seed."""
-    right, count = (
-        statistics.per_seed(predictions, values)
-        for values in ((predictions.logit > 0) == (predictions.label == 1), np.ones(len(predictions)))
-    )
+    count = statistics.per_seed(predictions, np.ones(len(predictions)))
+    right = statistics.per_seed(predictions, (predictions.logit > 0) == (predictions.label == 1))
     return {
-        "accuracy": (
-            float(right.sum() / count.sum()),
-            (right.sum() - right) / (count.sum() - count),
-        ),
+        "accuracy": (float(right.sum() / count.sum()), (right.sum() - right) / (count.sum() - count)),
         "auc": statistics.leave_one_out_auc(predictions.wins),
         "cube_auc": statistics.leave_one_out_auc(statistics.cube_wins(predictions.cube_logits)),
     }
-
-
-@contextmanager
-def _damaged_reports() -> Iterator[None]:
-    """Whatever fails within is a UserError: the reports may come from another version."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"a report is damaged, or of an earlier version ({type(error).__name__}: {str(error)[:200]}). "
-            "Evaluate the runs again: evaluation.py RUN"
-        ) from error
 
 
 def _read(runs: Mapping[str, Path]) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions]]:

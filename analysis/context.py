@@ -5,9 +5,12 @@ from __future__ import annotations
 from system import UserError
 
 import copy
+import platform
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import models
 from analysis.lattice import box_of
 from analysis.power_spectrum import Box
 from analysis.statistics import MIN_SEEDS
+from datasets.preparation.checks import read_pair
 from datasets.preparation.cosmology import linear_theory_reference
 from models import export
 from training import checkpoint, distributed, metrics
@@ -73,7 +77,7 @@ class EvaluationContext:
     def slices(self, seeds: range, cubes: datasets.CubeFile | None = None) -> Iterator[datasets.Batch]:
         """This rank's share of the slices of `seeds`, as the network sees them, cube by cube.
 
-        A slice meets the same slices in its batch on any number of ranks.
+        The batches are the same on any number of ranks.
         """
         return self._batches(self._share(seeds), cubes or self.cubes)
 
@@ -93,15 +97,13 @@ class EvaluationContext:
         self, seeds: range, cubes: datasets.CubeFile | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """This rank's cubes of `seeds`, in the units of `slices`: 2 * seed + label and (C, N, N, N)."""
-        file, factor = cubes or self.cubes, self.config.data_params.newton_augmentation
-        values = np.empty((file.num_fields, *(file.size,) * 3), np.float32)
+        file = cubes or self.cubes
         moments = (self.trained.mean, self.trained.std)
         mean, std = (np.reshape(np.float32(values), (-1, 1, 1, 1)) for values in moments)
         for seed in self._share(seeds):
-            for label, gravity in enumerate(datasets.GRAVITIES):
-                file.read(seed, gravity, values)
-                field = torch.from_numpy((values - mean) / std)
-                yield 2 * seed + label, field if label else field * factor
+            newton, gr = (torch.from_numpy((cube - mean) / std) for cube in read_pair(file, seed))
+            yield 2 * seed, newton * self.config.data_params.newton_augmentation
+            yield 2 * seed + 1, gr
 
     def _share(self, seeds: range) -> range:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -115,14 +117,11 @@ class EvaluationContext:
         """Logits of all slices of `seeds`. Collective."""
 
         def forward() -> tuple[NDArray[Any], NDArray[Any]]:
-            ids, logits = [], []
-            with torch.inference_mode():
-                for batch in self.slices(self.seeds):
-                    ids.append(batch.ids)
-                    logits.append(
-                        self.network(batch.images, batch.axes).float()
-                    )  # nothing waits for the device
-            return torch.cat(ids).numpy(), torch.cat(logits).cpu().double().numpy()
+            with torch.inference_mode():  # nothing waits for the device
+                batches = self.slices(self.seeds)
+                rows = [(batch.ids, self.network(batch.images, batch.axes).float()) for batch in batches]
+            ids, logits = map(torch.cat, zip(*rows, strict=True))
+            return ids.numpy(), logits.cpu().double().numpy()
 
         return self.predictions(*self.collect(forward))
 
@@ -169,19 +168,32 @@ class EvaluationContext:
                 "device": str(accelerator.device),
                 "mixed_precision": accelerator.mixed_precision,
                 "torch": torch.__version__,
+                "python": platform.python_version(),
+                "date": date.today().isoformat(),
+                "commit": find_commit(),
             },
             "config": self.config.to_dict(),
             "selection": self.selection,
         } | ({"transfer": transfer} if differ else {})
 
 
+def find_commit() -> str | None:
+    """The commit of this checkout, with -dirty for changed files; None outside a git repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        described = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
 def find_sweep(run: Path) -> str | None:
     """The study of experiments/sweep.py of which the run is a trial: STUDY-000 beside STUDY-sweep.*."""
-    trial = re.fullmatch(r"(.+)-\d{3,}", run.resolve().name)
-    studies = (
-        [run.resolve().parent / f"{trial[1]}-sweep.{kind}" for kind in ("journal", "db")] if trial else []
-    )
-    return trial[1] if trial and any(study.exists() for study in studies) else None
+    folder = run.resolve()
+    trial = re.fullmatch(r"(.+)-\d{3,}", folder.name)
+    return trial[1] if trial and any(folder.parent.glob(f"{trial[1]}-sweep.*")) else None
 
 
 def load_run(
@@ -253,10 +265,7 @@ def describe_choice(
     network is that at the end of a training.
     """
     data, step = config.data_params, trained.config.get("training", {}).get("step", 0)
-    record = trained.config.get("selection")
-    if not record:
-        same = (item.train_state for item in saved if item.step == step and item.find_problem() is None)
-        record = next((describe_selection(config, TrainState(**state)) for state in same), {})
+    record = trained.config.get("selection") or {}
     automatic, by_hand = [], []
     if patience := record.get("early_stopping"):
         automatic.append(f"early stopping after {patience} evaluations without improvement")
@@ -309,8 +318,7 @@ def select_seeds(text: str | None, config: Config, *, allow_training_seeds: bool
     if len(seeds) < MIN_SEEDS:
         raise UserError(
             f"seeds {seeds.start}:{seeds.stop}: {len(seeds)} are too few, because the intervals are a "
-            "jackknife over seeds. "
-            f" Choose at least {MIN_SEEDS} with --seeds A:B."
+            f"jackknife over seeds. Choose at least {MIN_SEEDS} with --seeds A:B."
         )
     return seeds
 
@@ -322,17 +330,15 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
             raise UserError(f"{run}: the training is not finished. Finish it, or add --checkpoint last.")
         return models.load(run / "model")
     selected = checkpoint.select(run / "checkpoints", name)
+    state = TrainState(**selected.train_state)
+    shape = selected.state["data_identity"]["shape"]
     trained = export.TrainedNetwork(
-        **asdict(
-            config.network_settings(
-                selected.state["data_identity"]["shape"], selected.train_state.get("octaves", 1)
-            )
-        ),
-        mean=selected.train_state["mean"],
-        std=selected.train_state["std"],
-        power=selected.train_state.get("power"),
-        training={"run": run.name, "step": selected.step, "epoch": selected.train_state["epoch"]},
-        selection=describe_selection(config, TrainState(**selected.train_state)),
+        **asdict(config.network_settings(shape, state.octaves)),
+        mean=state.mean,
+        std=state.std,
+        power=state.power,
+        training={"run": run.name, "step": selected.step, "epoch": state.epoch},
+        selection=describe_selection(config, state),
     )
     trained.network.load_state_dict(selected.parts["model"])
     return trained.eval()
@@ -365,8 +371,7 @@ def find_training_file(
         return None
     raise UserError(
         f"{path}: these are not the cubes that {run} was trained on. Restore them, or move this file away "
-        "and "
-        "give another one with --datafile."
+        "and give another one with --datafile."
     )
 
 
@@ -378,8 +383,6 @@ def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict
     if not Path(config.data_params.datafile).exists():
         return {}, np.broadcast_to(trained.std, trained.num_fields).tolist()
     cubes = datasets.CubeFile(config.data_params.datafile)
-    values = np.empty((cubes.num_fields, *(cubes.size,) * 3), np.float32)
-    cubes.read(cubes.seeds[0], datasets.GRAVITIES[0], values)
-    keys = ("mean", "std", "max_wavenumber", "cells")
-    units = {key: cubes.attributes.get(key) for key in keys}
-    return units, values.std(axis=(1, 2, 3), dtype=np.float64).tolist()
+    pair = read_pair(cubes, cubes.seeds[0])
+    units = {key: cubes.attributes.get(key) for key in ("mean", "std", "max_wavenumber", "cells")}
+    return units, pair[0].std(axis=(1, 2, 3), dtype=np.float64).tolist()

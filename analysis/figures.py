@@ -37,7 +37,6 @@ STYLE: Any = {
     "figure.constrained_layout.w_pad": 0.08,  # inches, so that labels of one panel do not touch the next
     "figure.dpi": 110,
     "savefig.dpi": 300,
-    "image.cmap": "gray",
     "pdf.fonttype": 42,  # text remains text in the PDF
     "svg.fonttype": "none",
 }
@@ -56,7 +55,7 @@ LINES: tuple[Style, ...] = (
     {"color": "0.45", "linestyle": "-.", "marker": "^"},
 )
 NETWORK, RATIO, EXPECTED = LINES
-GRAY = "0.55"
+GRAY, ENDS = "0.55", ("value", "low", "high")
 # Without dates, equal results give equal files.
 NO_DATE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
 # axis perpendicular to a slice -> what its columns and its rows count
@@ -104,9 +103,7 @@ def subplots(
 
 def _bars(estimates: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
     """Values (n,) and error bars (2, n), NaN without an interval."""
-    value, low, high = (
-        np.array([row.get(end) for row in estimates], float) for end in ("value", "low", "high")
-    )
+    value, low, high = (np.array([row.get(end) for row in estimates], float) for end in ENDS)
     return value, np.stack([value - low, high - value]).clip(min=0)
 
 
@@ -159,11 +156,10 @@ def confusion_matrix(counts: Mapping[str, int]) -> Figure:
     table = np.array([[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]], dtype=float)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-    for row in range(2):
-        for column in range(2):
-            color = "white" if shares[row, column] > 0.62 else "black"  # whichever has more contrast
-            text = f"{int(table[row, column]):,}\n{100 * shares[row, column]:.1f} %"
-            axes.text(column, row, text, ha="center", va="center", color=color)
+    for (row, column), share in np.ndenumerate(shares):
+        color = "white" if share > 0.62 else "black"  # whichever has more contrast
+        text = f"{int(table[row, column]):,}\n{100 * share:.1f} %"
+        axes.text(column, row, text, ha="center", va="center", color=color)
     axes.set(xticks=[0, 1], yticks=[0, 1], xlabel="predicted", ylabel="simulated with")
     axes.set_xticklabels(["Newton", "GR"])
     axes.set_yticklabels(["Newton", "GR"], rotation=90, va="center")
@@ -174,12 +170,10 @@ def confusion_matrix(counts: Mapping[str, int]) -> Figure:
 @styled
 def twins_plot(seeds: Sequence[int] | Integers, newton: Floats, gr: Floats) -> Figure:
     """Mean logits of the cubes of each seed, twins joined by a line, ordered by the mean of both."""
-    many = len(seeds) > 40
     figure, axes = subplots(WIDTH if len(seeds) <= 16 else 2 * WIDTH, 2.6)
-    order = np.argsort((np.asarray(newton) + np.asarray(gr)) / 2)
+    order = np.argsort(np.asarray(newton) + np.asarray(gr))
     newton, gr, names = np.asarray(newton)[order], np.asarray(gr)[order], np.asarray(seeds)[order]
-    place = np.arange(len(names))
-    wrong = gr <= newton
+    place, wrong, many = np.arange(len(names)), gr <= newton, len(seeds) > 40
     axes.vlines(place[~wrong], newton[~wrong], gr[~wrong], color=GRAY, lw=0.8)
     if wrong.any():
         axes.vlines(place[wrong], newton[wrong], gr[wrong], color="black", lw=2, label="GR below Newton")
@@ -187,11 +181,8 @@ def twins_plot(seeds: Sequence[int] | Integers, newton: Floats, gr: Floats) -> F
     axes.plot(place, newton, "o", color=NEWTON["color"], mfc="white", ms=size, label="Newton")
     axes.plot(place, gr, "s", color=GR["color"], ms=size, label="GR")
     axes.axhline(0, ls=":", color=GRAY)
-    axes.set(
-        xlabel="seed" if not many else "seeds, by the mean of both twins",
-        ylabel="mean logit of the slices",
-        title=f"GR above its Newtonian twin: {int(np.sum(~wrong))} of {len(names)}",
-    )
+    axes.set(xlabel="seeds, by the mean of both twins" if many else "seed", ylabel="mean logit of the slices")
+    axes.set_title(f"GR above its Newtonian twin: {int(np.sum(~wrong))} of {len(names)}")
     axes.set_xticks([] if many else place, [] if many else [str(name) for name in names])
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -215,21 +206,6 @@ def reliability_diagram(rows: Sequence[Mapping[str, float | None]], error: float
 
 
 @styled
-def logit_histogram(newton: Floats, gr: Floats) -> Figure:
-    """Distribution of the slices' logits for each gravity; the outermost bins hold what is beyond."""
-    figure, axes = subplots()
-    low, high = np.quantile(np.concatenate([newton, gr]), [0.001, 0.999])
-    bins = np.linspace(low, high, 61) if high > low else np.linspace(low - 1, low + 1, 61)
-    for logits, name, style in ((newton, "Newton", NEWTON), (gr, "GR", GR)):
-        options = {"histtype": "step", "color": style["color"], "ls": style["linestyle"], "lw": 1.4}
-        axes.hist(np.clip(logits, low, high), bins, label=name, **options)
-    axes.axvline(0, ls=":", color=GRAY)
-    axes.set(xlabel="logit (positive: GR)", ylabel="slices")
-    axes.legend()
-    return figure
-
-
-@styled
 def training_curves(lines: History) -> Figure:
     """Loss and accuracy of slices, and metrics of simulations by epoch, from `metrics.jsonl`."""
     figure, (loss, share, whole) = subplots(2 * WIDTH, 3.0, columns=3)
@@ -245,7 +221,7 @@ def training_curves(lines: History) -> Figure:
             axes.plot([line["epoch"] for line in chosen], values, **style | other, label=f"{name}{phase}")
     loss.axhline(np.log(2), ls=":", color=GRAY, label="chance, ln 2")
     loss.set(xlabel="epoch", ylabel="binary cross-entropy per slice [nat]")
-    share.set(xlabel="epoch", ylabel="share of slices, or area")
+    share.set(xlabel="epoch", ylabel="AUC, accuracy")
     whole.set(xlabel="epoch", ylabel="share of simulations", ylim=(-0.02, 1.02))
     for axes in (loss, share, whole):
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1))  # above, where there are no curves
@@ -312,33 +288,24 @@ def evaluation_figures(predictions: Predictions) -> Figures:
 
 @styled
 def interventions(measured: Mapping[str, Any], box: Box) -> Figure:
-    """Metrics of slices after low pass, high pass and exchange of a band between twins, by wavenumber.
+    """AUC of slices after low pass, high pass and exchange of a band between twins, by wavenumber.
 
     `measured` is what `interventions.summarize` returns.
     """
-    figure, axes = subplots(2 * WIDTH, 2.8, columns=3, sharey=True, sharex=True)
-    titles = {
-        "low_pass": "only k below",
-        "high_pass": "only k above",
-        "exchange": "band exchanged between twins",
-    }
-    for place, (kind, title) in zip(axes, titles.items(), strict=True):
-        k = np.array(measured["centres"] if kind == "exchange" else measured["cuts"])
-        for (key, label), style in ((("auc", "AUC"), NETWORK), (("accuracy", "accuracy"), EXPECTED)):
-            estimates = measured[kind][key]
-            if kind == "exchange":  # the first band is the mean of the slice, which has no k
-                place.plot(0.5 * box.fundamental, estimates[0]["value"], **style, mfc="white")
-                estimates = estimates[1:]
-            _line(place, k, estimates, label, style)
-            unchanged = measured["none"][key]["value"]
-            place.axhline(unchanged, color=style["color"], ls=(0, (1, 3)), lw=0.8)
+    figure, axes = subplots(2 * WIDTH, 2.6, columns=3, sharey=True, sharex=True)
+    titles = ("only k below", "only k above", "band exchanged between twins")
+    for place, kind, title in zip(axes, ("low_pass", "high_pass", "exchange"), titles, strict=True):
+        k, estimates = np.array(measured["cuts"]), measured[kind]["auc"]
+        if kind == "exchange":  # the first band is the mean of the slice, which has no k
+            k, (mean, *estimates) = np.array(measured["centres"]), estimates
+            place.plot(0.5 * box.fundamental, mean["value"], **NETWORK, mfc="white")
+        _line(place, k, estimates, "", NETWORK)
+        place.axhline(measured["none"]["auc"]["value"], color="black", ls=(0, (1, 3)), lw=0.8)
         place.set_title(title)
         _wavenumber_axis(place, box)
-    axes[2].annotate(
-        "mean", (0.5 * box.fundamental, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="center"
-    )
-    axes[0].set_ylabel("share of slices, or area")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    where = (0.5 * box.fundamental, 0.03)
+    axes[2].annotate("mean", where, xycoords=("data", "axes fraction"), rotation=90, ha="center")
+    axes[0].set_ylabel("AUC")
     return figure
 
 
@@ -352,10 +319,8 @@ def scales(results: Mapping[str, Any], box: Box) -> Figure:
     """
     figure, (left, right) = subplots(2 * WIDTH, 2.9, columns=2)
     by_scale, scan = results.get("scales", {}), results["interventions"]
-    cuts = np.array(scan["cuts"])
-    above = cuts > box.fundamental
-    kept = [row for row, inside in zip(scan["low_pass"]["within_axis"], above, strict=True) if inside]
-    _line(left, cuts[above], kept, "network", NETWORK)
+    cuts = np.array(scan["cuts"])[1:]  # the first leaves the mean alone
+    _line(left, cuts, scan["low_pass"]["within_axis"][1:], "network", NETWORK)
     k = np.array([float(name[3:]) for name in by_scale if name.startswith("n <")]) * box.fundamental
     rows = [row for name, row in by_scale.items() if name.startswith("n <")]
     if rows:
@@ -371,10 +336,8 @@ def scales(results: Mapping[str, Any], box: Box) -> Figure:
     left.legend()
     beyond = f"n > {box.large_scales}"
     names = {"mean": "mean", "large_scales": f"0 < n \u2264 {box.large_scales}", "small_scales": beyond}
-    names |= {
-        key: f"{beyond}, {what}"
-        for key, what in zip(DIRECTED, ("along axes", "between", "along diagonals"), strict=True)
-    }
+    directions = ("along axes", "between", "along diagonals")
+    names |= {key: f"{beyond}, {name}" for key, name in zip(DIRECTED, directions, strict=True)}
     places = np.arange(len(names))[::-1]
     ratios = {key: row["test"] for key, row in by_scale.items()}
     for offset, style, label, table in (
@@ -392,84 +355,58 @@ def scales(results: Mapping[str, Any], box: Box) -> Figure:
 
 
 @styled
-def power_spectra(spectra: Mapping[str, Any], saliency: Sequence[float], box: Box) -> Figure:
-    """Mean power spectra of both gravities, the ratio of twins, and the power of the gradient of the logit.
+def power_spectra(spectra: Mapping[str, Any], grid: Mapping[str, Any], box: Box) -> Figure:
+    """Mean power spectra of both gravities, the ratio of twins beside linear theory, and by direction.
 
-    `spectra`: `k`, `newton`, `gr` (shells) of slices; `ratio` and `cube_ratio`, estimates by shell; `theory`
-    and `cube_theory` beside them.
+    `spectra` is what `simulation_spectra.summarize` returns, `grid` what `lattice.Lattice.report` does; its
+    last band holds the corners of Fourier space.
     """
-    figure, (power, ratio, slope) = subplots(2 * WIDTH, 2.8, columns=3)
+    figure, (power, ratio, directions) = subplots(2 * WIDTH, 2.8, columns=3)
     k = np.array(spectra["k"])
     # The spectra differ by less than a line: light dashes on a wide dark line show both.
     power.loglog(k, spectra["gr"], **{**GR, "marker": ""}, lw=2.4, label="GR")
     power.loglog(k, spectra["newton"], **{**NEWTON, "marker": ""}, label="Newton")
-    power.set_ylabel("P(k) of slices [(Mpc/h)$^2$]" if box.length else "P(k) of slices")
-    power.legend()
     for name, style, key in (("slices", NETWORK, ""), ("cubes", RATIO, "cube_")):
         _line(ratio, k, spectra[f"{key}ratio"], name, style | {"marker": ""})
         if spectra[f"{key}theory"] is not None:
             ratio.plot(k, spectra[f"{key}theory"], ":", color=style["color"], label=f"theory, {name}")
-    ratio.axhline(1, ls=":", color=GRAY)
-    ratio.set_ylabel("P(k) of GR / P(k) of Newton")
-    ratio.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    slope.loglog(k, saliency, color="black")
-    shares = np.array(saliency)
-    if (shares > 0).any():
-        # A filter may remove a wavenumber up to the rounding of float32, about 1e-7 squared.
-        slope.set_ylim(bottom=shares[shares > 1e-12 * shares.max()].min() / 2)
-    slope.set_ylabel("share of the power of d logit / d pixel")
-    for place in (power, ratio, slope):
-        _wavenumber_axis(place, box)
-    return figure
-
-
-@styled
-def ratio_by_direction(grid: Mapping[str, Any], box: Box) -> Figure:
-    """P_GR/P_N of the cubes by wavenumber along grid axes, along diagonals and between, with 95 % intervals.
-
-    `grid` is what `lattice.Lattice.report` returns; its last band holds the corners of Fourier space.
-    """
-    figure, axes = subplots(1.4 * WIDTH, 2.8)
-    edges = np.array(grid["ratio"]["edges"])
-    k = np.sqrt(edges[1:] * edges[:-1]) * box.fundamental
-    rows = zip(grid["ratio"]["directions"], grid["ratio"]["value"], strict=True)
-    for (name, value), low, high, style in zip(
-        rows, grid["ratio"]["low"], grid["ratio"]["high"], LINES, strict=False
-    ):
-        value, low, high = (np.array(row, float) for row in (value, low, high))
-        axes.errorbar(k, value, np.stack([value - low, high - value]), **style, capsize=2, label=name)
-    axes.axhline(1, ls=":", color=GRAY)
-    axes.axvline(edges[-2] * box.fundamental, ls=(0, (1, 3)), lw=0.8, color=GRAY)
-    axes.set_xscale("log")
-    axes.set_xlabel("k of cubes [h/Mpc]" if box.length else "k of cubes [fundamental modes]")
-    axes.set_ylabel("P(k) of GR / P(k) of Newton")
-    figure.legend(loc="outside lower center", ncols=3)
+    by_direction, edges = grid["ratio"], np.array(grid["ratio"]["edges"]) * box.fundamental
+    for index, (name, style) in enumerate(zip(by_direction["directions"], LINES, strict=True)):
+        value, low, high = (np.array(by_direction[end][index], float) for end in ENDS)
+        reach = np.stack([value - low, high - value])
+        directions.errorbar(np.sqrt(edges[1:] * edges[:-1]), value, reach, **style, capsize=2, label=name)
+    directions.axvline(edges[-2], ls=(0, (1, 3)), lw=0.8, color=GRAY)
+    power.set_ylabel("P(k) of slices [(Mpc/h)$^2$]" if box.length else "P(k) of slices")
+    for axes in (power, ratio, directions):
+        _wavenumber_axis(axes, box)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))  # above, where there are no curves
+    for axes in (ratio, directions):
+        axes.axhline(1, ls=":", color=GRAY)
+        axes.set_ylabel("P(k) of GR / P(k) of Newton")
+    directions.set_xlim(right=edges[-1])
     return figure
 
 
 @styled
 def saliency_maps(rows: Sequence[Mapping[str, Any]], box: Box) -> Figure:
-    """Slices beside their saliency. Rows: those of `saliency.maps` with what describes the slice."""
+    """Slices beside their saliency, in diverging maps. Rows: those of `saliency.saliency_of_extremes`."""
     figure, axes = subplots(
         2 * WIDTH, 1.75 * len(rows), columns=3, rows=len(rows), squeeze=False, sharex=True, sharey=True
     )
     figure.set_layout_engine("compressed")  # the one for images, which keep their aspect
-    side = box.length or box.size
-    unit = "Mpc/h" if box.length else "cells"
+    side, unit = (box.length, "Mpc/h") if box.length else (box.size, "cells")
     maps = {"image": "field [std. dev.]", "gradient": "d logit / d pixel", "integrated": "share in logit"}
     for line, row in zip(axes, rows, strict=True):
+        across, up = DIRECTIONS[row["axis"]]
         for place, (key, label) in zip(line, maps.items(), strict=True):
             limit = 3.0 if key == "image" else float(np.quantile(np.abs(row[key]), 0.995)) or 1.0
-            # gray throughout, so that the sign survives print: black is negative, white positive
-            extent = (0, side, 0, side)
-            picture = place.imshow(row[key], vmin=-limit, vmax=limit, extent=extent, origin="lower")
+            options = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r" if key == "image" else "PuOr_r"}
+            picture = place.imshow(row[key], extent=(0, side, 0, side), origin="lower", **options)
             figure.colorbar(picture, ax=place, label=label)
+            place.set_xlabel(f"{across} [{unit}]")
         where = f"{row['gravity']}, seed {row['seed']}, axis {row['axis']}, slice {row['position']}"
         line[0].set_title(f"{row['what']}\nlogit {row['logit']:.3g}, {where}", loc="left", fontsize=7)
-        across, up = DIRECTIONS[row["axis"]]
         line[0].set_ylabel(f"{up} [{unit}]")
-        for place in line:
-            place.set_xlabel(f"{across} [{unit}]")
     axes[0, 1].set_title("gradient")
     axes[0, 2].set_title("integrated gradients")
     return figure
@@ -485,9 +422,7 @@ def information(results: Mapping[str, Any]) -> Figure:
         tested = limit["test"]
         rows[f"{name} likelihood ratio, test"] = {**tested["slices"], **tested["cubes"]}
         expected = {key: limit[f"slice_{key}"] for key in ("accuracy", "auc")}
-        rows[f"{name} ceiling"] = expected | {
-            key: limit[key] for key in ("cube_accuracy", "cube_auc") if key in limit
-        }
+        rows[f"{name} ceiling"] = {**expected, **limit}
     return intervals(rows, COMPARED)
 
 
@@ -495,22 +430,18 @@ def of_evaluation(
     predictions: Predictions, results: Mapping[str, Any], history: History, box: Box
 ) -> Figures:
     """The figures of a report, by name."""
-    newton, gr = (predictions.logit[predictions.label == label] for label in (0, 1))
     error = results["slices"]["calibration_error"]["value"]
     drawn = evaluation_figures(predictions) | {
         "roc": roc_and_precision(predictions, results["slices"]),
         "reliability": reliability_diagram(results["reliability"], error),
-        "logits": logit_histogram(newton, gr),
     }
     if history:
         drawn["training"] = training_curves(history)
     if "interventions" in results:
-        scan = results["interventions"]
         drawn |= {
             "scales": scales(results, box),
-            "interventions": interventions(scan, box),
-            "power_spectra": power_spectra(results["power_spectra"], scan["saliency"], box),
-            "directions": ratio_by_direction(results["grid"], box),
+            "interventions": interventions(results["interventions"], box),
+            "power_spectra": power_spectra(results["power_spectra"], results["grid"], box),
             "saliency": saliency_maps(results["saliency"], box),
         }
     if "baselines" in results:

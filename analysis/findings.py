@@ -169,7 +169,7 @@ def _sign(estimate: Estimate) -> int:
 
 def _rank(gain: Estimate) -> str:
     if gain["low"] is None:
-        return "of unknown rank beside"
+        return "not compared with"
     return {1: "above", -1: "below", 0: "not distinguishable from"}[_sign(gain)]
 
 

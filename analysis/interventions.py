@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from analysis import statistics
-from analysis.power_spectrum import Box, mu4, shells, wave_vectors, wavenumber
-from analysis.saliency import Batch, Network, gradient
+from analysis.power_spectrum import Box, mu4, wave_vectors, wavenumber
+from analysis.saliency import Batch, Network
 from analysis.statistics import Estimate
 from training.metrics import Floats, Integers, Predictions
 
@@ -99,7 +99,7 @@ def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) 
 
     `batches` come seed by seed, Newtonian cube first. Returns columns with a row per slice: sample id; the
     logit unchanged; logits (edges or bands) of each of KINDS; logits (groups) after exchange of each of
-    HYBRIDS; the power spectrum of d logit / d pixel.
+    HYBRIDS.
     """
     rows = []
     vectors = wave_vectors(box.size, 2)
@@ -114,9 +114,8 @@ def measure(network: Network, batches: Iterable[Batch], bands: Bands, box: Box) 
                 for masks in (bands.masks, groups)
             )
             logits = [[logits_of(both)], *zip(*filtered, strict=True), exchanged, grouped]
-        slopes = shells(box, 2).power(gradient(logits_of, both)[:, 0])
         unchanged, *columns = (torch.stack(list(column), dim=1).cpu().double().numpy() for column in logits)
-        rows.append([ids.flatten().numpy(), unchanged[:, 0], *columns, slopes])
+        rows.append([ids.flatten().numpy(), unchanged[:, 0], *columns])
     return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
@@ -143,11 +142,10 @@ def summarize(
 
     `columns` are those of `measure` after the unchanged logits. Wavenumbers are in h/Mpc, or in units of the
     fundamental mode where the box is not known: `edges` of the bands; `cuts` between them, of which a low
-    pass keeps what is below; `centres`, of the last band up to the Nyquist wavenumber. `saliency` is the
-    share of each ring |n| = 1, ..., N/2 in the power of d logit / d pixel, `shares` those of bands in the
-    mean twin difference.
+    pass keeps what is below; `centres`, of the last band up to the Nyquist wavenumber; `shares` are those of
+    bands in the mean twin difference.
     """
-    *filtered, grouped, slopes = columns
+    *filtered, grouped = columns
     logits = dict(zip(KINDS, filtered, strict=True))
     ends = np.minimum(bands.edges[1:], box.size / 2 + 0.5)
     results: dict[str, Any] = {
@@ -162,8 +160,6 @@ def summarize(
     for kind in KINDS:
         rows = [statistics.headline(unchanged.with_logits(column)) for column in logits[kind].T]
         results[kind] = {key: [row[key] for row in rows] for key in rows[0]}
-    slope = slopes.mean(0) * np.arange(1, box.size // 2 + 1)  # modes grow as n
-    results["saliency"] = slope / (slope.sum() or 1.0)  # a network with dead units has no gradient
     results["shares"] = shares(*twin_differences(unchanged, logits["exchange"]))[:-1]
     return {
         "interventions": results,

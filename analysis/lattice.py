@@ -2,7 +2,7 @@
 
 Gravity has no preferred direction, and the mean of a potential has no physical meaning. Where P_GR/P_N of
 the cubes differs between grid axes and diagonals, or where the means differ, a classifier can identify the
-gravity by the discretisation of the simulation. Twins share their phases, so a few seeds measure the ratio
+gravity by the discretization of the simulation. Twins share their phases, so a few seeds measure the ratio
 of their spectra to 1e-4.
 
 The three axes of a cube are statistically equivalent. If the power of the modes perpendicular to one axis
@@ -203,9 +203,9 @@ class Lattice:
             return [
                 "The initial conditions have the defect of the `basic` generator of gevolution 1.0 to 1.3, "
                 f"fixed in 2.0: modes with k_x = 0, n_{DEFECT} = 0 in array axes, have half the "
-                f"power{share}, and mirror modes there a coherence of {coherence[DEFECT]:.2f}, in both "
-                f"gravities. Slices perpendicular to axis {DEFECT} thus "
-                "have a few per cent less power at most n > 4, the others half of it on one line of modes."
+                f"power{share} and mirror modes a coherence of {coherence[DEFECT]:.2f}, in both gravities. "
+                f"Slices perpendicular to axis {DEFECT} have a few per cent less power at n > 4, the others "
+                "half of it on one line of modes."
             ]
         if abs(logarithm[axis]) > max(SIGNIFICANT * error[axis], UNEQUAL):
             return [
@@ -301,7 +301,7 @@ class Lattice:
     def _step(self) -> Floats:
         """Error of ln P_GR/P_N of a bin, (bins,), if the ratio has a step within its shell.
 
-        The change of the ratio over the neighbouring shells, as the width of a uniform distribution.
+        The change of the ratio over the neighboring shells, as the width of a uniform distribution.
         """
         mean = {
             shell: self._average(self._log_ratio, self._used & (self._shell == shell)).mean()

@@ -25,28 +25,23 @@ from markupsafe import Markup, escape
 
 from analysis.figures import WIDTH
 from analysis.findings import format_estimate, format_number
+from analysis.saliency import MAPS
 from training.metrics import Predictions
 
-MAPS = ("image", "gradient", "integrated")  # drawn as figures, too large to list
 REPORT, PREDICTIONS = "report.json", "predictions.h5"
 COLUMNS = ("id", "seed", "label", "axis", "position", "logit")
 Results = Mapping[str, Any]
 
 # Figures of the report; the captions stand in report.html.j2.
-FIGURES = (
+FIGURES: tuple[str, ...] = (
     "scales",
     "interventions",
-    "directions",
     "power_spectra",
     "information",
     "roc",
     "twins",
-    "confusion",
-    "reliability",
-    "logits",
-    "saliency",
-    "training",
 )
+FIGURES += ("confusion", "reliability", "saliency", "training")
 FOLDER = Path(__file__).parent
 
 
@@ -84,11 +79,12 @@ def read(run: Path) -> dict[str, Any]:
     """The report of an evaluated run. Raises UserError if it is missing or damaged."""
     path = run / "evaluation" / REPORT
     try:
-        return dict(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. Evaluate the run first: evaluation.py {run}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}). Evaluate the run again: evaluation.py {run}") from None
+        results = dict(json.loads(path.read_bytes()))
+        if not {"slices", "cubes", "within_axis"} <= set(results):
+            raise ValueError("it was written by an earlier version")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Evaluate the run: evaluation.py {run}") from None
+    return results
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
@@ -120,9 +116,7 @@ def read_predictions(run: Path) -> Predictions:
         with h5py.File(path, "r", locking=False) as file:
             return Predictions(**{name: file[name][:] for name in COLUMNS})
     except (OSError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: the predictions cannot be read ({error}). Evaluate the run again: evaluation.py {run}"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error}). Evaluate the run: evaluation.py {run}") from None
 
 
 def card_record(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +180,8 @@ def _estimate(estimate: Mapping[str, Any], small: float = 1e-3) -> Markup:
 def _typeset(text: str) -> Markup:
     """Plain text in the typography of a paper: subscripts, signs and powers of ten."""
     html = str(escape(text))
-    html = re.sub(r"\bP_(GR|N)\b", r"P<sub>\1</sub>", html)
+    html = re.sub(r"`([^`]+)`", r"<code>\1</code>", html)
+    html = re.sub(r"\b([Pkn])_(GR|N|[xyz0-2])\b", r"\1<sub>\2</sub>", html)
     html = re.sub(r"(\d)e([-+]?)0*(\d+)\b", r"\1 × 10<sup>\2\3</sup>", html).replace("<sup>+", "<sup>")
     html = re.sub(r"(?<![\w.)])-(?=\d)", "−", html).replace("<sup>-", "<sup>−")
     return Markup(html.replace("+-", "±").replace("&lt;=", "≤").replace("&gt;=", "≥"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from training.metrics import Predictions
 
 Network = Callable[..., Tensor]
+MAPS = ("image", "gradient", "integrated")
 
 
 class Batch(Protocol):
@@ -53,56 +54,34 @@ def integrated_gradients(network: Network, slices: Tensor, steps: int = 64) -> T
 
 
 def maps(network: Network, slices: Tensor) -> dict[str, Any]:
-    """One slice (1, C, N, N) with its maps, each (N, N) for its first channel.
-
-    `residual` is the sum of the integrated gradients minus logit(slice) + logit(0), the error of the
-    integration.
-    """
-    shares = integrated_gradients(network, slices)
-    with torch.no_grad():
-        whole = network(slices).float() - network(torch.zeros_like(slices)).float()
-    return {
-        "image": slices[0, 0].cpu().numpy(),
-        "gradient": gradient(network, slices)[0, 0].cpu().numpy(),
-        "integrated": shares[0, 0].cpu().numpy(),
-        "residual": float(shares.sum() - whole),
-    }
-
-
-def extremes(predictions: Predictions) -> dict[str, int]:
-    """Index of the slices with the highest, the lowest and the two smallest absolute logits."""
-    by_magnitude = np.argsort(np.abs(predictions.logit), kind="stable")
-    return {
-        "most certain of GR": int(np.argmax(predictions.logit)),
-        "most certain of Newton": int(np.argmin(predictions.logit)),
-        "least certain": int(by_magnitude[0]),
-        "second least certain": int(by_magnitude[1]),
-    }
-
-
-def describe_slice(predictions: Predictions, index: int) -> dict[str, Any]:
-    """Seed, gravity, axis, position and logit of one slice."""
-    return {
-        "seed": int(predictions.seed[index]),
-        "gravity": "GR" if predictions.label[index] else "Newton",
-        "axis": int(predictions.axis[index]),
-        "position": int(predictions.position[index]),
-        "logit": float(predictions.logit[index]),
-    }
-
-
-def find_slice(batches: Iterable[Batch], sample_id: int) -> Tensor:
-    """The slice (1, C, N, N) with this sample id."""
-    return next(batch.images[batch.ids == sample_id] for batch in batches if sample_id in batch.ids)
+    """One slice (1, C, N, N) with its maps, each (N, N) for its first channel."""
+    parts = slices, gradient(network, slices), integrated_gradients(network, slices)
+    return dict(zip(MAPS, (part[0, 0].cpu().numpy() for part in parts), strict=True))
 
 
 def saliency_of_extremes(
     network: Network, predictions: Predictions, slices_of: Callable[[int], Iterable[Batch]]
 ) -> list[dict[str, Any]]:
-    """The slices with extreme logits and their saliency maps; `slices_of` gives all slices of a seed."""
+    """The slices with the highest, lowest and two smallest absolute logits, and their saliency maps.
+
+    `slices_of` gives all slices of a seed.
+    """
+    by_magnitude = np.argsort(np.abs(predictions.logit), kind="stable")
+    shown = {
+        "most certain of GR": np.argmax(predictions.logit),
+        "most certain of Newton": np.argmin(predictions.logit),
+        "least certain": by_magnitude[0],
+        "second least certain": by_magnitude[1],
+    }
     rows = []
-    for what, index in extremes(predictions).items():
-        about = describe_slice(predictions, index)
-        image = find_slice(slices_of(about["seed"]), int(predictions.id[index]))
-        rows.append({"what": what} | about | maps(partial(network, axes=about["axis"]), image))
+    for what, index in shown.items():
+        about = {key: int(getattr(predictions, key)[index]) for key in ("id", "seed", "axis", "position")}
+        image = next(
+            batch.images[batch.ids == about["id"]]
+            for batch in slices_of(about["seed"])
+            if about["id"] in batch.ids
+        )
+        logit, gravity = float(predictions.logit[index]), "GR" if predictions.label[index] else "Newton"
+        of_slice = maps(partial(network, axes=about["axis"]), image)
+        rows.append({"what": what, "gravity": gravity, "logit": logit} | about | of_slice)
     return rows

@@ -17,7 +17,7 @@ import pytest
 import simulated_universe as universe
 from PIL import Image
 
-from analysis import comparison, figures, findings, report, statistics
+from analysis import comparison, figures, findings, report, saliency, statistics
 from analysis.interventions import DEGRADATIONS
 from analysis.power_spectrum import Box
 from analysis.report import FIGURES
@@ -49,7 +49,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     folder = run / "evaluation"
     folder.mkdir()
     evaluated = universe.evaluate(universe.lattice)
-    maps = {key: np.eye(8) for key in report.MAPS}
+    maps = {key: np.eye(8) for key in saliency.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "axis": 0, "logit": 1.0}
     results = evaluated.results | {"saliency": [maps | about] * 4}
     none = statistics.headline(evaluated.predictions) | {"change": {"value": 0.0, "low": None, "high": None}}
@@ -110,19 +110,22 @@ def test_an_estimate_without_an_interval_has_no_error_bar_and_an_open_symbol() -
     assert [bar.lines[0].get_markerfacecolor() for bar in bars] == ["black", "white"]
 
 
-def test_spectra_of_twins_are_both_visible_and_rounding_does_not_stretch_the_axis() -> None:
+def test_spectra_of_twins_are_both_visible_and_theory_beside_their_ratio() -> None:
     flat = [{"value": 1.0, "low": 0.9, "high": 1.1}] * 4
     spectra = {"k": [1, 2, 3, 4], "newton": np.ones(4), "gr": np.ones(4), "ratio": flat, "cube_ratio": flat}
     spectra |= {"theory": np.ones(4), "cube_theory": None}
-    power, _, slope = figures.power_spectra(spectra, [1e-5, 0.1, 0.9, 1e-16], Box(8, None)).axes
+    grid = {
+        "ratio": dict.fromkeys(figures.ENDS, np.ones((3, 2))) | {"edges": [0.5, 4, 7], "directions": "abc"}
+    }
+    power, ratio, _ = figures.power_spectra(spectra, grid, Box(8, None)).axes
     below, above = power.lines
     assert below.get_linewidth() > 1.5 * above.get_linewidth()
     assert above.get_linestyle() == "--"
-    assert 1e-6 < slope.get_ylim()[0] < 1e-5
+    assert [line.get_label() for line in ratio.lines][:3] == ["slices", "theory, slices", "cubes"]
 
 
 def test_saliency_maps_name_the_directions_of_each_slice() -> None:
-    maps = {key: np.eye(4) for key in report.MAPS}
+    maps = {key: np.eye(4) for key in saliency.MAPS}
     about = {"what": "some", "gravity": "GR", "seed": 1, "position": 0, "logit": 1.0}
     rows = [maps | about | {"axis": axis} for axis in (2, 0, 1)]
     axes = figures.saliency_maps(rows, Box(4, 100.0)).axes[:9]
@@ -176,7 +179,9 @@ def test_the_report_has_every_number_and_no_external_files(written: tuple[Path, 
     assert html.count("data:image/png;base64,") == len(FIGURES)
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)|url\(|@import|<script|https?://""", html)
     assert "a &lt;run&gt;" in html
-    assert html.index("The lattice drives the classification") < html.index("a warning")  # the verdict first
+    assert html.index("The lattice, not gravity, drives the classification") < html.index(
+        "a warning"
+    )  # the verdict first
     for name in ("F1", "Brier score", "area under the ROC curve (AUC)", "expected calibration error"):
         assert f"<td>{name}</td>" in html
 
@@ -184,7 +189,7 @@ def test_the_report_has_every_number_and_no_external_files(written: tuple[Path, 
 def test_tables_have_heads_and_numbers_of_few_digits(written: tuple[Path, dict[str, Any]]) -> None:
     results = json.loads((written[0] / "evaluation" / "report.json").read_text())
     results["attribution"]["mean"] = {"value": 2.3e-8, "low": -1.2e-7, "high": 1.7e-7}
-    results["pairs"]["contrast"] = {"value": 3.11194, "low": -0.00001, "high": 4.3175}
+    results["pairs"]["mean_difference"] = {"value": 3.11194, "low": -0.00001, "high": 4.3175}
     results["slices"]["log_loss"] = {"value": 1.234e-7, "low": None, "high": None}
     results["environment"] = {
         "seconds": {"forward pass": 2.8387169819998235, "metrics": 0.014886595999996644}
@@ -196,7 +201,7 @@ def test_tables_have_heads_and_numbers_of_few_digits(written: tuple[Path, dict[s
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"</?sup>", "", html)))
     for row in (
         "mean of the slice 0.0000 [0.0000, 0.0000]",
-        "mean difference / standard deviation between cubes 3.112 [0.000, 4.317]",
+        "mean difference of twins [logit] 3.112 [0.000, 4.317]",
         "log loss [nat] 0.6931 1.23 × 10−7",
         "environment: seconds forward pass 2.8, metrics 0.0",
         "data: seeds 24 to 31",
@@ -268,13 +273,13 @@ def test_predictions_are_written_and_read(written: tuple[Path, dict[str, Any]], 
 
 
 def test_missing_and_damaged_files_are_named(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Evaluate the run first"):
+    with pytest.raises(UserError, match=r"No such file.*Evaluate the run"):
         report.read(tmp_path)
     shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     for name, read in (("report.json", report.read), ("predictions.h5", report.read_predictions)):
         path = tmp_path / "evaluation" / name
         path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(UserError, match="Evaluate the run again"):
+        with pytest.raises(UserError, match="Evaluate the run"):
             read(tmp_path)
 
 
@@ -356,10 +361,11 @@ def test_runs_that_are_no_ensemble_are_rejected(runs: dict[str, Path], tmp_path:
     with pytest.raises(UserError, match="one run is no ensemble"):
         comparison.ensemble(tmp_path / "out", {"a": runs["a"]})
     change_config(runs["b"], "train_params", "seed", 0)
-    with pytest.raises(UserError, match=r"a and b have the same train_params\.seed 0"):
+    with pytest.raises(UserError, match=r"'a': 0, 'b': 0, .* equal train_params\.seed"):
         comparison.ensemble(tmp_path / "out", runs)
+    change_config(runs["b"], "train_params", "seed", 1)
     change_config(runs["b"], "train_params", "lr", 0.2)
-    with pytest.raises(UserError, match=r"a and b differ in train_params\.lr: 0\.1 and 0\.2"):
+    with pytest.raises(UserError, match=r"'a': 0\.1, 'b': 0\.2, .* different train_params\.lr"):
         comparison.ensemble(tmp_path / "out", runs)
     report.write_predictions(runs["c"] / "evaluation" / "predictions.h5", predictions_of(seeds=3))
     with pytest.raises(UserError, match="a and c were evaluated on different slices"):

@@ -218,13 +218,6 @@ def test_cubes_that_separate_perfectly_leave_the_auc_uncertain() -> None:
     assert 0.65 < estimate["low"] < 0.85
 
 
-def test_the_contrast_divides_by_the_scatter_between_cubes() -> None:
-    cubes = np.random.default_rng(7).normal([0.0, 1.0], 1, (6, 2))
-    pooled = np.sqrt((cubes[:, 0].var(ddof=1) + cubes[:, 1].var(ddof=1)) / 2)
-    contrast = statistics.cube_metrics(cubes)["contrast"]["value"]
-    assert contrast == pytest.approx(np.mean(cubes[:, 1] - cubes[:, 0]) / pooled)
-
-
 def test_the_auc_within_an_axis_does_not_see_offsets_of_axes() -> None:
     label, logit, seed_index = draw(np.random.default_rng(11), slices=12)
     axis = np.tile([0, 1, 2], len(label) // 3)
@@ -259,7 +252,7 @@ def extreme_logits(rng: np.random.Generator, kind: str, seeds: int) -> np.ndarra
 
 
 KINDS = ["constant", "perfect", "reversed", "nearly perfect", "one seed differs", "overconfident", "ordinary"]
-UNBOUNDED = {"mean_difference", "contrast"}
+UNBOUNDED = {"mean_difference"}
 
 
 @pytest.mark.filterwarnings("error")
@@ -320,7 +313,6 @@ def test_intervals_contain_the_truth_about_19_times_in_20() -> None:
         "cube_auc": stats.norm.cdf(gap / cube / np.sqrt(2)),
         "cube_accuracy": stats.norm.cdf(gap / 2 / cube),
         "mean_difference": gap,
-        "contrast": gap / cube,
         "gain in auc": auc - weaker_auc,
         "gain in accuracy": accuracy - weaker_accuracy,
     }
