@@ -9,6 +9,7 @@ The program, top to bottom: read the experiment, set up the run (run.py), resume
 train and evaluate epoch by epoch, and export the trained network.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -20,6 +21,16 @@ import system
 from system import UserError
 
 import argparse
+
+# Before the imports below, which take seconds.
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("experiment", nargs="?", help="YAML file of the experiment")
+PARSER.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
+PARSER.add_argument("--preflight", action="store_true", help="check the set-up and exit")
+PARSER.add_argument("--no-extend", action="store_true", help="train no further if the run is complete")
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    PARSER.parse_args()
+
 import errno
 import time
 from contextlib import closing
@@ -40,16 +51,9 @@ from training.run import Run, TrainState, check_setup, describe_selection, setup
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("experiment", nargs="?", help="YAML file of the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
-    parser.add_argument("--preflight", action="store_true", help="check the set-up and exit")
-    parser.add_argument("--no-extend", action="store_true", help="train no further if the run is complete")
-    options = parser.parse_intermixed_args(arguments)
+    options = PARSER.parse_intermixed_args(arguments)
     if options.experiment is None:
-        parser.print_help(sys.stderr)
+        PARSER.print_help(sys.stderr)
         return 2
 
     def program() -> None:

@@ -493,6 +493,10 @@ def test_the_whole_evaluation_runs_without_float64(
 # The check of a new device
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None,
+    reason="a torch built for CUDA compiles for real devices only",
+)
 def test_gpu_check_runs_on_an_emulated_device(folder: Path) -> None:
     tiny = ["model_params.layer_param=2", "data_params.train_seeds=2", "data_params.test_seeds=3"]
     tiny += ["train_params.epochs=2", "data_params.axes=[0]"]

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-import warnings
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +133,8 @@ def test_threads_set_by_the_launcher_are_not_the_users(
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        while not Path(f"/proc/{launcher.pid}/cmdline").read_bytes().startswith(b"sh\0"):
+            time.sleep(0.01)  # the kernel shows the program and its environment shortly after Popen returns
         assert process.threads_set_by_user() is chosen
         launcher.communicate(b"\n")
 
@@ -167,17 +169,26 @@ def test_a_setting_of_the_launcher_is_named_with_its_file(
 # Launches without effect, which launchers do not report
 
 
-def test_a_multi_cpu_launch_of_one_process_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.warns(UserWarning, match="was to start several processes but started one"):
-        distributed.setup_process()
-
-
-def test_independent_processes_of_srun_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.warns(UserWarning, match="srun started 4 independent processes"):
-        distributed.setup_process()
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            "was to start several processes but started one",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 independent processes"),
+    ],
+)
+def test_one_process_instead_of_several_warns(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    text: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.setup_process()
+    assert text in capsys.readouterr().err
 
 
 def test_cpu_ranks_become_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,11 +403,10 @@ def unused_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unused_gpu")
-def test_a_torch_for_gpus_without_gpu_warns_with_the_reason() -> None:
-    with pytest.warns(
-        UserWarning, match=r"uses the CPU: .* built for CUDA 12\.8, but The NVIDIA driver .* too old"
-    ):
-        devices.warn_of_unused_accelerator()
+def test_a_torch_for_gpus_without_gpu_warns_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    devices.warn_of_unused_accelerator()
+    pattern = r"warning: .* uses the CPU: .* built for CUDA 12\.8, but The NVIDIA driver .* too old\.\n"
+    assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("unused_gpu")
@@ -405,21 +415,22 @@ def test_a_torch_for_gpus_without_gpu_warns_with_the_reason() -> None:
     [("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "-1,-1"), ("CUDA_VISIBLE_DEVICES", "")],
 )
 def test_a_cpu_that_the_user_chose_does_not_warn(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        devices.warn_of_unused_accelerator()
+    devices.warn_of_unused_accelerator()
+    assert capsys.readouterr().err == ""
 
 
-def test_a_torch_for_cpus_beside_a_gpu_warns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_torch_for_cpus_beside_a_gpu_warns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for name in ("cuda", "hip"):
         monkeypatch.setattr(torch.version, name, None)
     monkeypatch.setattr(devices, "GPU_FILES", (str(tmp_path),))
-    with pytest.warns(UserWarning, match="the host has a GPU .* built without GPU support"):
-        devices.warn_of_unused_accelerator()
+    devices.warn_of_unused_accelerator()
+    assert re.search("the host has a GPU .* built without GPU support", capsys.readouterr().err)
 
 
 def test_a_torch_for_gpus_without_a_driver_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

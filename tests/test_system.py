@@ -221,7 +221,9 @@ def test_spinning_is_limited_unless_the_user_chose(monkeypatch: pytest.MonkeyPat
     assert spin_count(monkeypatch, OMP_WAIT_POLICY="active") is None
 
 
-@pytest.mark.parametrize("program", ["trainer.py", "evaluation.py"])
+@pytest.mark.parametrize(
+    "program", ["trainer.py", "evaluation.py", "experiments/repeat.py", "experiments/sweep.py"]
+)
 def test_programs_import_it_first(program: str) -> None:
     tree = ast.parse((ROOT / program).read_text())
     modules = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
@@ -234,13 +236,22 @@ def test_programs_find_their_modules(program: str, tmp_path: Path) -> None:
     """From another folder that has modules of the same names, and where Python adds no folder by itself."""
     for name in ("config.py", "system.py", "training.py"):
         (tmp_path / name).write_text("raise SystemExit('another project')")
-    command = [sys.executable, str(ROOT / program), "--help"]
+    command = [sys.executable, str(ROOT / program)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"PYTHONSAFEPATH": "1"}, check=False, stdout=subprocess.PIPE
+        command, cwd=tmp_path, env=environment | {"PYTHONSAFEPATH": "1"}, check=False, stderr=subprocess.PIPE
     )
-    assert done.returncode == 0
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"usage: ")
+
+
+@pytest.mark.parametrize("program", ["trainer.py"])
+def test_help_does_not_wait_for_torch(program: str) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / program), "--help"]
+    done = subprocess.run(command, check=True, capture_output=True)
     assert done.stdout.startswith(b"usage: ")
+    assert b"argparse" in done.stderr
+    assert b"torch" not in done.stderr
 
 
 # Files

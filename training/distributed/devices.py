@@ -8,8 +8,8 @@ import atexit
 import os
 import platform
 import shutil
+import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ def warn_of_unused_accelerator() -> None:
         )
     else:
         return
-    warnings.warn(f"this run uses the CPU: {reason}", stacklevel=3)
+    print(f"warning: this run uses the CPU: {reason}", file=sys.stderr)
 
 
 def configure_miopen() -> None:

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,16 +175,16 @@ def threads_set_by_user() -> bool:
 def warn_if_alone() -> None:
     """Warn if the user asked for several ranks but this process is the only one of its launch."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        warnings.warn(
-            "accelerate launch was to start several processes but started one: distributed_type MULTI_CPU "
-            "needs mpirun. Use accelerate_configs/cpu_multi.yaml, which does not.",
-            stacklevel=3,
+        print(
+            "warning: accelerate launch was to start several processes but started one: distributed_type "
+            "MULTI_CPU needs mpirun. Use accelerate_configs/cpu_multi.yaml, which does not.",
+            file=sys.stderr,
         )
     if (tasks := system.read_int("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        warnings.warn(
-            f"srun started {tasks} independent processes. To start them as the "
-            "ranks of one launch, see accelerate_configs/slurm.sbatch.",
-            stacklevel=3,
+        print(
+            f"warning: srun started {tasks} independent processes. To start them as the ranks of one launch, "
+            "see accelerate_configs/slurm.sbatch.",
+            file=sys.stderr,
         )
 
 
