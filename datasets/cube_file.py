@@ -278,6 +278,10 @@ class CubeFile:
         self.num_fields = math.prod(self.shape[:-3])
         seeds = {gravity: {seed for seed, g in self.cubes if g == gravity} for gravity in GRAVITIES}
         self.seeds = tuple(sorted(seeds["newton"] & seeds["gr"]))
+        self.potentials = [
+            i for i, name in enumerate(self.field_attrs("fields", "field")) if is_potential(name)
+        ]
+        """The fields that are potentials."""
         self._bytes_read = 0
         self._lock = threading.Lock()  # several threads may read cubes at the same time
 

@@ -138,42 +138,50 @@ def rotate(cube: NDArray[np.float32], rotated: NDArray[np.float32]) -> None:
 
 
 @njit(nogil=True, cache=CACHED)
-def curvature(cube: NDArray[np.float32], points: int) -> NDArray[np.float64]:
-    """Sum of the second differences of a cube along its axes, at `points`^3 places: (points^3,)."""
-    size, values, place = len(cube), np.empty(points**3), 0
-    step = size // points
-    for x in range(step // 2, size, step):
-        for y in range(step // 2, size, step):
-            for z in range(step // 2, size, step):
-                values[place] = (
-                    np.float64(cube[x - 1, y, z]) + cube[x + 1, y, z] + cube[x, y - 1, z] + cube[x, y + 1, z]
-                ) + (np.float64(cube[x, y, z - 1]) + cube[x, y, z + 1] - 6 * np.float64(cube[x, y, z]))
-                place += 1
-    return values
+def twin_correlation(a: NDArray[np.float32], b: NDArray[np.float32], points: int, step: int) -> float:
+    """Correlation of the curvature of two cubes at `points`^3 places; NaN for a constant line in one.
+
+    Curvature is the sum of the second differences along the axes. Lines run along axis 1 or 2: beside those
+    in the first plane and the first of each plane, every `step`-th of each `step`-th plane is examined.
+    """
+    if _has_constant_line(a, step) or _has_constant_line(b, step):
+        return np.nan
+    size = len(a)
+    between = size // points
+    product = square_a = square_b = 0.0
+    for x in range(between // 2, size, between):
+        for y in range(between // 2, size, between):
+            for z in range(between // 2, size, between):
+                value_a, value_b = _curvature(a, x, y, z), _curvature(b, x, y, z)
+                product += value_a * value_b
+                square_a += value_a * value_a
+                square_b += value_b * value_b
+    return product / max(np.sqrt(square_a) * np.sqrt(square_b), 1e-300)
+
+
+@njit(nogil=True, cache=CACHED, inline="always")
+def _curvature(cube: NDArray[np.float32], x: int, y: int, z: int) -> float:
+    return (np.float64(cube[x - 1, y, z]) + cube[x + 1, y, z] + cube[x, y - 1, z] + cube[x, y + 1, z]) + (
+        np.float64(cube[x, y, z - 1]) + cube[x, y, z + 1] - 6 * np.float64(cube[x, y, z])
+    )
 
 
 @njit(nogil=True, cache=CACHED)
-def has_constant_line(cube: NDArray[np.floating], step: int) -> bool:
-    """Whether all values on a line along axis 1 or 2 are equal.
-
-    A constant plane along any axis has such a line, and so has a block that a killed process never wrote.
-    Beside the lines in the first plane and the first of each plane every `step`-th of each `step`-th plane is
-    examined.
-    """
-    planes, rows, columns = cube.shape
-    for x in range(planes):
-        every = 1 if x == 0 else step if x % step == 0 else rows
-        for y in range(0, rows, every):
+def _has_constant_line(cube: NDArray[np.float32], step: int) -> bool:
+    size = len(cube)
+    for x in range(size):
+        every = 1 if x == 0 else step if x % step == 0 else size
+        for y in range(0, size, every):
             z = 1
-            while z < columns and cube[x, y, z] == cube[x, y, 0]:
+            while z < size and cube[x, y, z] == cube[x, y, 0]:
                 z += 1
-            if z == columns:
+            if z == size:
                 return True
-        for z in range(0, columns, every):
+        for z in range(0, size, every):
             y = 1
-            while y < rows and cube[x, y, z] == cube[x, 0, z]:
+            while y < size and cube[x, y, z] == cube[x, 0, z]:
                 y += 1
-            if y == rows:
+            if y == size:
                 return True
     return False
 

@@ -316,7 +316,10 @@ def test_fields_by_name_become_channels(tmp_path: Path, raw: Path) -> None:
     assert CubeFile(like).attributes["std"] == cubes.attributes["std"]
     np.testing.assert_array_equal(checks.read_pair(CubeFile(like), 1), values[1].astype("f4"))
     for arguments, message in (
-        ({"redshifts": [1], "options": Options(like=out)}, "--like .*found 4 fields, allowed: 1, as here"),
+        (
+            {"redshifts": [1], "options": Options(like=out)},
+            "--like .*found 4 fields, allowed: 1, as in these",
+        ),
         ({"redshifts": [1], "fields": ["phi", "phi"]}, "each field once"),
         ({"redshifts": [1], "fields": ["phi", "B"]}, "no file gr_snapNNN_B.h5|no file newton_snapNNN_B.h5"),
         ({"difference": (10, 1), "fields": ["chi"]}, "takes the potential phi alone"),

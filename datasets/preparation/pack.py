@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .. import kernels
 from ..cube_file import GRAVITIES, H5PY_ERRORS, SIZE_UNIT, CubeFile, is_potential, open_cubes
 from ..moments import Moments
 from ..storage import check_filters
@@ -310,7 +309,7 @@ def _slabs(
             for i, (data, path, factor) in enumerate(terms):
                 into = other if i else slab
                 _read(data, path, where, into)
-                if check and kernels.has_constant_line(into, 1):
+                if check and checks.has_constant_line(into):
                     raise UserError(f"{path}: {checks.describe_constant(data[()])}")
                 if factor != 1:
                     into *= factor
