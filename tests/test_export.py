@@ -112,12 +112,13 @@ for name in sys.argv[1:]:
 def test_whitening_and_calibration_are_part_of_the_network(
     tmp_path: Path, cubes: dict[str, Any] | None
 ) -> None:
-    power = [1.0 + n for n in range(32)]
+    power = [[start + n for n in range(32)] for start in (1.0, 2.0, 9.0)]
     calibration = {"temperature": 0.5, "threshold": 0.25, "cubes": cubes}
     network = save_network("LYNX", tmp_path, power=power, calibration=calibration)
     loaded, slices = models.load(tmp_path), torch.randn(4, 2, 64, 64)
-    logits = network(models.Whitening(power)(slices))
-    torch.testing.assert_close(loaded(3 + 2 * slices), logits, rtol=1e-4, atol=1e-4)
+    for axes, spectrum in ((2, power[2]), (None, power)):
+        logits = network(models.Whitening(spectrum)(slices))
+        torch.testing.assert_close(loaded(3 + 2 * slices, axes), logits, rtol=1e-4, atol=1e-4)
     probability = torch.sigmoid((logits - 0.25) / 0.5)
     torch.testing.assert_close(loaded.probability(3 + 2 * slices), probability, rtol=1e-4, atol=1e-4)
     assert ("network.calibration.cubes" in (tmp_path / "README.md").read_text()) == (cubes is not None)
