@@ -47,6 +47,10 @@ def describe(results: Results) -> tuple[list[str], list[str]]:
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     warnings = [line.removeprefix("Warning: ") for line in paragraphs if line.startswith("Warning: ")]
     of_grid = results.get("grid", {}).get("warnings", [])
+    if "fields" in results:
+        of_grid = [
+            f"{name}: {line}" for name, part in results["fields"].items() for line in part["grid"]["warnings"]
+        ]
     return [*warnings, *of_grid], [line for line in paragraphs if line and not line.startswith("Warning: ")]
 
 

@@ -204,8 +204,7 @@ class Lattice:
                 "The initial conditions have the defect of the `basic` generator of gevolution 1.0 to 1.3, "
                 f"fixed in 2.0: modes with k_x = 0, n_{DEFECT} = 0 in array axes, have half the "
                 f"power{share} and mirror modes a coherence of {coherence[DEFECT]:.2f}, in both gravities. "
-                f"Slices perpendicular to axis {DEFECT} have a few per cent less power at n > 4, the others "
-                "half of it on one line of modes."
+                f"Slices perpendicular to axis {DEFECT} have less power, the others half of it on one line."
             ]
         if abs(logarithm[axis]) > max(SIGNIFICANT * error[axis], UNEQUAL):
             return [

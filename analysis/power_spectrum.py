@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,11 +78,6 @@ class Box:
     def unit(self) -> str:
         """Unit of a wavenumber."""
         return "h/Mpc" if self.length else "waves per box"
-
-    @cached_property
-    def shells(self) -> Floats:
-        """Wavenumbers in the middle of the bins of `shells`: (N // 2,)."""
-        return self.fundamental * np.arange(1.0, self.size // 2 + 1)
 
 
 def wave_vectors(size: int, dimensions: int) -> Tensor:

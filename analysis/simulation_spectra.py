@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -27,11 +27,8 @@ from training.metrics import Floats, Integers
 PER_SLICE = ("isotropic", "directional")  # partitions of which the spectrum of every slice is kept
 
 
-class SliceStatistic(Protocol):
-    """A statistic of the power spectrum of slices, such as a likelihood ratio."""
-
-    def __call__(self, power: Mapping[str, Floats]) -> Floats:
-        """P(k) (slices, bins) by partition -> (slices,)."""
+SliceStatistic = Callable[[Mapping[str, Floats]], Floats]
+"""A statistic of slices, such as a likelihood ratio: P(k) (slices, bins) by partition -> (slices,)."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def test_the_first_finding_names_the_driver_of_each_universe(evaluated: tuple[st
         assert "driven by modes with n <= 4 (large scales)" in first
         assert "radiation and gauge in the initial conditions" in first
     elif name in ("lattice", "everything"):
-        assert first.startswith("The lattice, not gravity, drives the classification: its AUC")
+        assert first.startswith("The lattice, not gravity, drives the classification: the AUC")
         assert "this is an effect of the grid, not physics" in first
     elif name in ("band", "resolution"):
         assert "driven by modes with n > 4" in first
@@ -394,3 +394,11 @@ def test_numbers_and_estimates() -> None:
     assert format_estimate(estimate(0.5), percent=True) == "50.0 %"
     assert format_estimate(estimate(0.591, 0.575, 0.607), percent=True) == "59.1 % [57.5, 60.7]"
     assert format_estimate(estimate(None)) == "undefined"  # type: ignore[arg-type]
+
+
+def test_several_fields_are_named() -> None:
+    data = universe.DESCRIPTION["data"] | {"fields": ["phi, z = 10", "phi, z = 1"]}
+    parts = {name: {"grid": {"warnings": ["a warning"]}} for name in data["fields"]}
+    results = results_with(data=data, fields=parts, grid={"warnings": ["a warning"]})
+    assert warnings_of(results) == ["phi, z = 10: a warning", "phi, z = 1: a warning"]
+    assert "(P_GR/P_N of phi, z = 10 0.9900 along the grid axes" in text_of(results)

@@ -21,7 +21,6 @@ from analysis import comparison, figures, findings, report, saliency, statistics
 from analysis.interventions import DEGRADATIONS
 from analysis.power_spectrum import Box
 from analysis.report import FIGURES
-from training import metrics
 from training.metrics import Predictions
 
 HISTORY = [
@@ -144,30 +143,6 @@ def test_a_constant_network_can_be_summarized_and_drawn(logits: np.ndarray) -> N
         figure.draw_without_rendering()
 
 
-def test_the_summary_agrees_with_the_metrics_of_training() -> None:
-    predictions = predictions_of()
-    results = statistics.summarize(predictions)
-    values = metrics.compute(predictions, simulations=True)
-    for key in ("accuracy", "precision", "recall", "f1", "tpr", "fpr"):
-        assert results["slices"][key]["value"] == pytest.approx(values[key]), key
-    assert results["slices"]["log_loss"]["value"] == pytest.approx(values["loss"])
-    assert results["cubes"]["cube_accuracy"]["value"] == values["cube_accuracy"]
-    assert results["pairs"]["pair_accuracy"]["value"] == values["pair_accuracy"]
-    assert list(results["axes"]) == [0, 1, 2]
-    # the AUC counts pairs of slices from different seeds, so it differs a little from that of all pairs
-    assert results["slices"]["auc"]["value"] == pytest.approx(values["auc"], abs=0.03)
-
-
-def test_precision_and_recall_end_at_all_slices() -> None:
-    predictions = predictions_of()
-    curves = statistics.curves(predictions, np.linspace(0, 1, 3))
-    assert curves["recall"][-1] == 1
-    assert curves["precision"][-1] == pytest.approx(0.5)
-    steps = np.diff(curves["recall"], prepend=0) * curves["precision"]
-    area = statistics.slice_metrics(predictions)["average_precision"]["value"]
-    assert steps.sum() == pytest.approx(area)
-
-
 def test_the_report_has_every_number_and_no_external_files(written: tuple[Path, dict[str, Any]]) -> None:
     folder, results = written[0] / "evaluation", written[1]
     text = (folder / "report.json").read_text()
@@ -232,31 +207,6 @@ def test_the_keys_of_the_contract(written: tuple[Path, dict[str, Any]]) -> None:
     assert sum(found["attribution"][part]["value"] for part in parts) == pytest.approx(1)
     assert 0 <= found["significance"]["p_value"] <= 1
     assert all(isinstance(line, str) for line in found["findings"])
-
-
-def test_the_ceilings_and_baselines_of_a_lattice_universe(written: tuple[Path, dict[str, Any]]) -> None:
-    results = written[1]
-    linear, isotropic, directional = (
-        results["ceilings"][name]["slice_auc"]["value"] for name in ("linear", "isotropic", "directional")
-    )
-    assert isotropic < directional
-    tested = results["ceilings"]["directional"]["test"]["slices"]["auc"]
-    assert tested["low"] < results["ceilings"]["directional"]["slice_auc"]["value"] < tested["high"]
-    # the network is the likelihood ratio with one spectrum for all axes
-    gain = results["ceilings"]["directional"]["gain"]["auc"]
-    assert gain["value"] == pytest.approx(0, abs=0.02)
-    baseline = results["baselines"]["directional"]
-    network = results["slices"]["auc"]["value"]
-    difference = network - baseline["slices"]["auc"]["value"]
-    assert baseline["gain"]["auc"]["value"] == pytest.approx(difference)
-    assert linear < isotropic
-
-
-def test_ratio_of_the_power_spectra_by_hand(written: tuple[Path, dict[str, Any]]) -> None:
-    found = written[1]["power_spectra"]
-    ratio = np.array([estimate["value"] for estimate in found["cube_ratio"]])
-    np.testing.assert_allclose(ratio[8:], 1.01, atol=0.004)  # 1.0425 - 0.054 * 3/5, the mean over directions
-    assert len(found["k"]) == universe.SIZE // 2
 
 
 def test_predictions_are_written_and_read(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

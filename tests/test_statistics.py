@@ -38,10 +38,6 @@ def predictions(label: np.ndarray, logit: np.ndarray, seed_index: np.ndarray) ->
     return Predictions(zeros, seed_index, label, zeros, zeros, logit)
 
 
-def cubes_of(logit: np.ndarray, seeds: int) -> np.ndarray:
-    return logit.reshape(seeds, 2, -1).mean(2)
-
-
 def rounded(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same with many ties."""
     label, logit, seed_index = data
@@ -67,12 +63,6 @@ def test_counts_equal_comparing_every_pair(data: tuple[np.ndarray, np.ndarray, n
     assert np.array_equal(predictions(label, logit, seed_index).wins, expected)
 
 
-def test_cube_counts_are_those_of_one_slice_per_cube() -> None:
-    label, logit, seed_index = draw(np.random.default_rng(2), slices=1)
-    wins = predictions(label, logit, seed_index).wins
-    assert np.array_equal(statistics.cube_wins(logit.reshape(SEEDS, 2)), wins)
-
-
 def auc_between_seeds(label: np.ndarray, logit: np.ndarray, seed_index: np.ndarray) -> float:
     gr, newton = label == 1, label == 0
     above = np.sign(logit[gr][:, None] - logit[newton]) / 2 + 0.5
@@ -85,12 +75,6 @@ def test_auc_counts_pairs_of_different_seeds(data: tuple[np.ndarray, np.ndarray,
     for seed in range(SEEDS):
         keep = data[2] != seed
         assert without[seed] == pytest.approx(auc_between_seeds(*(part[keep] for part in data)), rel=1e-12)
-
-
-def test_with_one_seed_the_auc_is_that_of_its_twins() -> None:
-    data = draw(np.random.default_rng(3), seeds=1)
-    estimate = statistics.auc_estimate(predictions(*data).wins)
-    assert estimate["value"] == pytest.approx(sk.roc_auc_score(*data[:2]))
 
 
 ORACLES = {
@@ -139,14 +123,6 @@ def test_the_interval_of_binary_scores_is_the_wilson_interval(right: int) -> Non
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
 
 
-def test_rates_far_from_the_ends_agree_with_the_logit_scale() -> None:
-    without = np.random.default_rng(4).normal(0.7, 0.0002, 50)
-    found = statistics.jackknife(0.7, without)
-    error = np.sqrt(49 / 50 * np.sum((without - without.mean()) ** 2)) / (0.7 * 0.3)
-    expected = expit(np.log(0.7 / 0.3) + stats.t.ppf([0.025, 0.975], 49) * error)
-    assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-4)
-
-
 def test_differences_are_paired() -> None:
     rng = np.random.default_rng(5)
     label, logit, seed_index = draw(rng)
@@ -185,13 +161,6 @@ def test_the_roc_band_equals_recomputing(data: tuple[np.ndarray, np.ndarray, np.
     assert high == pytest.approx([e["high"] for e in expected])
 
 
-def test_bins_of_the_reliability_hold_all_slices() -> None:
-    label, logit, seed_index = draw(np.random.default_rng(6), slices=60)
-    rows = statistics.reliability(predictions(label, logit, seed_index))
-    assert [row["slices"] for row in rows] == [40] * 15
-    assert sum(row["value"] * row["slices"] for row in rows) == pytest.approx(label.sum())
-
-
 # Cubes
 
 
@@ -209,13 +178,6 @@ def test_cube_accuracy_stays_uncertain_where_all_seeds_agree() -> None:
     right = statistics.cube_metrics(np.array([[-1.0, 2.0]] * 8))["cube_accuracy"]
     assert (right["value"], right["high"]) == (1, 1)
     assert right["low"] == pytest.approx(stats.binomtest(8, 8).proportion_ci(method="wilson").low)
-
-
-def test_cubes_that_separate_perfectly_leave_the_auc_uncertain() -> None:
-    estimate = statistics.auc_estimate(statistics.cube_wins(np.array([[-1.0, 1.0]] * 8)))
-    assert (estimate["value"], estimate["high"]) == (1, 1)
-    # Eight of each separate perfectly in 2.5 % of draws at a binormal AUC of about 0.84.
-    assert 0.65 < estimate["low"] < 0.85
 
 
 def test_the_auc_within_an_axis_does_not_see_offsets_of_axes() -> None:
@@ -287,12 +249,6 @@ def test_intervals_stay_in_the_range_and_contain_the_value(kind: str, seeds: int
             assert np.all((low >= 0) & (low <= value + 1e-12) & (value - 1e-12 <= high) & (high <= 1))
 
 
-def test_a_rate_that_no_other_seed_defines_has_no_interval() -> None:
-    label, logit, seed_index = draw(np.random.default_rng(9))
-    only_first = np.where(seed_index == 0, np.abs(logit), -1.0)  # predicts GR in one seed
-    assert statistics.slice_metrics(predictions(label, only_first, seed_index))["precision"]["low"] is None
-
-
 # Coverage
 
 
@@ -359,14 +315,6 @@ def test_relabelings_are_all_of_them_up_to_twelve_seeds() -> None:
         assert not found[0].any()
 
 
-def test_more_seeds_are_drawn_and_the_identity_counted() -> None:
-    found = statistics.relabelings(13)
-    assert found.shape == (10_001, 13)
-    assert not found[0].any()
-    assert found[1:].mean() == pytest.approx(0.5, abs=0.01)
-    assert np.array_equal(found, statistics.relabelings(13))
-
-
 def test_relabeling_counts_equals_relabeling_slices() -> None:
     label, logit, seed_index = draw_twins(np.random.default_rng(1), 4)
     logit = np.round(logit)  # with ties
@@ -386,14 +334,6 @@ def test_a_clear_signal_has_the_smallest_p_value(seeds: int, smallest: float) ->
     assert swap_p_value(wins_of(label, 0 * logit, seed_index)) == 1
 
 
-def test_drawn_relabelings_approximate_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    wins = wins_of(*draw_twins(np.random.default_rng(3), 12, gap=0.3))
-    exact = swap_p_value(wins)
-    monkeypatch.setattr(statistics, "EXACT_SEEDS", 0)
-    assert 0.01 < exact < 0.5
-    assert swap_p_value(wins) == pytest.approx(exact, abs=0.02)
-
-
 @pytest.mark.parametrize("seeds", [7, 14])
 def test_p_values_are_uniform_without_a_signal(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "DRAWS", 500)
@@ -404,11 +344,6 @@ def test_p_values_are_uniform_without_a_signal(seeds: int, monkeypatch: pytest.M
         assert np.mean(found <= level) == pytest.approx(
             level, abs=3 * np.sqrt(level * (1 - level) / 600) + 0.01
         )
-
-
-def test_the_maximum_of_equal_trials_is_the_trial() -> None:
-    wins = wins_of(*draw_twins(np.random.default_rng(5), 9, gap=0.3))
-    assert statistics.max_p_values([wins, wins]) == [swap_p_value(wins)] * 2
 
 
 def test_the_best_of_many_trials_is_adjusted() -> None:
@@ -425,15 +360,3 @@ def test_the_best_of_many_trials_is_adjusted() -> None:
         adjusted.append(min(together) <= 0.05)
     assert np.mean(alone) > 0.12
     assert np.mean(adjusted) == pytest.approx(0.05, abs=0.04)
-
-
-def test_trials_of_different_scatter_have_the_same_weight() -> None:
-    """A trial whose AUC is uncertain must not drown the faint signal of one whose AUC is precise."""
-    rng = np.random.default_rng(7)
-    label, logit, seed_index = draw_twins(rng, 10, slices=100)
-    precise = 0.3 * label + rng.normal(0, 1, len(label))  # no scatter between cubes
-    cubes = rng.normal(0, 5, (2, 10))
-    trials = [wins_of(label, some, seed_index) for some in (precise, logit + cubes[label, seed_index])]
-    spread = [statistics.relabeled_auc(wins, statistics.relabelings(10)).std() for wins in trials]
-    assert spread[1] > 3 * spread[0]
-    assert statistics.max_p_values(trials)[0] < 0.01
