@@ -60,13 +60,15 @@ class TrainedNetwork(nn.Module):
         self.is_calibrated = calibration is not None
         self.calibration = calibration or Calibration()
         self.whitening = Whitening(config["power"]) if config.get("power") else None
+        self.needs_axes = self.whitening is not None and self.whitening.by_axis
         self.network = models.build(self.settings)
 
     def forward(self, slices: Tensor, axes: Tensor | int | None = None) -> Tensor:
         """Slices (b, C, N, N) in the units of the data file -> logits (b,); positive means GR.
 
-        `axes`, (b,) or one for all, are the array axes perpendicular to the slices. If they are given, slices
-        are whitened by the spectrum of their axis, otherwise by the mean spectrum.
+        `axes`, (b,) or one for all, are the array axes perpendicular to the slices. A network that whitens
+        the slices of each axis by their spectrum needs them. Raises UserError without them, and for slices of
+        another shape or type.
         """
         shape = (self.settings.channels, self.settings.size, self.settings.size)
         if not isinstance(slices, Tensor) or not slices.is_floating_point() or slices.shape[1:] != shape:
@@ -78,9 +80,14 @@ class TrainedNetwork(nn.Module):
                 + (f", channels {names}" if names else "")
                 + ". Slices of a cube are torch.from_numpy(cube).movedim(axis, 0)[:, None]."
             )
+        if axes is None and self.needs_axes:
+            raise UserError(
+                "axes: missing, allowed: the array axis perpendicular to the slices (0, 1 or 2), or a "
+                "tensor of them. The network whitens the slices of each axis by their spectrum."
+            )
         standardized = (slices - per_channel(self.mean, slices)) / per_channel(self.std, slices)
         if self.whitening is not None:
-            standardized = self.whitening(standardized, -1 if axes is None else axes)
+            standardized = self.whitening(standardized, 0 if axes is None else axes)
         return self.network(standardized)
 
     def probability(self, slices: Tensor, axes: Tensor | int | None = None) -> Tensor:
@@ -166,7 +173,8 @@ def require_onnx() -> None:
 def export_onnx(network: TrainedNetwork, path: Path) -> float:
     """Write `network` as ONNX with a free batch size; returns the largest difference from torch's logits.
 
-    Raises UserError if the difference exceeds 1e-4 (relative to logits above 1).
+    Inputs are `slices` (b, C, N, N) and, if the network needs them, `axes` (b,) int64; see
+    `TrainedNetwork.forward`. Raises UserError if the difference exceeds 1e-4 (relative to logits above 1).
     """
     import onnxruntime
 
@@ -176,21 +184,25 @@ def export_onnx(network: TrainedNetwork, path: Path) -> float:
     slices = noise * per_channel(network.std, noise) + per_channel(network.mean, noise)
     # The exporter lists the operators of torchvision that it lacks.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    inputs = {"slices": slices}
+    if network.needs_axes:
+        inputs["axes"] = torch.arange(len(slices)) % 3
+    batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         network,
-        (slices[:3],),
+        tuple(value[:3] for value in inputs.values()),
         dynamo=True,
-        input_names=["slices"],
+        input_names=list(inputs),
         output_names=["logits"],
-        dynamic_shapes={"slices": {0: torch.export.Dim("batch")}},
+        dynamic_shapes={name: {0: batch} for name in inputs},
         verbose=False,
     )
     assert program is not None
     serialized = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
-        expected = network(slices)
-    logits = torch.from_numpy(session.run(None, {"slices": slices.numpy()})[0])
+        expected = network(**inputs)
+    logits = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
     difference = float(((logits - expected).abs() / expected.abs().clamp(min=1)).max())
     if not difference <= ONNX_TOLERANCE:
         raise UserError(f"{path}: ONNX logits differ from torch's by {difference:.1e}; nothing was written")

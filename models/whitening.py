@@ -18,31 +18,28 @@ class Whitening(nn.Module):
     """Divides the modes of a slice by sqrt P(n), so that all scales have the same variance.
 
     The potential has a steep spectrum: its variance lies at n <= 3, most of its modes at high n. `power` has
-    the spectra of slices perpendicular to array axes 0, 1 and 2, None for an axis without one, or is one
-    spectrum for all axes. A spectrum, or one for each field, is P(n) at n = 0, ..., N/2 - 1 as
-    `isotropic_power` measures it; n is the wavenumber in units of the fundamental mode, rounded to an
-    integer. The mean of a slice (n = 0) is removed, and so are modes with n >= N/2, where not all directions
-    are sampled, and modes that hold nothing but rounding errors.
+    the spectra of slices perpendicular to array axes 0, 1 and 2, None for an axis without one (the mean of
+    the others is used), or is one spectrum for all axes. A spectrum, or one for each field, is P(n) at
+    n = 0, ..., N/2 - 1 as `isotropic_power` measures it; n is the wavenumber in units of the fundamental
+    mode, rounded to an integer. The mean of a slice (n = 0) is removed, and so are modes with n >= N/2,
+    where not all directions are sampled, and modes that hold nothing but rounding errors.
 
     Raises UserError if no mode is left.
     """
 
     gain: Tensor
-    """1 / sqrt P for each mode of `rfft2`, by axis and at last for their mean: (4, fields, N, N/2 + 1)."""
+    """1 / sqrt P for each mode of `rfft2`, by axis: (3, fields, N, N/2 + 1)."""
 
     def __init__(self, power: Tensor | Sequence[Any]) -> None:
         super().__init__()
         known = [spectrum for spectrum in power if isinstance(spectrum, Sequence)]
-        mean = torch.as_tensor(known or power, dtype=torch.float64)
-        mean = mean.mean(0) if known else mean
+        self.by_axis = bool(known)
+        mean = torch.as_tensor(known, dtype=torch.float64).mean(0) if known else power
         spectra = [mean if spectrum is None else spectrum for spectrum in power] if known else [mean] * 3
-        self.register_buffer("gain", torch.stack([_gain(p) for p in (*spectra, mean)]), persistent=False)
+        self.register_buffer("gain", torch.stack([_gain(p) for p in spectra]), persistent=False)
 
-    def forward(self, slices: Tensor, axes: Tensor | int = -1) -> Tensor:
-        """Slices (b, C, N, N) perpendicular to `axes`, (b,) or the same for all -> whitened, in float32.
-
-        Without `axes`, by the mean spectrum.
-        """
+    def forward(self, slices: Tensor, axes: Tensor | int = 0) -> Tensor:
+        """Slices (b, C, N, N) perpendicular to `axes`, (b,) or the same for all -> whitened, in float32."""
         modes = torch.fft.rfft2(slices.float())  # there is no FFT in bfloat16
         fields = modes.unflatten(1, (self.gain.shape[1], -1)) * self.gain[axes].unsqueeze(-3)
         return torch.fft.irfft2(fields.flatten(1, 2), s=slices.shape[-2:])

@@ -116,11 +116,12 @@ def test_whitening_and_calibration_are_part_of_the_network(
     calibration = {"temperature": 0.5, "threshold": 0.25, "cubes": cubes}
     network = save_network("LYNX", tmp_path, power=power, calibration=calibration)
     loaded, slices = models.load(tmp_path), torch.randn(4, 2, 64, 64)
-    for axes, spectrum in ((2, power[2]), (None, power)):
-        logits = network(models.Whitening(spectrum)(slices))
-        torch.testing.assert_close(loaded(3 + 2 * slices, axes), logits, rtol=1e-4, atol=1e-4)
+    logits = network(models.Whitening(power[2])(slices))
+    torch.testing.assert_close(loaded(3 + 2 * slices, 2), logits, rtol=1e-4, atol=1e-4)
     probability = torch.sigmoid((logits - 0.25) / 0.5)
-    torch.testing.assert_close(loaded.probability(3 + 2 * slices), probability, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.probability(3 + 2 * slices, 2), probability, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"axes: missing, allowed: .* \(0, 1 or 2\)"):
+        loaded.probability(slices)
     assert ("network.calibration.cubes" in (tmp_path / "README.md").read_text()) == (cubes is not None)
     assert loaded.calibration.cubes == (models.Calibration(0.1, 0.5) if cubes else None)
 
@@ -171,7 +172,7 @@ def test_onnx_agrees_with_torch(
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     folder, _ = saved
-    change(folder, power=[1.0 + n for n in range(32)])
+    change(folder, power=[[start + n for n in range(32)] for start in (1.0, 2.0, 9.0)])  # takes axes
     network = models.load(folder)
     assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))

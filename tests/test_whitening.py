@@ -50,7 +50,6 @@ def test_every_slice_is_whitened_by_the_spectrum_of_its_axis() -> None:
     slices, power = red_slices(), isotropic_power(red_slices())
     whitening = Whitening([power.tolist(), None, (4 * power).tolist()])
     by_axis = [Whitening(factor * power)(slices) for factor in (1, 2.5, 4)]  # 2.5: the mean of the known
-    torch.testing.assert_close(whitening(slices), by_axis[1])
     for axis in range(3):
         torch.testing.assert_close(whitening(slices, axis), by_axis[axis])
     axes = torch.tensor([2, 0, 1, 1, 2, 0])
