@@ -188,8 +188,8 @@ def evaluate(options: argparse.Namespace) -> None:
     about_data = datasets.data_warnings(
         context.cubes, context.seeds, standardize=data.standardize, trained_on=context.training_file
     )
-    warnings, found = findings.describe(results)
-    results |= {"warnings": [*about_data, *warnings], "findings": found}
+    warnings, sentences = findings.describe(results)
+    results |= {"warnings": [*about_data, *warnings], "findings": sentences}
     clock.lap("conclusions")
     write(context, options, output, predictions, results, clock)
 

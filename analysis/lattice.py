@@ -199,7 +199,10 @@ class Lattice:
         coherence = self.coherence.mean(0)
         others = np.delete(coherence, DEFECT)
         share = f" ({np.exp(logarithm[DEFECT]):.2f})" if error.any() else ""
-        if coherence[DEFECT] > 0.35 and (np.abs(others) < 0.2).all() and logarithm[DEFECT] <= 0:
+        # a quarter of a plane has pi/4 n^2 modes: filtered cubes have few
+        modes = np.pi / 4 * min(self.bins.n[self._used].max(initial=1), self.bins.box.size / 2) ** 2
+        certain = coherence[DEFECT] > max(0.35, 4 / np.sqrt(modes * len(self.coherence)))
+        if certain and (np.abs(others) < 0.2).all() and logarithm[DEFECT] <= 0:
             return [
                 "The initial conditions have the defect of the `basic` generator of gevolution 1.0 to 1.3, "
                 f"fixed in 2.0: modes with k_x = 0, n_{DEFECT} = 0 in array axes, have half the "

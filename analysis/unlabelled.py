@@ -64,9 +64,9 @@ def find_cubes(path: Path, fields: int, size: int, *, units: Mapping[str, Any]) 
     if units:
         require_same_filter(path, attributes, units)
     for key in ("mean", "std"):
-        trained, found = units.get(key), attributes.get(key)
-        if trained is not None and found is not None and not np.allclose(found, trained, rtol=1e-6):
-            now, before = ([f"{value:.6g}" for value in np.atleast_1d(values)] for values in (found, trained))
+        trained, given = units.get(key), attributes.get(key)
+        if trained is not None and given is not None and not np.allclose(given, trained, rtol=1e-6):
+            now, before = ([f"{value:.6g}" for value in np.atleast_1d(values)] for values in (given, trained))
             raise UserError(
                 f"{path}: the cubes were standardized by {key} {', '.join(now)}, those of the training by "
                 f"{', '.join(before)}. Standardize both files by the same mean and std."

@@ -162,7 +162,10 @@ def test_theory_stands_beside_the_measured_ratio_of_slices() -> None:
     spectra = {"theory": [1.061, 1.03, 1.02, 1.01], "ratio": [estimate(1.059)] * 3 + [estimate(1.012)]}
     parts = attribution_of(mean=0.0, large_scales=0.9, small_scales=0.1)
     first = leading(results_with(attribution=parts, power_spectra=spectra))
-    assert "in slices it predicts 6.1 % and 1.0 %, and 5.9 % and 1.2 % are measured." in first
+    assert (
+        "in slices it predicts 6.1 % and 1.0 % in the shells around them, and 5.9 % and 1.2 % are measured."
+        in first
+    )
 
 
 @pytest.mark.parametrize(

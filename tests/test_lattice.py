@@ -227,6 +227,16 @@ def test_one_seed_has_a_ratio_without_errors() -> None:
     assert report["warnings"] == []
 
 
+@pytest.mark.parametrize(("seeds", "named"), [(3, False), (32, True)])
+def test_few_modes_of_filtered_cubes_do_not_show_the_defect(seeds: int, named: bool) -> None:
+    bins, power = plane_partition(64), universe(64, np.ones(len(partition(64))), seeds)
+    coherence = np.tile([0.0, 0.0, 0.5], (seeds, 1))
+    filtered = power * (partition(64).n < 4.2)
+    planes_power, means = np.zeros((seeds, 2, len(bins))), np.zeros((seeds, 2))
+    warnings = Lattice(partition(64), filtered, bins, planes_power, means, coherence).warnings()
+    assert [line.startswith("The initial conditions have the defect") for line in warnings] == [True] * named
+
+
 @pytest.mark.parametrize("axis", [0, 2, None])
 def test_the_defect_of_the_initial_conditions_is_named(axis: int | None) -> None:
     """One plane of modes has half the power, three quarters of it symmetric under a reflection."""
