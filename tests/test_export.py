@@ -177,9 +177,9 @@ def test_onnx_agrees_with_torch(
     assert export.export_onnx(network, tmp_path / "model.onnx") <= 1e-4
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     for batch in (1, 7):
-        slices = 3 + 2 * torch.randn(batch, 2, 64, 64)
-        (logits,) = session.run(None, {"slices": slices.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), network(slices), rtol=1e-4, atol=1e-4)
+        slices, axes = 3 + 2 * torch.randn(batch, 2, 64, 64), torch.arange(batch) % 3
+        (logits,) = session.run(None, {"slices": slices.numpy(), "axes": axes.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), network(slices, axes), rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(export, "ONNX_TOLERANCE", -1.0)
     with pytest.raises(UserError, match="nothing was written"):
         export.export_onnx(network, tmp_path / "other.onnx")
