@@ -32,12 +32,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run: LOG_DIR/NAME")
+    parser.add_argument("run", nargs="?", type=system.path_argument, help="folder of a run: LOG_DIR/NAME")
     parser.add_argument("--seeds", metavar="A:B", help="seeds A to B-1 instead of the run's test seeds")
-    parser.add_argument("--datafile", help="another file of cubes than the run's, such as another redshift")
+    parser.add_argument(
+        "--datafile",
+        type=system.path_argument,
+        help="another file of cubes than the run's, such as another redshift",
+    )
     parser.add_argument("--checkpoint", metavar="best|last|STEP", help="instead of the run's final network")
     parser.add_argument(
-        "--output", type=Path, help="folder of the report (default RUN/evaluation), or OUT.h5"
+        "--output", type=system.path_argument, help="folder of the report (default RUN/evaluation), or OUT.h5"
     )
     parser.add_argument("--allow-training-seeds", action="store_true", help="evaluate on training seeds")
     parser.add_argument(
@@ -47,13 +51,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--degrade", nargs="*", metavar="KEY=VALUE", help="also on degraded slices: smoothing=R, noise=LEVEL"
     )
     parser.add_argument(
-        "--converged-with", metavar="FILE", help="cubes of the same box with cells of another size"
+        "--converged-with",
+        type=system.path_argument,
+        metavar="FILE",
+        help="cubes of the same box with cells of another size",
     )
     parser.add_argument("--export", choices=["onnx"], help="also write model.onnx beside the weights")
-    parser.add_argument("--predict", type=Path, metavar="FILE", help="predict the cubes of an HDF5 file")
-    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="compare evaluated runs")
     parser.add_argument(
-        "--ensemble", nargs="+", type=Path, metavar="RUN", help="runs that differ in train_params.seed"
+        "--predict", type=system.path_argument, metavar="FILE", help="predict the cubes of an HDF5 file"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", type=system.path_argument, metavar="RUN", help="compare evaluated runs"
+    )
+    parser.add_argument(
+        "--ensemble",
+        nargs="+",
+        type=system.path_argument,
+        metavar="RUN",
+        help="runs that differ in train_params.seed",
     )
     options = parser.parse_intermixed_args(arguments)
     if not (options.run or options.compare or options.ensemble):

@@ -24,7 +24,7 @@ import argparse
 
 # Before the imports below, which take seconds.
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-PARSER.add_argument("experiment", nargs="?", help="YAML file of the experiment")
+PARSER.add_argument("experiment", nargs="?", type=system.path_argument, help="YAML file of the experiment")
 PARSER.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the file")
 PARSER.add_argument("--preflight", action="store_true", help="check the set-up and exit")
 PARSER.add_argument("--no-extend", action="store_true", help="train no further if the run is complete")
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def program() -> None:
         distributed.setup_process()
-        config = load_config(system.expand_path(options.experiment), options.overrides)
+        config = load_config(options.experiment, options.overrides)
         train(config, preflight_only=options.preflight, extend=not options.no_extend)
 
     return distributed.run_program(program, resumes=True)

@@ -376,7 +376,7 @@ def find_training_file(
 
 
 def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict[str, Any], list[float]]:
-    """The training file's attributes of units and filter, and the standard deviations of its fields.
+    """The training file's path, attributes of units and filter, and the standard deviations of its fields.
 
     Without that file: no attributes, and the standard deviation by which the network standardizes.
     """
@@ -385,4 +385,5 @@ def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict
     cubes = datasets.CubeFile(config.data_params.datafile)
     pair = read_pair(cubes, cubes.seeds[0])
     units = {key: cubes.attributes.get(key) for key in ("mean", "std", "max_wavenumber", "cells")}
+    units["path"] = str(cubes.path)
     return units, pair[0].std(axis=(1, 2, 3), dtype=np.float64).tolist()

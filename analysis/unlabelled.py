@@ -16,7 +16,9 @@ from torch import Tensor
 
 from analysis.report import write_hdf5
 from analysis.saliency import Network
-from datasets.normalization import require_same_filter
+from datasets.cube_file import raw_snapshot
+from datasets.normalization import like_command, require_same_filter
+from datasets.storage import check_filters
 from models.export import TrainedNetwork
 from training.metrics import Floats
 
@@ -36,8 +38,8 @@ def is_prediction(path: Path) -> bool:
 def find_cubes(path: Path, fields: int, size: int, *, units: Mapping[str, Any]) -> list[str]:
     """Names of the cubes in the HDF5 file `path`: (N, N, N) or (C, N, N, N) with C = `fields`, N = `size`.
 
-    `units` are the attributes `mean`, `std`, `max_wavenumber` and `cells` of the training's file; empty if
-    they are not known. Raises UserError if the file cannot be read, holds no or other cubes, or was
+    `units` are the `path` and attributes `mean`, `std`, `max_wavenumber` and `cells` of the training's file;
+    empty if they are not known. Raises UserError if the file cannot be read, holds no or other cubes, or was
     standardized or filtered otherwise.
     """
     names: list[str] = []
@@ -69,19 +71,22 @@ def find_cubes(path: Path, fields: int, size: int, *, units: Mapping[str, Any]) 
             now, before = ([f"{value:.6g}" for value in np.atleast_1d(values)] for values in (given, trained))
             raise UserError(
                 f"{path}: the cubes were standardized by {key} {', '.join(now)}, those of the training by "
-                f"{', '.join(before)}. Standardize both files by the same mean and std."
+                f"{', '.join(before)}.\n{like_command(path, units['path'])}"
             )
     return names
 
 
-def read_cubes(path: Path, names: Sequence[str], *, std: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
+def read_cubes(
+    path: Path, names: Sequence[str], *, std: Sequence[float], trained_on: str
+) -> Iterator[tuple[str, Tensor]]:
     """Each cube by name, (C, N, N, N) float32. Raises UserError for values that are not finite or in other
     units.
 
-    `std` are the standard deviations of the fields in training.
+    `std` are the standard deviations of the fields in training, `trained_on` is its file.
     """
     with h5py.File(path, "r", locking=False) as file:
         for name in names:
+            check_filters(file[name], path)
             try:
                 values = np.asarray(file[name][()], dtype=np.float32)
             except (OSError, RuntimeError) as error:
@@ -91,9 +96,11 @@ def read_cubes(path: Path, names: Sequence[str], *, std: Sequence[float]) -> Ite
                 if not np.isfinite(spread):
                     raise UserError(f"{path}: /{name} has values that are not finite. Make this cube again.")
                 if not SPREAD[0] * expected < spread < SPREAD[1] * expected:
+                    if name == "data":
+                        raise UserError(f"{raw_snapshot(path)} --like {trained_on}")
                     raise UserError(
                         f"{path}: /{name} has a standard deviation of {spread:.3g}, the training's cubes "
-                        f"about {expected:.3g}. Standardize the file like the training's."
+                        f"about {expected:.3g}.\n{like_command(path, trained_on)}"
                     )
             yield name, torch.from_numpy(values)
 
@@ -139,7 +146,7 @@ def predict(
     names, channels = find_cubes(path, fields, settings.size, units=units), settings.channels // fields
     logits = {
         name: classify(network, cube, axes=axes, channels=channels, device=device)
-        for name, cube in read_cubes(path, names, std=std)
+        for name, cube in read_cubes(path, names, std=std, trained_on=units.get("path", "TRAINING.h5"))
     }
     means = np.array([values.mean() for values in logits.values()])
     # The calibration of slices is far too uncertain about a cube, but orders cubes and has their threshold.

@@ -179,7 +179,7 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
         if cubes:
             return layout, dict(sorted(cubes.items()))
     if isinstance(data := file.get("data"), h5py.Dataset) and data.ndim == 3:
-        raise UserError(_raw_snapshot(Path(file.filename)))
+        raise UserError(raw_snapshot(Path(file.filename)))
     names = list(file)
     found = ", ".join(f"/{name}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
     raise UserError(
@@ -188,7 +188,8 @@ def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
     )
 
 
-def _raw_snapshot(path: Path) -> str:
+def raw_snapshot(path: Path) -> str:
+    """What a raw snapshot is, and the command that packs it."""
     number = re.search(r"(\d{3,})_[^_]*$", path.stem)
     raw = path.absolute().parents[2] if len(path.absolute().parents) > 2 else path.parent
     return (

@@ -84,6 +84,14 @@ def require_same_filter(path: Path, attributes: Mapping[str, Any], trained_on: M
         )
 
 
+def like_command(path: Path, trained_on: str | Path) -> str:
+    """How to standardize the file `path` as that of the training."""
+    return (
+        f"Standardize it alike: python -m datasets repack {path} OUT.h5 --like {trained_on}\n"
+        f"or from raw simulations: python -m datasets pack RAW_DIR OUT.h5 --redshift Z --like {trained_on}"
+    )
+
+
 def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
     """Raise UserError if `other` is standardized or filtered otherwise than `trained_on`.
 
@@ -98,15 +106,14 @@ def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
             if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-6):
                 raise UserError(
                     f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained "
-                    f"on {trained_on.path} with {before:.6g}.\nStandardize them alike: python -m datasets "
-                    f"repack {other.path} OUT.h5 --like {trained_on.path}"
+                    f"on {trained_on.path} with {before:.6g}.\n{like_command(other.path, trained_on.path)}"
                 )
     # Not every file has these attributes; the values of raw potentials are some 10^4 times smaller.
     for before, now in zip(*(_stds_of_first_cube(cubes) for cubes in (trained_on, other)), strict=True):
         if not 0.5 * before < now < 2 * before:
             raise UserError(
                 f"{other.path}: found values with standard deviation {now:.3g}, but the network was trained "
-                f"on {before:.3g} ({trained_on.path}).\nStandardize it in the same way (pack --like)."
+                f"on {before:.3g} ({trained_on.path}).\n{like_command(other.path, trained_on.path)}"
             )
 
 

@@ -225,7 +225,7 @@ def test_files_that_are_not_experiments(tmp_path: Path, content: str, rest: str)
             "line 4, column 1: found character '\\t'",
         ),
         ("train_params:", "---\ntrain_params:", "line 11, column 1: but found another document"),
-        ('name: "Somename"', 'name: "Somename', "line 7, column 14: expected <block end>"),
+        ('name: "Somename"', 'name: "Somename', "not closed"),
         (
             'name: "Somename"',
             "name: 2025-01-30",

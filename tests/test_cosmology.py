@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from datasets.preparation.cosmology import HUBBLE_LENGTH, Cosmology, late_ratio, linear_theory_ratio
+from datasets.preparation.cosmology import (
+    HUBBLE_LENGTH,
+    Cosmology,
+    late_ratio,
+    linear_theory_ratio,
+    linear_theory_reference,
+)
 
 COSMOLOGY = Cosmology()
 
@@ -73,3 +79,17 @@ def test_measured_ratios_of_power() -> None:
     np.testing.assert_allclose(late_ratio(n * fundamental), [0.9975, 0.9975, 0.9991, 0.9998, 1, 1])
     expected = [1.072, 1.072, (1.041 * 1.019) ** 0.5, 1.006, 1, 1]
     np.testing.assert_allclose(linear_theory_ratio(n * fundamental), expected)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reference"),
+    [
+        ({"source": "gevolution, /raw", "radiation treatment": "background"}, "linear"),
+        ({"source": "gevolution, /raw", "radiation treatment": "CLASS"}, "none"),
+        ({"source": "gevolution, /raw"}, "unknown"),  # packed when the setting was not kept
+        ({"source": "gevolution 1.2"}, "linear"),
+        ({}, "unknown"),
+    ],
+)
+def test_the_reference_follows_the_settings(attributes: dict[str, str], reference: str) -> None:
+    assert linear_theory_reference(attributes) == reference

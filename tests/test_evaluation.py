@@ -304,7 +304,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[str]], list[str]]] = {
     "another mean or std": (lambda run, folder: written(folder, scale=1.01), ["other.h5", "std", "1.01"]),
     "raw values": (
         lambda run, folder: written(folder, scale=1e-5, attributes=False),
-        ["other.h5", "standard deviation", "Standardize it in the same way"],
+        ["other.h5", "standard deviation", "--like"],
     ),
     "other values": (other_values, ["changed.h5", "not the cubes", "--datafile"]),
     "no file": (lambda run, folder: ["--datafile", "nowhere.h5"], ["nowhere.h5"]),

@@ -15,7 +15,7 @@ from analysis import unlabelled
 from models.calibration import Calibration
 
 SIZE = 8
-UNITS = {"mean": 1.0, "std": 2.0}
+UNITS = {"mean": 1.0, "std": 2.0, "path": "train.h5"}
 CALIBRATION = Calibration(threshold=0.5, temperature=2.0)
 
 
@@ -29,6 +29,11 @@ def cubes(
         file["deep/b"] = rng.normal(size=shape) * scale
         file["table"] = np.arange(3)
     return path
+
+
+def snapshot(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["data"] = 1e-5 * np.random.default_rng(0).normal(size=(SIZE,) * 3)
 
 
 class Network(torch.nn.Module):
@@ -91,7 +96,8 @@ def test_a_probability_without_calibration_of_cubes_is_marked(tmp_path: Path) ->
 BAD = {
     "another size": (lambda path: cubes(path, shape=(4, 4, 4)), "8^3"),
     "another standardization": (lambda path: cubes(path, std=3.0), "standardized by std 3"),
-    "raw values": (lambda path: cubes(path, scale=1e-5), "standard deviation of 1"),
+    "raw values": (lambda path: cubes(path, scale=1e-5), "repack .*in.h5 OUT.h5 --like train.h5"),
+    "raw snapshot": (lambda path: snapshot(path), r"pack \S+ OUT.h5 --snapshot 0 --like train.h5"),
     "no cubes": (lambda path: cubes(path, shape=(3,)), "no 3-D data sets"),
     "not finite": (lambda path: cubes(path, scale=float("nan")), "not finite"),
     "no HDF5": (lambda path: path.write_text("text") and path, "cannot be read as HDF5"),

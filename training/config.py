@@ -406,6 +406,8 @@ def _explain_yaml(error: Exception) -> str:
         f"line {mark.line + 1}, column {mark.column + 1}: {text}" for text, mark in places if mark and text
     ]
     hint = ". Indent with spaces, not tabs" if "'\\t'" in error.problem else ""
+    if "quoted scalar" in str(error.context) or "found '<scalar>'" in error.problem:
+        hint = ". A quote there or before is not closed"
     return "; ".join(lines) + hint
 
 

@@ -8,6 +8,7 @@ Sources: Meszaros 1974 (A&A 37, 225); Eisenstein & Hu 1998 (ApJ 496, 605); Dodel
 Cosmology, 2nd ed., chapter 8.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,13 +50,15 @@ def late_ratio(k: NDArray[np.float64]) -> NDArray[np.float64]:
 def linear_theory_reference(attributes: Mapping[str, Any]) -> Literal["linear", "none", "unknown"]:
     """What linear theory predicts for the twins of a cube file with these `attributes`.
 
-    `linear`: `linear_theory_ratio`, for gevolution runs with radiation as a background (its default, also of
-    files that do not name it), and for synthetic universes that imitate them. `none`: no difference, to 0.1 %
-    at n >= 3 and z >= 1, with `radiation treatment = CLASS`, which adds radiation perturbations to both
-    gravities. `unknown`: for any other file.
+    `linear`: `linear_theory_ratio`, for gevolution runs with radiation as a background, and for synthetic
+    universes that imitate them. `none`: no difference, to 0.1 % at n >= 3 and z >= 1, with `radiation
+    treatment = CLASS`, which adds radiation perturbations to both gravities. `unknown`: for any other file,
+    such as those of earlier versions of `pack`, which did not keep this setting.
+
+    The default of gevolution counts for files that state its version as their source.
     """
-    from_gevolution = str(attributes.get("source", "")).startswith("gevolution")
-    default = "background" if from_gevolution else "unknown"
+    by_default = re.match(r"gevolution \d", str(attributes.get("source", "")))
+    default = "background" if by_default else "unknown"
     treatment = str(attributes.get("radiation treatment", default)).lower()
     if treatment in ("background", "none"):
         return "linear"
