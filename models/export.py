@@ -70,13 +70,13 @@ class TrainedNetwork(nn.Module):
         the slices of each axis by their spectrum needs them. Raises UserError without them, and for slices of
         another shape or type.
         """
-        shape = (self.settings.channels, self.settings.size, self.settings.size)
-        if not isinstance(slices, Tensor) or not slices.is_floating_point() or slices.shape[1:] != shape:
-            kind, found = getattr(slices, "dtype", type(slices)), tuple(getattr(slices, "shape", ()))
+        image = (self.settings.channels, self.settings.size, self.settings.size)
+        if not isinstance(slices, Tensor) or not slices.is_floating_point() or slices.shape[1:] != image:
+            kind, shape = getattr(slices, "dtype", type(slices)), tuple(getattr(slices, "shape", ()))
             names = "; ".join(self.config.get("fields", []))
             raise UserError(
-                f"slices: found {kind} of the shape {found}, but the network takes floating-point tensors of "
-                f"(b, {shape[0]}, {shape[1]}, {shape[2]})"
+                f"slices: found {kind} of the shape {shape}, but the network takes floating-point tensors of "
+                f"(b, {', '.join(map(str, image))})"
                 + (f", channels {names}" if names else "")
                 + ". Slices of a cube are torch.from_numpy(cube).movedim(axis, 0)[:, None]."
             )
