@@ -1,4 +1,7 @@
-"""How the programs that start many runs start and stop them."""
+"""How the programs that start many runs start and stop them.
+
+Functions import what imports torch, for which --help need not wait.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from training import config
-from training.distributed.process import end_with_launcher
-
 ROOT = Path(__file__).resolve().parents[1]
-MAY_CHANGE = config.MAY_CHANGE - {"train_params.epochs", "data_params.datafile"}
-"""Keys that may change when a command resumes: the others, of one run or another, change its results."""
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -41,6 +39,8 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
 
     It stops when this process is killed (on Linux): two trainers must not share a run.
     """
+    from training.distributed.process import end_with_launcher
+
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,

@@ -12,6 +12,7 @@ a SLURM array every task does its part. The command that finds all runs complete
 LOG_DIR/NAME-repeat/summary.json, summary.md and learning_curve.png and .pdf.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -24,6 +25,18 @@ import system
 from system import UserError
 
 import argparse
+
+from processes import ROOT, make_parser, start, stop
+
+# Before the imports below, which take seconds.
+PARSER = make_parser(__doc__)
+PARSER.add_argument("--trainings", type=int, default=5, help="trainings per fold (%(default)s)")
+PARSER.add_argument("--folds", type=int, default=1, help="blocks of test seeds (%(default)s)")
+PARSER.add_argument("--seeds", type=int, nargs="+", help="values of train_seeds (the experiment's)")
+PARSER.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    PARSER.parse_args()
+
 import json
 import os
 import time
@@ -35,7 +48,6 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from processes import MAY_CHANGE, ROOT, make_parser, start, stop
 from sklearn.metrics import roc_auc_score
 
 import datasets
@@ -43,7 +55,7 @@ from analysis import figures, report
 from analysis.comparison import markdown, mean_logits
 from models.calibration import Calibration
 from training import metrics
-from training.config import Config, check_same_settings, load_config
+from training.config import MAY_CHANGE_IN_SERIES, Config, check_same_settings, load_config
 from training.distributed import run_program
 
 POLL_SECONDS = 0.5
@@ -90,14 +102,9 @@ class Repetition:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--trainings", type=int, default=5, help="trainings per fold (%(default)s)")
-    parser.add_argument("--folds", type=int, default=1, help="blocks of test seeds (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="values of train_seeds (the experiment's)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    options = parser.parse_intermixed_args(arguments)
+    options = PARSER.parse_intermixed_args(arguments)
     if min(options.trainings, options.folds, options.jobs) < 1:
-        parser.error("--trainings, --folds and --jobs: allowed: 1 and more")
+        PARSER.error("--trainings, --folds and --jobs: allowed: 1 and more")
     return run_program(lambda: repeat(load_config(options.experiment, options.overrides), options))
 
 
@@ -143,7 +150,7 @@ def check_experiment(config: Config, path: Path) -> None:
         system.write_atomically(path, json.dumps(config.to_dict(), indent=1) + "\n")
     saved = json.loads(path.read_text(encoding="utf-8"))
     vary = {"data_params.train_seeds", "train_params.seed"}
-    check_same_settings(path.parent, saved, config.to_dict(), MAY_CHANGE | vary)
+    check_same_settings(path.parent, saved, config.to_dict(), MAY_CHANGE_IN_SERIES | vary)
 
 
 def plan(

@@ -13,6 +13,7 @@ The lowest loss of a trial counts. Without data_params.validation_seeds it is th
 then no longer unseen: evaluate the best trial on other seeds (evaluation.py --checkpoint best --seeds A:B).
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -25,6 +26,23 @@ import system
 from system import UserError
 
 import argparse
+
+from processes import ROOT, make_parser, start, stop
+
+# Before the imports below, which take seconds.
+SEARCH = ["model_params.layer_param=4:64:log", "model_params.dropout=0:0.7", "train_params.lr=1e-4:1e-2:log"]
+FORMS = "section.key=LOW:HIGH, section.key=LOW:HIGH:log, section.key=A,B,..."
+PARSER = make_parser(__doc__)
+PARSER.add_argument("--trials", type=int, default=20, help="trials in the study (%(default)s)")
+PARSER.add_argument(
+    "--search",
+    action="append",
+    metavar="section.key=VALUES",
+    help=f"values of a key to search, once per key: {FORMS} (default: {' '.join(SEARCH)})",
+)
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    PARSER.parse_args()
+
 import fcntl
 import json
 import re
@@ -32,11 +50,9 @@ import time
 from functools import reduce
 from typing import Any
 
-from processes import MAY_CHANGE, ROOT, make_parser, start, stop
-
 import datasets
 from analysis.comparison import markdown
-from training.config import Config, check_same_settings, load_config
+from training.config import MAY_CHANGE_IN_SERIES, Config, check_same_settings, load_config
 from training.distributed import run_program
 
 try:
@@ -49,21 +65,11 @@ except ModuleNotFoundError as missing:
 
 POLL_SECONDS = 0.5  # between readings of a trial's metrics
 LOCK = ".sweep-lock"  # in the folder of a run, held by the worker of its trial
-SEARCH = ["model_params.layer_param=4:64:log", "model_params.dropout=0:0.7", "train_params.lr=1e-4:1e-2:log"]
-FORMS = "section.key=LOW:HIGH, section.key=LOW:HIGH:log, section.key=A,B,..."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--trials", type=int, default=20, help="trials in the study (%(default)s)")
-    parser.add_argument(
-        "--search",
-        action="append",
-        metavar="section.key=VALUES",
-        help=f"values of a key to search, once per key: {FORMS} (default: {' '.join(SEARCH)})",
-    )
-    options = parser.parse_intermixed_args(arguments)
+    options = PARSER.parse_intermixed_args(arguments)
 
     def program() -> None:
         config = load_config(options.experiment, options.overrides)
@@ -159,7 +165,7 @@ def open_study(config: Config, space: dict[str, Any]) -> optuna.Study:
             "model_params.name."
         )
     saved = study.user_attrs["experiment"]
-    check_same_settings(journal, saved, config.to_dict(), MAY_CHANGE | space.keys())
+    check_same_settings(journal, saved, config.to_dict(), MAY_CHANGE_IN_SERIES | space.keys())
     return study
 
 

@@ -245,7 +245,9 @@ def test_programs_find_their_modules(program: str, tmp_path: Path) -> None:
     assert done.stderr.startswith(b"usage: ")
 
 
-@pytest.mark.parametrize("program", ["trainer.py"])
+@pytest.mark.parametrize(
+    "program", ["trainer.py", "evaluation.py", "experiments/repeat.py", "experiments/sweep.py"]
+)
 def test_help_does_not_wait_for_torch(program: str) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / program), "--help"]
     done = subprocess.run(command, check=True, capture_output=True)

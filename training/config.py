@@ -304,6 +304,8 @@ MAY_CHANGE = {
     "train_params.max_minutes",
     "train_params.compile",
 }
+# The same for the programs that start many runs: these two change which runs there are.
+MAY_CHANGE_IN_SERIES = MAY_CHANGE - {"train_params.epochs", "data_params.datafile"}
 
 
 # PyYAML passes the errors of Python for some malformed dates, numbers, keys, tags and nestings.
