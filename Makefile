@@ -22,7 +22,7 @@ endif
 
 # RACOON learns to tell two gravities apart on a synthetic universe
 demo: venv
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml trainer.py experiments/temp.yaml
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml trainer.py experiments/temp.yaml --no-extend
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder

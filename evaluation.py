@@ -230,7 +230,8 @@ def write(
     folder = output if options.checkpoint else context.run / "model"
     # Without the training's file nothing shows that the values have the same units.
     same_units = context.training_file is not None and "transfer" not in results
-    if same_units and not (options.checkpoint or options.allow_training_seeds or options.output):
+    other = options.checkpoint or options.allow_training_seeds or options.output or options.datafile
+    if same_units and not other:
         models.export.record_evaluation(folder, report.card_record(results))
     if options.export == "onnx":
         difference = models.export.export_onnx(context.trained, folder / "model.onnx")

@@ -16,7 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
+try:
+    import psutil
+except ModuleNotFoundError as missing:  # of all packages that a program needs, it imports this one first
+    print(
+        f"error: {missing} in {sys.executable}. Activate the environment of the project "
+        "(source .venv/bin/activate), or make it: make venv",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 # The threads of torch's CPU kernels wait for one another at the end of each parallel region. libgomp lets
 # them spin, by default for some 10 ms. Where another process uses one of the cores, all spin while the last

@@ -128,6 +128,7 @@ def card_record(results: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": data["seeds"],
         "slices": sum(results["confusion"].values()),
         "newton_augmentation": data["newton_augmentation"],
+        "finding": next(iter(results["findings"]), None),
         "estimates": {
             key: to_json([estimate["value"], estimate.get("low"), estimate.get("high")])
             for key, estimate in estimates.items()

@@ -52,8 +52,7 @@ From the Hugging Face Hub: `models.TrainedNetwork.from_pretrained("user/{name}")
 ## Limits
 
 The network is valid for simulations like those of its training: the same code, box, resolution, redshift and
-standardization. It may use artifacts of the simulation grid, which other simulations do not share; see the
-evaluation report. It has never seen observations.
+standardization. {driver} It has never seen observations.
 """
 
 CUBES = """
@@ -61,6 +60,7 @@ CUBES = """
 The probability of a whole cube comes from the mean logit of all its slices:
 `network.calibration.cubes.probability(logits.mean())`, from validation cubes."""
 
+NOT_KNOWN = "It may use artifacts of the simulation grid, which other simulations do not share: evaluate it."
 PIPELINE_TEST = "**Newtonian slices were multiplied by {:g}: a test of the pipeline, not of gravity.**\n\n"
 
 
@@ -99,6 +99,7 @@ def model_card(config: dict[str, Any]) -> ModelCard:
         cubes=CUBES if calibration.get("cubes") else "",
         training="\n".join(f"- {_text(key)}: {_text(value)}" for key, value in training.items()),
         evaluation=_results(evaluation, estimates),
+        driver=_text(evaluation.get("finding") or NOT_KNOWN),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 

@@ -359,7 +359,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{_shorten(path)}: the experiment file cannot be read: {_shorten(error)}") from error
+        others = sorted(str(other) for other in Path(path).parent.glob("*.yaml"))
+        raise UserError(
+            f"{_shorten(path)}: the experiment file cannot be read: {_shorten(error)}"
+            + (f"\nExperiments there: {', '.join(others[:10])}" if others else "")
+        ) from error
     except YAML_ERRORS as error:
         raise UserError(f"{path}: not valid YAML: {_explain_yaml(error)}") from error
     sections = ", ".join(Config.model_fields)

@@ -48,7 +48,7 @@ METRICS_FILE = "metrics.jsonl"
 POINTS_PER_EPOCH = 200  # log points within an epoch at most, unless log_every_steps is set
 LINE_SECONDS = 30.0  # between console lines within an epoch
 LINE_LENGTH = 100  # of console lines, unless a terminal has another width
-ESTIMATE_STEP = 20  # of a new run, after which the time of the training is estimated
+ESTIMATE_STEPS = (5, 20)  # of a new run, whose time gives an estimate of the training's: the first are slower
 PACKAGES = ("system", "training", "datasets", "models")
 PROJECT = "gravity-cnn"  # in the trackers
 log = logging.getLogger(__name__)
@@ -210,8 +210,6 @@ class RunLogger:
         self._epoch, self._steps = f"epoch {state.epoch + 1:>3}/{state.target_epoch}", steps
         self._started_from = state.step_in_epoch
         self._started_at = self._line_at = time.perf_counter()
-        if state.step == 0:
-            self._estimate_from = self._started_at
         if self._main and sys.stderr.isatty():
             initial = state.step_in_epoch
             self._bar = tqdm(total=steps, initial=initial, desc=self._epoch, unit="step", leave=False)
@@ -226,8 +224,11 @@ class RunLogger:
             return
         if self._bar is not None:
             self._bar.update()
-        if self._estimate_from is not None and state.step >= ESTIMATE_STEP:
-            epoch = (time.perf_counter() - self._estimate_from) / state.step * self._steps
+        first, last = ESTIMATE_STEPS
+        if state.step == first:
+            self._estimate_from = time.perf_counter()
+        if self._estimate_from is not None and state.step >= last:
+            epoch = (time.perf_counter() - self._estimate_from) / (state.step - first) * self._steps
             training, self._estimate_from = epoch * state.target_epoch, None
             self.print(
                 f"estimated time: {format_duration(epoch)} per epoch, {format_duration(training)} for "
