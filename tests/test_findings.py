@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import simulated_universe as universe
 
@@ -57,6 +58,10 @@ def test_hybrid_twins_tell_where_the_information_lies(evaluated: tuple[str, dict
     ratio = {key: row["test"]["value"] for key, row in results["scales"].items()}
     if name == "linear":
         assert large > small == pytest.approx(0.5, abs=0.01)
+        for part in ("", "cube_"):  # this universe has the fourth power of the ratio of linear theory
+            spectra = results["power_spectra"]
+            measured = [row["value"] for row in spectra[f"{part}ratio"]]
+            np.testing.assert_allclose(spectra[f"{part}theory"] ** 4, measured, rtol=0.02)
         assert ratio["large_scales"] == pytest.approx(large, abs=0.05)
     elif name != "equal":
         assert small > large
