@@ -328,7 +328,7 @@ def scales(results: Mapping[str, Any], box: Box) -> Figure:
         left.plot(k, [row["expected"] for row in rows], **EXPECTED, label="expected")
     if box.linear_theory:
         ends = box.fundamental * np.array([0.5, box.large_scales + 0.5])
-        left.axvspan(*ends, color="0.9", lw=0, label="linear theory")
+        left.axvspan(*ends, color="0.93", lw=0, zorder=0, label="linear theory")
     left.axhline(0.5, ls=":", color=GRAY)
     left.set_ylabel("AUC of slices")
     _wavenumber_axis(left, box)
