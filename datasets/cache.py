@@ -43,16 +43,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import kernels, slicing
-from .buffers import BufferPool
 from .cube_file import GRAVITIES, CubeFile, PerField
 from .preparation import checks
 from .sampler import STREAMS, Ids
-from .slicing import DeviceCubes, DeviceSlicer, HostSlicer
+from .slicing import BufferPool, DeviceCubes, DeviceSlicer, HostSlicer
 
 SEEDS_AHEAD = 2  # seeds that are read before they are needed
 READERS = 2 * SEEDS_AHEAD  # cubes that are read at a time
 PREPARERS = 2  # cubes that are prepared at a time
-FREE_SHARE = 0.4  # of free memory; the test set may take as much again, and the network needs the rest
+FREE_SHARE = 0.4  # of free memory; the test set may take as much again, and the network needs memory too
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def schedule(seeds: Ids, first_step: int) -> tuple[list[Use], int]:
 
 
 class Prefetcher:
-    """Reads the cubes of a queue of seeds into buffers, in threads of its own, while there are buffers.
+    """Reads the cubes of a queue of seeds into buffers, in threads, while there are buffers.
 
     Other threads prepare the cubes, so that the storage is never idle while there is something to read.
     """
@@ -292,19 +291,14 @@ def choose_cache(seed_bytes: int, seeds: int, device: torch.device, ranks: int, 
     """
     # The streams of a rank, rounded up; at the borders of its share it needs seeds that others need too.
     streams = min(STREAMS, -(-STREAMS // ranks) + (STREAMS % ranks > 0))
-    share = min(seeds, seeds * streams // STREAMS + 3) * seed_bytes
+    share, choice = min(seeds, seeds * streams // STREAMS + 3) * seed_bytes, ""
     if hasattr(torch.get_device_module(device), "mem_get_info"):
         free = FREE_SHARE * torch.get_device_module(device).mem_get_info(device)[0]
-        if share <= free:
-            _log_choice("device", seeds, share, free)
-            return "device"
-    share *= 2 if rotated else 1
-    free = FREE_SHARE * system.available_memory() / system.local_world_size()
-    choice = "memory" if share <= free else "disk"
-    _log_choice(choice, seeds, share, free)
-    return choice
-
-
-def _log_choice(choice: str, seeds: int, share: float, free: float) -> None:
+        choice = "device" if share <= free else ""
+    if not choice:
+        share *= 2 if rotated else 1
+        free = FREE_SHARE * system.available_memory() / system.local_world_size()
+        choice = "memory" if share <= free else "disk"
     needed = f"{share / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB free for cubes"
     log.info("cache: %s for %d seeds (%s)", choice, seeds, needed)
+    return choice

@@ -25,7 +25,7 @@ import re
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +131,6 @@ def _require_hdf5(path: Path) -> None:
             f"{path}: is a folder, not an HDF5 file.\n"
             f"To pack raw gevolution output: python -m datasets pack {path} OUT.h5 --redshift 1"
         )
-    if not path.is_file():  # to open a pipe or a device could block for ever
-        raise UserError(f"{path}: not a regular file. Give the path of an HDF5 file.")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty (0 bytes). Copy or create it again.")
     with path.open("rb") as raw:  # raises PermissionError; h5py would call the file no HDF5 file
         start = raw.read(8)
     if not h5py.is_hdf5(path):
@@ -165,25 +161,20 @@ def _cube(file: h5py.File, name: str) -> Cube:
 def find_cubes(file: h5py.File) -> tuple[str, Cubes]:
     """The layout of an open file and its cubes, unchecked.
 
-    Raises UserError if there are none, or if two names denote the same cube.
+    Raises UserError if there are none.
     """
     for layout, entries in LAYOUTS.items():
         cubes: Cubes = {}
         for seed, gravity, name in entries(file):
-            if (seed, gravity) in cubes:
-                both = f"/{cubes[seed, gravity].name} and /{name}"
-                raise UserError(
-                    f"{file.filename}: {both} are both the {gravity} cube of seed {seed}. Remove one."
-                )
             cubes[seed, gravity] = _cube(file, name)
         if cubes:
             return layout, dict(sorted(cubes.items()))
     if isinstance(data := file.get("data"), h5py.Dataset) and data.ndim == 3:
         raise UserError(raw_snapshot(Path(file.filename)))
     names = list(file)
-    found = ", ".join(f"/{name}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    listed = ", ".join(f"/{name}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
     raise UserError(
-        f"{file.filename}: no cubes found; the file contains {found or 'nothing'}.\n"
+        f"{file.filename}: no cubes found; the file contains {listed or 'nothing'}.\n"
         "Cubes are named /gr_seed0000 and /newton_seed0000, or /0/gr and /0/newton."
     )
 
@@ -205,25 +196,25 @@ def problems(cubes: Cubes) -> dict[str, str]:
     C and N must be those of all cubes, and N a multiple of 64.
     """
     common = Counter(cube.shape for cube in cubes.values()).most_common(1)[0][0]
-    found = {}
+    texts = {}
     for cube in cubes.values():
         name, shape = f"cube /{cube.name}", cube.shape
         if cube.dtype.kind not in "fiu":
-            found[cube.name] = f"{name} has the type {cube.dtype}; real numbers are needed."
+            texts[cube.name] = f"{name} has the type {cube.dtype}; real numbers are needed."
         elif len(shape) not in (3, 4) or len(set(shape[-3:])) != 1:
             wanted = "(N, N, N)" if len(shape) < 4 else "(C, N, N, N) for C fields"
-            found[cube.name] = f"{name} has the shape {shape}; {wanted} is needed."
+            texts[cube.name] = f"{name} has the shape {shape}; {wanted} is needed."
         elif 0 in shape or shape[-1] % SIZE_UNIT:
-            found[cube.name] = f"{name} has N = {shape[-1]}; N must be a multiple of {SIZE_UNIT}."
+            texts[cube.name] = f"{name} has N = {shape[-1]}; N must be a multiple of {SIZE_UNIT}."
         elif shape != common:
-            found[cube.name] = f"{name} has the shape {shape}, others have {common}; all must be equal."
+            texts[cube.name] = f"{name} has the shape {shape}, others have {common}; all must be equal."
         elif cube.missing_filter:
-            found[cube.name] = f"{name} {cube.missing_filter}"
+            texts[cube.name] = f"{name} {cube.missing_filter}"
         elif not cube.written:
-            found[cube.name] = (
+            texts[cube.name] = (
                 f"{name} was never written; the program that created the file did not finish. Repeat it."
             )
-    return found
+    return texts
 
 
 def python_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
@@ -238,9 +229,7 @@ def python_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
     return values
 
 
-def attr_float(attributes: Mapping[str, Any], key: str) -> float | None:
-    """An attribute, if it is a finite number; otherwise None."""
-    value = attributes.get(key)
+def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -283,16 +272,12 @@ class CubeFile:
             i for i, name in enumerate(self.field_attrs("fields", "field")) if is_potential(name)
         ]
         """The fields that are potentials."""
-        self._bytes_read = 0
+        self.bytes_read = 0
+        """Bytes of cubes read from the file so far."""
         self._lock = threading.Lock()  # several threads may read cubes at the same time
 
     def __repr__(self) -> str:
         return f"CubeFile({str(self.path)!r}: {len(self.seeds)} seeds of {self.size}^3, {self.layout})"
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of cubes read from the file so far."""
-        return self._bytes_read
 
     @property
     def synthetic(self) -> bool:
@@ -301,7 +286,7 @@ class CubeFile:
 
     def attr_float(self, key: str) -> float | None:
         """An attribute of the file, if it is a finite number; otherwise None."""
-        return attr_float(self.attributes, key)
+        return _finite(self.attributes.get(key))
 
     def field_attrs(self, *keys: str) -> list[Any]:
         """An attribute of each field, under the first of `keys` that exists; None where it is missing."""
@@ -311,7 +296,7 @@ class CubeFile:
 
     def field_floats(self, *keys: str) -> list[float | None]:
         """As `field_attrs`, but None where it is no finite number."""
-        return [attr_float({"": value}, "") for value in self.field_attrs(*keys)]
+        return [_finite(value) for value in self.field_attrs(*keys)]
 
     @property
     def fields(self) -> list[str]:
@@ -373,14 +358,14 @@ class CubeFile:
                     file[cube.name].read_direct(out.reshape(cube.shape))
                 except H5PY_ERRORS as error:
                     raise UserError(f"{self.path}: cube /{cube.name} cannot be read: {error}") from error
-        if file_version(self.path) != self._version:  # after the read, so that what was read is known
+        if file_version(self.path) != self._version:  # a change before or during the read
             raise UserError(
                 f"{self.path}: the file was changed or replaced while in use: its size or modification time "
                 "differs.\n"
                 "Restore it and run the same command again: a run resumes from its last checkpoint."
             )
         with self._lock:
-            self._bytes_read += cube.stored
+            self.bytes_read += cube.stored
 
     def _read_direct(self, cube: Cube, out: NDArray[np.float32]) -> None:
         assert cube.offset is not None
@@ -440,9 +425,7 @@ class CubeFile:
                         )
         return {
             "path": str(self.path.absolute()),
-            "bytes": os.path.getsize(
-                self.path
-            ),  # for information, as is the path: a repacked file has another size
+            "bytes": os.path.getsize(self.path),  # for information, as is the path
             "shape": list(self.shape),
             "seeds": [seeds.start, seeds.stop],
             "fingerprint": digest.hexdigest(),

@@ -108,7 +108,7 @@ def check_normalization(trained_on: CubeFile, other: CubeFile) -> None:
                     f"{other.path}: found cubes standardized by {key} {now:.6g}, but the network was trained "
                     f"on {trained_on.path} with {before:.6g}.\n{like_command(other.path, trained_on.path)}"
                 )
-    # Not every file has these attributes; the values of raw potentials are some 10^4 times smaller.
+    # Not every file has these attributes; the values of raw potentials are about 10^4 times smaller.
     for before, now in zip(*(_stds_of_first_cube(cubes) for cubes in (trained_on, other)), strict=True):
         if not 0.5 * before < now < 2 * before:
             raise UserError(

@@ -4,8 +4,8 @@
 depend on the axes in use, so an id means the same in all experiments on a file.
 
 **Streams.** Training reads whole cubes and holds as few of them as a good shuffle allows. The columns of a
-batch belong to STREAMS interleaved streams: column j of B to stream j * STREAMS // B. Each stream has seeds
-of its own, always with both twins. The assignment is fixed for a run, so a rank that trains on a block of
+batch belong to STREAMS interleaved streams: column j of B to stream j * STREAMS // B. Each stream
+has its seeds, always with both twins. The assignment is fixed for a run, so a rank that trains on a block of
 columns needs only the cubes of their streams, and the order is the same for any number of ranks.
 
 **Order of seeds in a stream.** With 16 seeds or more a stream begins with a part of a seed that it shares
@@ -22,8 +22,8 @@ share streams, and each rank with a column of a stream reads its seeds: twice in
 bytes of a seed)) seeds per stream. A stream takes the slices of an open seed in random order, mixed at random
 with those of its other open seeds. At 256^3 w = 1: a batch mixes 8 seeds (16 cubes), and one of them is
 replaced every 1/8 of a seed's slices. At 128^3 w = 8: 64 seeds are open, and a batch of 64 mixes 54. Up to
-some 500 seeds of 64^3 are shuffled completely within each stream. Which seeds meet changes from epoch to
-epoch; those of one stream never meet at w = 1.
+some 500 seeds of 64^3 are shuffled completely within each stream. The order of
+the seeds of a stream changes from epoch to epoch; at w = 1 a batch has one of them.
 
 **Random numbers** come from a hash (splitmix64) of random seed, epoch, purpose and id. They are the same on
 all machines and with all versions of NumPy, and have no state to save.

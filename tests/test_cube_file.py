@@ -188,11 +188,6 @@ def other_names(path: Path) -> None:
         file["phi"] = cube(0, "gr")
 
 
-def duplicate(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        file["gr_seed01"] = cube(0, "gr")
-
-
 def broken_link(path: Path) -> None:
     with h5py.File(path, "a") as file:
         del file["gr_seed0001"]
@@ -212,14 +207,8 @@ def virtual(path: Path, source: str, name: str) -> None:
         file.create_virtual_dataset("gr_seed0001", layout)
 
 
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing": (Path.unlink, ["no such file", "data_params.datafile", "python -m datasets pack"]),
-    "empty": (lambda path: path.write_bytes(b""), ["empty"]),
     "text": (lambda path: path.write_text("Dear colleague,"), ["not an HDF5 file", "Dear col"]),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1000), ["truncated"]),
     "header only": (lambda path: os.truncate(path, 20), ["cannot be read"]),
@@ -228,8 +217,6 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "never written": (empty_data_set, ["/gr_seed0001", "never written"]),
     "group": (group_for_a_cube, ["/gr_seed0001", "no readable data set"]),
     "broken link": (broken_link, ["/gr_seed0001"]),
-    "pipe": (pipe, ["not a regular file"]),
-    "duplicate": (duplicate, ["/gr_seed0001", "/gr_seed01", "seed 1"]),
     "not cubic": (lambda path: replace(path, np.zeros((N, N, 2 * N))), ["/gr_seed0001", "(64, 64, 128)"]),
     "flat": (lambda path: replace(path, np.zeros((N, N))), ["/gr_seed0001", "(N, N, N) is needed"]),
     "scalar": (lambda path: replace(path, np.zeros(())), ["/gr_seed0001", "(N, N, N) is needed"]),

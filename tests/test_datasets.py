@@ -29,8 +29,8 @@ from datasets import (
     memory_format,
     sampler,
 )
-from datasets.buffers import BufferPool
 from datasets.cache import FREE_SHARE, SEEDS_AHEAD
+from datasets.slicing import BufferPool
 
 N = 64
 SEEDS = range(1, 5)
