@@ -162,7 +162,7 @@ def evaluate(options: argparse.Namespace) -> None:
         slices = context.slices(context.seeds)
         degraded = context.collect(lambda: degradation.measure(network, slices))
         clock.lap("degradation")
-    bands = interventions.Bands.logarithmic(box.size)
+    bands = interventions.Bands.logarithmic(box.size, max_wavenumber=box.max_wavenumber)
     if not options.quick:
         every = context.slices(context.seeds)
         changed = context.collect(lambda: interventions.measure(network, every, bands, box))

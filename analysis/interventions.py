@@ -50,9 +50,12 @@ class Bands:
     edges: tuple[float, ...]  # in units of the fundamental mode
 
     @classmethod
-    def logarithmic(cls, size: int, bands: int = 12) -> Bands:
-        """About `bands` bands of equal width in log k, whole rings each; the last includes the corners."""
-        rings = np.unique(np.geomspace(1, size // 2 + 1, bands + 1).round())
+    def logarithmic(cls, size: int, bands: int = 12, max_wavenumber: float = np.inf) -> Bands:
+        """About `bands` bands of equal width in log k, whole rings each; the last includes the corners.
+
+        It begins at `max_wavenumber` at the latest.
+        """
+        rings = np.unique(np.geomspace(1, min(size // 2, max_wavenumber) + 1, bands + 1).round())
         return cls(size, (0.0, *(rings - 0.5)[:-1].tolist(), float(np.ceil(size / np.sqrt(2)) + 1)))
 
     @cached_property

@@ -400,7 +400,8 @@ class Lattice:
 def box_of(cubes: datasets.CubeFile) -> Box:
     """The periodic box of the simulations in a file."""
     linear_theory = linear_theory_reference(cubes.attributes) == "linear"
-    return Box(cubes.size, cubes.attr_float("box_size"), linear_theory)
+    max_wavenumber = cubes.attr_float("max_wavenumber") or np.inf
+    return Box(cubes.size, cubes.attr_float("box_size"), linear_theory, max_wavenumber)
 
 
 def measure(twins: Iterable[NDArray[np.float32]], box: Box) -> Lattice:

@@ -90,7 +90,8 @@ def describe_lattice(lattice: Lattice) -> str:
     report = lattice.report()
     edges, rows = report["ratio"]["edges"], zip(*report["ratio"]["value"], strict=True)
     lines = ["P_GR/P_N by n     " + "".join(f"{name:>10}" for name in DIRECTIONS)]
-    lines += [_row(low, high, *ratios) for (low, high), ratios in zip(pairwise(edges), rows, strict=True)]
+    table = [(*band, *ratios) for band, ratios in zip(pairwise(edges), rows, strict=True)]
+    lines += [_row(*row) for row in table if np.isfinite(row[2:]).any()]  # a filter leaves some bands empty
     newton, gr = lattice.means.mean(0)
     lines.append(f"mean of a cube / std  {newton:.3g} of newton, {gr:.3g} of gr")
     lines += [f"warning: {line}" for line in report["warnings"]]
@@ -126,12 +127,10 @@ def measure_ratio(cubes: CubeFile, field: int = 0) -> PowerRatio:
     bins = shells(box_of(cubes), 3)
     pairs = (torch.from_numpy(read_pair(cubes, seed)[:, field]) for seed in cubes.seeds[:RATIO_SEEDS])
     power = np.stack([bins.power(pair) for pair in pairs])
-    kept = bins.n <= (cubes.attr_float("max_wavenumber") or np.inf)
-    ratios = power[:, 1, kept] / power[:, 0, kept]
-    value = power[:, 1, kept].sum(0) / power[:, 0, kept].sum(0)
+    value = power[:, 1].sum(0) / power[:, 0].sum(0)
     seeds = len(power)
-    error = np.full(len(value), PAIR_ERROR) if seeds < 3 else ratios.std(0, ddof=1)
-    return PowerRatio(cubes.size, bins.n[kept], value, error / np.sqrt(seeds), bins.modes[kept])
+    error = np.full(len(value), PAIR_ERROR) if seeds < 3 else (power[:, 1] / power[:, 0]).std(0, ddof=1)
+    return PowerRatio(cubes.size, bins.n, value, error / np.sqrt(seeds), bins.modes)
 
 
 def follows_reference(ratio: PowerRatio, reference: Floats) -> int:

@@ -58,6 +58,8 @@ class Box:
     length: float | None
     linear_theory: bool = False
     """Whether `linear_theory_ratio` holds for simulations like these."""
+    max_wavenumber: float = np.inf
+    """The cubes were filtered: modes of larger n hold rounding errors alone, and belong to no bin."""
 
     @property
     def side(self) -> float:
@@ -159,7 +161,7 @@ class ModeBins:
         self.box = box
         self.dimensions = dimensions
         vectors = _absolute_wave_vectors(box.size, dimensions)
-        label = label.flatten()
+        label = torch.where(wavenumber(vectors) <= box.max_wavenumber, label, -1).flatten()
         included = (label >= 0).nonzero()[:, 0].numpy()
         names, index = label[included].unique(return_inverse=True)
         # scipy's sparse product adds in the order of the modes, so that the last bit never changes

@@ -105,3 +105,17 @@ def test_cubes_of_another_filter_are_no_substitute(universe: Path, tmp_path: Pat
         check_normalization(files[1], files[0])
     with pytest.raises(UserError, match="trained on unfiltered cubes"):
         check_normalization(*files)
+
+
+def test_rounding_errors_of_removed_modes_count_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_synthetic(tmp_path / "u.h5", seeds=3, size=64, physics="linear", grid=1)
+    assert main(["repack", str(tmp_path / "u.h5"), str(tmp_path / "n4.h5"), "--max-wavenumber", "4"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "n4.h5")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = [line.split("slices AUC")[1] for line in lines if "slices AUC" in line]
+    assert expected[0] == expected[1], "of all modes, and of n <= 4"
+    assert not any(line.split()[:2] == ["5.5", "to"] for line in lines)
+    assert any(line.split()[:1] == ["4"] for line in lines), "the ratio at n = 4"
