@@ -24,6 +24,8 @@ from system import UserError
 
 import argparse
 import os
+import shutil
+import tempfile
 from typing import Any
 
 
@@ -218,12 +220,16 @@ def write(
     clock: report.Stopwatch,
 ) -> None:
     """Write the report, its figures and predictions, and update the model card."""
-    output.mkdir(parents=True, exist_ok=True)
     history = system.read_json_lines(context.run / logger.METRICS_FILE)
-    drawn = figures.of_evaluation(predictions, results, history, context.box)
-    for name, figure in drawn.items():
-        figures.save(figure, output / name)
-    clock.lap("figures")
+    # Figures take seconds: a stop meanwhile must not leave some of them beside an earlier report.
+    with tempfile.TemporaryDirectory() as temporary:
+        drawn = figures.of_evaluation(predictions, results, history, context.box)
+        for name, figure in drawn.items():
+            figures.save(figure, Path(temporary, name))
+        clock.lap("figures")
+        output.mkdir(parents=True, exist_ok=True)
+        for path in Path(temporary).iterdir():
+            shutil.move(path, output / path.name)
     report.write_predictions(output / "predictions.h5", predictions)
     results["environment"]["seconds"] = clock.seconds
     results = report.write(output, results, drawn)
