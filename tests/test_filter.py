@@ -108,12 +108,13 @@ def test_cubes_of_another_filter_are_no_substitute(universe: Path, tmp_path: Pat
 
 
 def test_rounding_errors_of_removed_modes_count_nowhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_synthetic(tmp_path / "u.h5", seeds=3, size=64, physics="linear", grid=1)
-    assert main(["repack", str(tmp_path / "u.h5"), str(tmp_path / "n4.h5"), "--max-wavenumber", "4"]) == 0
+    filtered = str(tmp_path / "n4.h5")
+    assert run(monkeypatch, "repack", str(tmp_path / "u.h5"), filtered, "--max-wavenumber", "4") == 0
     capsys.readouterr()
-    assert main(["inspect", str(tmp_path / "n4.h5")]) == 0
+    assert run(monkeypatch, "inspect", filtered) == 0
     lines = capsys.readouterr().out.splitlines()
     expected = [line.split("slices AUC")[1] for line in lines if "slices AUC" in line]
     assert expected[0] == expected[1], "of all modes, and of n <= 4"
