@@ -106,10 +106,8 @@ def test_gaps_name_the_command_that_closes_them(path: Path) -> None:
     with h5py.File(path, "a") as file:
         for gravity in GRAVITIES:
             file.move(f"{gravity}_seed0000", f"{gravity}_seed0004")
-    assert problems(path)[:2] == [
-        "missing seeds: 0, 3; training needs seeds 0, 1, 2, ...:",
-        f"python -m datasets repack {path} {path.with_name('cubes_renumbered.h5')} --renumber",
-    ]
+    command = f"python -m datasets repack {path} {path.with_name('cubes_renumbered.h5')} --renumber"
+    assert problems(path)[0] == f"missing seeds: 0, 3; training needs seeds 0, 1, 2, ...: {command}"
 
 
 def put(name: str, values: Callable[[np.ndarray], np.ndarray]) -> Callable[[h5py.File], None]:

@@ -95,8 +95,10 @@ def _incomplete(cubes: CubeFile, seeds: dict[str, set[int]]) -> list[str]:
     present = seeds["newton"] | seeds["gr"]
     # If one seed is far too large, the first gaps suffice.
     if gaps := set(range(min(max(present), 2 * len(present)))) - present:
-        problems.append(f"missing seeds: {system.format_ranges(gaps)}; training needs seeds 0, 1, 2, ...:")
-        problems.append(cubes.renumber_command)
+        problems.append(
+            f"missing seeds: {system.format_ranges(gaps)}; training needs seeds 0, 1, 2, ...: "
+            + cubes.renumber_command
+        )
     return problems
 
 
