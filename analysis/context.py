@@ -162,6 +162,8 @@ class EvaluationContext:
                 **data.model_dump(include={"newton_augmentation", "axes"}),
                 "max_wavenumber": self.cubes.attr_float("max_wavenumber"),
                 "reference": linear_theory_reference(self.cubes.attributes),
+                "physics": self.cubes.attributes.get("physics"),
+                "other_file": self.cubes.path.name != Path(data.datafile).name,
             },
             "environment": {
                 "processes": accelerator.num_processes,

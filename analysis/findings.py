@@ -63,8 +63,8 @@ def facts(results: Results) -> dict[str, Any]:
     driver, share = _driver(results)
     ceilings = results.get("ceilings", {})
     attained = ceilings.get("directional", {}).get("attained")
-    known = "transfer" not in results and attained is not None and np.isfinite(attained)
     fields = data.get("fields", [])
+    known = len(fields) < 2 and "transfer" not in results and attained is not None and np.isfinite(attained)
     rise = results.get("grid", {}).get("rise")
     return {
         "alpha": ALPHA,
@@ -73,6 +73,7 @@ def facts(results: Results) -> dict[str, Any]:
         "test_seeds": test_seeds,
         "too_few_seeds": 2**-test_seeds > ALPHA,
         "smallest_p": p_value <= 1 / results["significance"]["relabellings"],
+        "exact_p": results["significance"]["relabellings"] == 2**test_seeds,
         "all_selected": selection["seeds"][0] <= data["seeds"][0]
         and data["seeds"][1] <= selection["seeds"][1],
         "filtered": data.get("max_wavenumber") is not None,

@@ -70,7 +70,9 @@ def describe_plan(lattice: Lattice) -> list[str]:
     spectra = {"all modes": gr, large: gr}
     if box.linear_theory:
         spectra["linear theory"] = newton * linear_theory_ratio(bins.n * box.fundamental)
-    lines = ["expected of the likelihood ratio on test seeds, and pairs that find it (p <= 0.05, 80 %):"]
+    lines = [
+        "expected of the likelihood ratio, and test pairs needed for p <= 0.05 with a probability of 80 %:"
+    ]
     for name, power in spectra.items():
         slices = LikelihoodRatio.of("", flat, *bins.project(np.stack([newton, power]), flat))
         cubes = LikelihoodRatio.of("", bins, newton, power)

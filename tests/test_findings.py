@@ -367,7 +367,7 @@ def test_warnings_name_training_seeds_selection_and_the_factor() -> None:
 
 
 def test_selection_is_stated_in_every_report() -> None:
-    assert sentences(results_with())[-1].startswith("Selection: none")
+    assert sentences(results_with())[-1].startswith("Nothing selected this network")
     selection = universe.DESCRIPTION["selection"] | {"set": "validation", "seeds": [2, 4]}
 
     def last(**changes: Any) -> str:

@@ -86,7 +86,6 @@ ORACLES = {
     "f1": lambda y, x: sk.f1_score(y, x > 0),
     "brier_score": lambda y, x: sk.brier_score_loss(y, expit(x)),
     "log_loss": lambda y, x: sk.log_loss(y, expit(x)),
-    "average_precision": sk.average_precision_score,
 }
 
 
