@@ -38,7 +38,6 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     PARSER.parse_args()
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from sklearn.metrics import roc_auc_score
 import datasets
 from analysis import figures, report
 from analysis.comparison import markdown, mean_logits
+from datasets.preparation.writer import new_file
 from models.calibration import Calibration
 from training import metrics
 from training.config import MAY_CHANGE_IN_SERIES, Config, check_same_settings, load_config
@@ -171,14 +171,13 @@ def plan(
 
 def link_cubes(cubes: datasets.CubeFile, seeds: Sequence[int], path: Path) -> None:
     """Write a file whose seeds 0, 1, ... are links to `seeds` of another file, without data."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with h5py.File(cubes.path, "r", locking=False) as source, h5py.File(temporary, "w") as file:
+    new = new_file(path, bytes_needed=0, overwrite=True)  # the tasks of an array may write it at once
+    with h5py.File(cubes.path, "r", locking=False) as source, new as file:
         file.attrs.update(source.attrs)
         file.attrs["original_seeds"] = np.array(seeds)
         for (index, seed), gravity in product(enumerate(seeds), datasets.GRAVITIES):
             target = h5py.ExternalLink(str(cubes.path.absolute()), f"/{cubes.cubes[seed, gravity].name}")
             file[f"{gravity}_seed{index:04d}"] = target
-    temporary.replace(path)
 
 
 def execute(repetitions: Sequence[Repetition], options: argparse.Namespace) -> None:

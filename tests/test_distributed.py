@@ -143,26 +143,28 @@ def test_threads_set_by_the_launcher_are_not_the_users(
 @pytest.mark.parametrize(
     ("flags", "source"),
     [
-        (["--config_file", "old.yaml"], "old.yaml"),
+        (["launch", "--config_file", "old.yaml"], "mixed_precision of old.yaml"),
         (
-            ["--config_file", "old.yaml", "--mixed_precision", "fp16"],
+            ["launch", "--config_file", "old.yaml", "--mixed_precision", "fp16"],
             "--mixed_precision of accelerate launch",
         ),
-        ([], "default.yaml"),
+        (["launch"], "mixed_precision of default.yaml"),
+        ([], "environment variable ACCELERATE_MIXED_PRECISION"),
     ],
 )
 def test_a_setting_of_the_launcher_is_named_with_its_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("default.yaml").write_text("")
+    for name in ("default.yaml", "old.yaml"):
+        Path(name).touch()
     monkeypatch.setattr(launch, "default_config_file", "default.yaml")
     command, pipe = ["sh", "-c", "echo; read x", *flags], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as launcher:
         assert launcher.stdout is not None
         launcher.stdout.readline()  # it runs
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
-        assert launch.source_of_setting("--mixed_precision") == source
+        assert launch.name_setting("mixed_precision") == source
         launcher.communicate(b"\n")
 
 
@@ -284,7 +286,7 @@ def test_flags_of_one_rank_are_immediate() -> None:
         ("USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
         ("USE_FSDP", "maybe", "ACCELERATE_USE_FSDP: found 'maybe', allowed: true or false"),
         ("USE_CPU", "maybe", "ACCELERATE_USE_CPU: found 'maybe'"),
-        ("DYNAMO_BACKEND", "FOO", "DYNAMO_BACKEND: found 'FOO', allowed: no, eager, .*inductor"),
+        ("DYNAMO_BACKEND", "FOO", "DYNAMO_BACKEND: found 'foo', allowed: no, eager, .*inductor"),
         ("GRADIENT_ACCUMULATION_STEPS", "two", "GRADIENT_ACCUMULATION_STEPS: found 'two'"),
     ],
 )

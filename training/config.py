@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from models import NetworkSettings
-from training.distributed.launch import source_of_setting
+from training.distributed.launch import name_setting
 
 # Upper bounds keep every product of two settings far inside 64-bit integers.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -266,14 +266,17 @@ class Config(Section):
         if device == "cpu" and mixed_precision == "fp16":
             source = "train_params.mixed_precision"
             if self.train_params.mixed_precision is None:
-                source = f"mixed_precision of {source_of_setting('--mixed_precision')}"
+                source = name_setting("mixed_precision")
             raise UserError(f"{source}: found fp16, allowed on a CPU: no, bf16")
         batch, parts = self.train_params.batch_size, processes * accumulation
         multiple = parts * (2 if self.data_params.pairs else 1)
         if batch % multiple or batch // parts < 2:
+            steps = "gradient_accumulation_steps"
+            if accumulation > 1 and self.train_params.gradient_accumulation_steps is None:
+                steps = name_setting(steps)
             raise UserError(
                 f"train_params.batch_size: found {batch}, allowed: a multiple of {multiple}, at least "
-                f"{2 * parts} ({processes} processes, gradient_accumulation_steps {accumulation}"
+                f"{2 * parts} ({processes} processes, {steps} {accumulation}"
                 f"{', pairs' if self.data_params.pairs else ''})"
             )
         resolved = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": accumulation}

@@ -40,6 +40,7 @@ NOT_COMPUTING = {"preparation", "checkpoint", "logger.py", "trackers.py", "model
 """Files and folders that leave the result of a training alone."""
 
 PRECISIONS = ("no", "fp16", "bf16")
+DYNAMO_BACKENDS = tuple(backend.lower() for backend in DynamoBackend.list())
 UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -144,31 +145,38 @@ def check_launch_settings() -> None:
     """
     for name, setting in UNSUPPORTED.items():
         if system.read_flag(name):
+            source = name_setting(name.removeprefix("ACCELERATE_").lower())
             raise UserError(
-                f"{setting} is not supported, because the networks fit into one device. "
+                f"{setting} is not supported ({source}), because the networks fit into one device. "
                 "Use a configuration in accelerate_configs/."
             )
     if is_torch_xla_available():
         raise UserError("TPUs are not supported. Uninstall torch_xla, or set USE_TORCH_XLA=false.")
-    read = os.environ.get
-    if read("ACCELERATE_MIXED_PRECISION", "no") not in PRECISIONS:
-        raise system.invalid_variable("ACCELERATE_MIXED_PRECISION", ", ".join(PRECISIONS))
-    if read("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in DynamoBackend.list():
-        raise system.invalid_variable("ACCELERATE_DYNAMO_BACKEND", ", ".join(DynamoBackend.list()).lower())
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    for setting, value, allowed in (
+        ("mixed_precision", precision, PRECISIONS),
+        ("dynamo_backend", compiler, DYNAMO_BACKENDS),
+    ):
+        if value not in allowed:
+            raise UserError(
+                f"{name_setting(setting)}: found {value[:40]!r}, allowed: {', '.join(allowed)}. Correct it."
+            )
     system.read_int("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1, minimum=1)
 
 
-def source_of_setting(option: str) -> str:
-    """Where `accelerate launch`, the parent process, took the setting of an `option` (--mixed_precision)."""
+def name_setting(setting: str) -> str:
+    """A setting of the launch, such as mixed_precision, with where `accelerate launch` took it from."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         words = []
-    if option in words:
-        return f"{option} of accelerate launch"
-    if "--config_file" in words:
-        return words[words.index("--config_file") + 1]
-    return default_config_file if Path(default_config_file).is_file() else "the environment"
+    if words and not any(Path(word).name in ("launch", "accelerate-launch") for word in words):
+        return f"environment variable ACCELERATE_{setting.upper()}"
+    if f"--{setting}" in words:
+        return f"--{setting} of accelerate launch"
+    file = words[words.index("--config_file") + 1] if "--config_file" in words else default_config_file
+    return f"{setting} of {file if Path(file).is_file() else 'accelerate launch'}"
 
 
 def preflight(accelerator: Accelerator, config: Mapping[str, Any]) -> str:
