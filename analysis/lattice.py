@@ -188,7 +188,7 @@ class Lattice:
             warnings.append(
                 f"The mean of a cube separates the labels (AUC {self.mean_auc:.3f}): Newton "
                 f"{self.means[:, 0].mean():.2g}, GR {self.means[:, 1].mean():.2g} standard deviations; "
-                "remove it with pack --remove-mean."
+                "whitening removes it, and so does repack --remove-mean."
             )
         return [*warnings, *self.axis_warnings()]
 

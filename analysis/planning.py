@@ -163,7 +163,7 @@ def describe_ratio(ratio: PowerRatio, cubes: CubeFile) -> str:
     elif last:
         lines.append(
             f"the ratio follows theory up to n = {last}; smaller scales differ for other reasons. To train "
-            f"without them: python -m datasets repack IN.h5 OUT.h5 --max-wavenumber {last}"
+            f"without them: python -m datasets repack {cubes.path} OUT.h5 --max-wavenumber {last}"
         )
     else:
         lines.append("the ratio follows theory at no n where theory predicts one")

@@ -327,7 +327,12 @@ class CubeFile:
         if missing:
             lines.append(f"  seeds {system.format_ranges(missing)} have no cubes")
         lines.append(f"{len(self.seeds)} seeds have both twins: {system.format_ranges(self.seeds)}.")
-        if len(self.seeds) >= len(seeds):
+        count = len(self.seeds)
+        if count < len(seeds):
+            lines.append(f"Reduce train_seeds and test_seeds to {count} in total, or add simulations.")
+        elif self.seeds == tuple(range(count)):
+            lines.append("Choose among them with --seeds A:B.")
+        else:
             lines.append(f"To number them 0, 1, 2, ...: {self.renumber_command}")
         raise UserError("\n".join(lines))
 

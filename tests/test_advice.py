@@ -326,7 +326,6 @@ SITUATIONS = [
         r"did not finish writing; rerun it\.\n *python -m datasets inspect universe.h5 lists",
         {
             "rerun": [
-                "datasets inspect universe.h5",
                 "datasets synthesize universe.h5 --seeds 2 --force",
                 f"{TRAIN} data_params.standardize=train",
             ],

@@ -321,6 +321,7 @@ def test_require_lists_missing_and_present_seeds(tmp_path: Path) -> None:
         "  seeds 4 have only the gr cube",
         "  seeds 5-7 have no cubes",
         "3 seeds have both twins: 0, 2-3.",
+        "Reduce train_seeds and test_seeds to 3 in total, or add simulations.",
     ]
 
 

@@ -533,14 +533,20 @@ def test_like_standardizes_as_another_file(tmp_path: Path, raw: Path) -> None:
         pack(new, third, redshifts=[1], options=Options(like=first, overwrite=True))
 
 
-def test_renumber_closes_gaps(tmp_path: Path, raw: Path) -> None:
+def test_renumber_closes_gaps_and_leaves_out_seeds_without_twin(
+    tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pack(raw, tmp_path / "a.h5", redshifts=[1])
     (raw / "seed0001").rename(raw / "seed0004")
     (raw / "seed0000").rename(raw / "seed0001")
     pack(raw, tmp_path / "b.h5", redshifts=[1])
     with pytest.raises(UserError, match=r"repack .*b.h5 .*b_renumbered.h5 --renumber"):
         CubeFile(tmp_path / "b.h5").require(range(2))
+    (raw / "seed0007" / "gr").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no folder newton for seeds 7.*--renumber"):
+        pack(raw, tmp_path / "c.h5", redshifts=[1])
     pack(raw, tmp_path / "c.h5", redshifts=[1], options=Options(renumber=True))
+    assert "no folder newton for seeds 7, which are left out" in capsys.readouterr().err
     repack([tmp_path / "b.h5"], tmp_path / "d.h5", options=Options(renumber=True))
     expected = unpacked(tmp_path / "a.h5")
     for name in "cd":

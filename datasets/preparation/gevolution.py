@@ -16,6 +16,7 @@ from system import UserError
 import glob
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,8 +212,11 @@ def densities(settings: Settings) -> dict[str, float]:
     }
 
 
-def find_simulations(raw: Path) -> list[Simulation]:
-    """All simulations in a folder, by seed, both twins of each. Raises UserError if one has no twin."""
+def find_simulations(raw: Path, *, leave_out: bool) -> list[Simulation]:
+    """All simulations in a folder, by seed, both twins of each.
+
+    Seeds without both twins are left out with a warning. Unless `leave_out` they raise UserError.
+    """
     if not raw.is_dir():
         raise UserError(f"{raw}: not a folder. Give the folder that contains seed0000/gr/...")
     folders: dict[int, Path] = {}
@@ -225,10 +229,12 @@ def find_simulations(raw: Path) -> list[Simulation]:
         raise UserError(f"{raw}: no folders seed0000, seed0001, ... It contains {_list_names(raw)}.")
     for gravity in GRAVITIES:
         missing = [seed for seed, folder in folders.items() if not (folder / gravity).is_dir()]
+        problem = f"{raw}: no folder {gravity} for seeds {system.format_ranges(missing)}"
+        if missing and (not leave_out or len(missing) == len(folders)):
+            raise UserError(f"{problem}. Add both twins, or leave such seeds out with --renumber.")
         if missing:
-            raise UserError(
-                f"{raw}: no folder {gravity} for seeds {system.format_ranges(missing)}. Add both twins."
-            )
+            print(f"warning: {problem}, which are left out", file=sys.stderr)
+        folders = {seed: folder for seed, folder in folders.items() if seed not in missing}
     return [Simulation(s, gravity, folders[s] / gravity) for s in sorted(folders) for gravity in GRAVITIES]
 
 

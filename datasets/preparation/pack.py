@@ -94,7 +94,7 @@ def pack(
     cube, every one standardized by its own mean and standard deviation. `difference` are two redshifts.
     Raises UserError.
     """
-    simulations = find_simulations(raw)
+    simulations = find_simulations(raw, leave_out=options.renumber)
     check_settings(simulations)
     attributes = file_attributes(simulations[0]) | {
         "gravities": list(GRAVITIES),
