@@ -83,6 +83,8 @@ def facts(results: Results) -> dict[str, Any]:
         "driver_share": share,
         "strongest": _strongest_band(results) if driver == "small_scales" else None,
         "theory": _theory(results),
+        "measured_excess": _measured_excess(results),
+        "last_shell": _last_shell(results),
         "by_direction": results.get("direction_dependence"),
         "direction": _direction(results) if driver == "small_scales" else None,
         "follows": results.get("convergence", {}).get("follows"),
@@ -124,24 +126,39 @@ def _direction(results: Results) -> str | None:
     return "partial" if low["high"] is None or low["high"] >= 1 or high["low"] <= 1 else "lattice"
 
 
-def _theory(results: Results) -> dict[str, list[float]] | None:
+def _theory(results: Results) -> dict[str, Any] | None:
     """The excess of linear theory at n = 1 and at the end of the large scales, in per cent.
 
-    In `cubes` and, beside what is `measured`, in `slices`. None where it is not known or below SMALL_EXCESS.
+    In `cubes` and, beside what is `measured`, in `slices`; whether it `agrees` at n = 1, and the `rest` of
+    what is measured at the end. None where it is not known or below SMALL_EXCESS.
     """
     data = results["data"]
     if data["reference"] != "linear" or not data["box_size"] or "interventions" not in results:
         return None
-    n = np.array([1, results["interventions"]["large_scales"]])
+    n = np.array([1, _last_shell(results)])
     cubes = 100 * (linear_theory_ratio(n * 2 * np.pi / data["box_size"]) - 1)
     if cubes[0] < SMALL_EXCESS:
         return None
-    theory = {"cubes": cubes.tolist()}
+    theory: dict[str, Any] = {"cubes": cubes.tolist()}
     spectra = results.get("power_spectra", {})
     if spectra.get("theory") is not None:
         theory["slices"] = [100 * (spectra["theory"][shell - 1] - 1) for shell in n]
         theory["measured"] = [100 * (spectra["ratio"][shell - 1]["value"] - 1) for shell in n]
+        first, last = np.subtract(theory["measured"], theory["slices"])
+        theory |= {"agrees": abs(first) < theory["slices"][0] / 4, "rest": last}
     return theory
+
+
+def _measured_excess(results: Results) -> float | None:
+    """P_GR/P_N - 1 of slices at the end of the large scales, in per cent; None where it is not measured."""
+    ratio = results.get("power_spectra", {}).get("ratio")
+    return None if ratio is None else 100 * (ratio[_last_shell(results) - 1]["value"] - 1)
+
+
+def _last_shell(results: Results) -> int:
+    """The end of the large scales, or of the modes that a filter left."""
+    large_scales = results.get("interventions", {}).get("large_scales", 4)
+    return min(large_scales, len(results.get("power_spectra", {}).get("ratio", ())) or large_scales)
 
 
 def _strongest_band(results: Results) -> dict[str, Any] | None:

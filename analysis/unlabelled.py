@@ -18,6 +18,7 @@ from analysis.report import write_hdf5
 from analysis.saliency import Network
 from datasets.cube_file import raw_snapshot
 from datasets.normalization import like_command, require_same_filter
+from datasets.preparation.checks import has_constant_line
 from datasets.storage import check_filters
 from models.export import TrainedNetwork
 from training.metrics import Floats
@@ -102,6 +103,10 @@ def read_cubes(
                         f"{path}: /{name} has a standard deviation of {spread:.3g}, the training's cubes "
                         f"about {expected:.3g}.\n{like_command(path, trained_on)}"
                     )
+            if any(map(has_constant_line, values)):
+                raise UserError(
+                    f"{path}: /{name} has lines of equal values: its simulation did not finish. Rerun it."
+                )
             yield name, torch.from_numpy(values)
 
 

@@ -47,10 +47,9 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 import datasets
-from analysis import figures, report
+from analysis import figures, report, statistics
 from analysis.comparison import markdown, mean_logits
 from datasets.preparation.writer import new_file
 from models.calibration import Calibration
@@ -81,7 +80,7 @@ class Repetition:
     @property
     def complete(self) -> bool:
         """Whether the run is trained and evaluated."""
-        return self.trained and (self.run_dir / "evaluation" / report.PREDICTIONS).exists()
+        return self.trained and (self.run_dir / "evaluation" / report.REPORT).exists()
 
     def command(self, options: argparse.Namespace) -> list[str]:
         """The command that trains or, if the run is trained, evaluates this repetition."""
@@ -259,9 +258,9 @@ def read_predictions(repetition: Repetition) -> tuple[metrics.Predictions, metri
 
 
 def evaluate(predictions: metrics.Predictions, calibrated: metrics.Predictions) -> list[float]:
-    """The metrics of METRICS: areas of the logits, accuracies of the calibrated log odds."""
-    cubes, labels = predictions.cube_logits, np.tile([0, 1], len(predictions.seeds))
-    auc, cube_auc = metrics.auc(predictions), float(roc_auc_score(labels, cubes.ravel()))
+    """The metrics of METRICS: areas of the logits as in the report, accuracies of the calibrated log odds."""
+    wins = predictions.wins, statistics.cube_wins(predictions.cube_logits)
+    auc, cube_auc = (statistics.leave_one_out_auc(table)[0] for table in wins)
     return [auc, metrics.accuracy(calibrated), cube_auc, metrics.cube_accuracy(calibrated)]
 
 
@@ -276,6 +275,7 @@ def table(summary: list[dict[str, Any]], validation_seeds: int) -> str:
             rows.append([str(line["train_seeds"]), title, *cells])
     head = ["train_seeds", "metric", "mean", "spread over trainings", "spread over folds", "ensemble"]
     note = "train_seeds: validation seeds included. Spreads are standard deviations. "
+    note += "AUC over pairs of different seeds. "
     note += f"Accuracies at the logit threshold {threshold}."
     return f"{markdown(head, rows)}\n{note}\n"
 

@@ -196,9 +196,10 @@ def run_trial(
     """Train one trial, from its start or its last checkpoint; returns how it ended and its lowest loss."""
     command = [*options.launcher, str(ROOT / "trainer.py"), options.experiment, *options.overrides]
     command += [f"{key}={value}" for key, value in settings.items()]
-    command += [f"model_params.name={run_dir.name}"]
-    finished, reported = run_dir / "model" / "config.json", set[int]()
-    if not finished.exists():  # otherwise a killed sweep did not record that the training had ended
+    command += [f"model_params.name={run_dir.name}", "--no-extend"]
+    finished, reported, status = run_dir / "model" / "config.json", set[int](), None
+    # A run that stopped (max_minutes) resumes. The trainer refuses a run of other settings, complete or not.
+    while status is None or (status == 0 and not finished.exists()):
         process = start(command)
         try:
             while process.poll() is None:
@@ -212,8 +213,9 @@ def run_trial(
                     return TrialState.PRUNED, min(losses(run_dir, phase).values())
         finally:
             stop(process)
+        status = process.returncode
     values = losses(run_dir, phase).values()
-    if not finished.exists() or not values:
+    if status != 0 or not values:
         return TrialState.FAIL, None
     return TrialState.COMPLETE, min(values)
 

@@ -147,7 +147,11 @@ def test_directions_decide_between_lattice_and_gravity(changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("length", "large_scales", "expected"),
     [
-        (5120.0, 4, "an excess of 7.2 % at n = 1 and 0.6 % at n = 4 in cubes. It comes from radiation"),
+        (
+            5120.0,
+            4,
+            "an excess of 7.2 % at n = 1 and 0.6 % at n = 4 in cubes. What is predicted comes from radiation",
+        ),
         (20480.0, 16, "modes with n <= 16 (large scales)"),
         (20480.0, 16, "and 0.6 % at n = 16 in cubes"),
         (320.0, 4, "less than 0.5 % there in this box"),
@@ -367,7 +371,7 @@ def test_warnings_name_training_seeds_selection_and_the_factor() -> None:
 
 
 def test_selection_is_stated_in_every_report() -> None:
-    assert sentences(results_with())[-1].startswith("Nothing selected this network")
+    assert sentences(results_with())[-1].startswith("Selection: none")
     selection = universe.DESCRIPTION["selection"] | {"set": "validation", "seeds": [2, 4]}
 
     def last(**changes: Any) -> str:

@@ -22,8 +22,11 @@ Experiment = Callable[..., Path]
 # A trainer whose loss depends on the learning rate alone, with the files and signals that a sweep relies on.
 TRAINER = """
 import json, pathlib, signal, sys, time
+assert sys.argv.pop() == "--no-extend"
 keys = dict(override.split("=") for override in sys.argv[3:])
 run = pathlib.Path("RUNS") / keys["model_params.name"]
+if (run / "model" / "config.json").exists():
+    sys.exit()
 (run / "model").mkdir(parents=True, exist_ok=True)
 with (run / "started").open("a") as file:
     file.write("x")

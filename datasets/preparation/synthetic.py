@@ -207,7 +207,7 @@ def write_synthetic(path: str | Path, *, seeds: int, overwrite: bool = False, **
         file.attrs.update(mean=0.0, std=float(np.sqrt(universe.variance)), variance=universe.variance)
         file.attrs.update(source=f"python -m datasets synthesize, {chosen}", synthetic=True)
         file.attrs["gravities"] = list(GRAVITIES)
-        if chosen.physics in RADIATION:
+        if chosen.physics in RADIATION and chosen.strength == 1:
             file.attrs["radiation treatment"] = RADIATION[chosen.physics]
         for index in tqdm(range(seeds), desc="synthetic universe", unit="pair", disable=None):
             for gravity, cube in universe.twins(index):
