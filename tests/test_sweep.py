@@ -183,7 +183,7 @@ def test_a_run_that_finished_without_its_sweep_is_not_trained_again(
 
 
 def test_a_trial_of_the_real_trainer_is_selected_by_validation_seeds(
-    experiment: Experiment, tmp_path: Path
+    experiment: Experiment, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = experiment(epochs=2, axes=[0])
     options = ["--trials", "1", "--search", "model_params.layer_param=2:4"]
@@ -199,6 +199,11 @@ def test_a_trial_of_the_real_trainer_is_selected_by_validation_seeds(
     assert len(validation) == 2
     assert trial.value == min(validation)
     assert [line["epoch"] for line in lines if line["phase"] == "test"] == [2]
+    for path in (tmp_path / "runs").glob("*-sweep.journal*"):
+        path.unlink()
+    other = ["--trials", "1", "--search", "model_params.dropout=0.6:0.7", "train_params.test_every=1"]
+    assert sweep.main([str(experiment(epochs=2, axes=[0])), *other]) == 2
+    assert "run-000: this run was started with other settings" in capfd.readouterr().err
 
 
 def test_workers_share_a_study(start: Callable[..., Any], tmp_path: Path) -> None:
