@@ -274,7 +274,7 @@ def predict(options: argparse.Namespace) -> None:
     require_writable(options.output, options.output.parent)
     trained = load_network(options.run, config, options.checkpoint)
     accelerator = Accelerator(mixed_precision=config.train_params.mixed_precision)
-    units, std = training_units(config, trained)
+    units, std = training_units(options.run, config, trained)
     table = unlabelled.predict(
         trained.to(accelerator.device),
         options.predict,

@@ -8,6 +8,7 @@ import copy
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -213,8 +214,7 @@ def load_run(
     config = load_run_config(run)
     selected = select_seeds(seeds, config, allow_training_seeds=allow_training_seeds)
     trained = load_network(run, config, checkpoint_name)
-    saved = checkpoint.list_checkpoints(run / "checkpoints")
-    last = next((item for item in reversed(saved) if item.find_problem() is None), None)
+    last = newest_checkpoint(run)
     if last is not None:
         check_same_settings(run, last.state["config"], config.to_dict())
     given = datasets.CubeFile(datafile) if datafile else None
@@ -243,7 +243,7 @@ def load_run(
     network = network.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     network = accelerator.prepare_model(network, evaluation_mode=True).eval()
     name = checkpoint_name or "final"
-    selection = describe_choice(run, config, trained, name, saved)
+    selection = describe_choice(run, config, trained, name, checkpoint.list_checkpoints(run / "checkpoints"))
     # Unless the evaluated cubes are known to be others, they selected the network if their seeds did.
     same_data = training_file is None or training_file.path == cubes.path
     overlap = bool(set(range(*selection["seeds"])) & set(selected))
@@ -346,6 +346,12 @@ def load_network(run: Path, config: Config, name: str | None) -> export.TrainedN
     return trained.eval()
 
 
+def newest_checkpoint(run: Path) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of a run that is complete; None without any."""
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    return next((item for item in reversed(saved) if item.find_problem() is None), None)
+
+
 def find_training_file(
     run: Path, config: Config, last: checkpoint.Checkpoint | None, given: datasets.CubeFile | None
 ) -> datasets.CubeFile | None:
@@ -377,14 +383,24 @@ def find_training_file(
     )
 
 
-def training_units(config: Config, trained: export.TrainedNetwork) -> tuple[dict[str, Any], list[float]]:
+def training_units(
+    run: Path, config: Config, trained: export.TrainedNetwork
+) -> tuple[dict[str, Any], list[float]]:
     """The training file's path, attributes of units and filter, and the standard deviations of its fields.
 
-    Without that file: no attributes, and the standard deviation by which the network standardizes.
+    Without that file: no attributes, and the standard deviation by which the network standardizes. Raises
+    UserError if other cubes are in its place.
     """
-    if not Path(config.data_params.datafile).exists():
+    last = newest_checkpoint(run)
+    recorded = last.state["data_identity"]["path"] if last else config.data_params.datafile
+    if not (Path(config.data_params.datafile).exists() or Path(recorded).exists()):
+        print(
+            f"warning: {recorded}, the file of the training, is missing: units and filter are not compared",
+            file=sys.stderr,
+        )
         return {}, np.broadcast_to(trained.std, trained.num_fields).tolist()
-    cubes = datasets.CubeFile(config.data_params.datafile)
+    cubes = find_training_file(run, config, last, None)
+    assert cubes is not None
     pair = read_pair(cubes, cubes.seeds[0])
     units = {key: cubes.attributes.get(key) for key in ("mean", "std", "max_wavenumber", "cells")}
     units["path"] = str(cubes.path)

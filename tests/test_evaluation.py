@@ -521,6 +521,16 @@ def test_unlabelled_cubes_are_predicted(home: Path, tmp_path: Path, capsys: Any)
     assert not (tmp_path / "none.h5").exists()
 
 
+def test_predictions_are_not_made_in_the_units_of_other_cubes(
+    run: Path, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other_values(run, tmp_path)
+    options = ["--predict", str(home / "universe.h5"), "--output", str(tmp_path / "out.h5")]
+    assert evaluation.main([str(run), *options]) == 2
+    assert "changed.h5: these are not the cubes that" in capsys.readouterr().err
+    assert not (tmp_path / "out.h5").exists()
+
+
 def test_predictions_replace_only_predictions(run: Path, home: Path, tmp_path: Path, capsys: Any) -> None:
     cubes = tmp_path / "cubes.h5"
     shutil.copy(home / "universe.h5", cubes)
